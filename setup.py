@@ -1,0 +1,47 @@
+"""Distribution `srft-kernels`: the loss head (`srft_kernels`) and the training loop on it (`srft`)."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TRAIN = [
+    "transformers>=5.0",
+    "safetensors>=0.5",
+    "jsonargparse>=4.40",
+    "tomli>=2.0; python_version < '3.11'",
+    "tqdm>=4.60",
+    "jinja2>=3.1",
+    "matplotlib>=3.8",
+    "pyarrow>=15",
+    "math-verify>=0.8",
+    "reasoning-gym>=0.1.20",
+    "gguf>=0.10",  # reads the embedded SmolLM2 weights
+]
+TENSORBOARD = ["tensorboard>=2.15"]
+TEST = ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "psutil>=5.9", "numpy>=1.26"]
+LINT = ["ruff==0.15.0"]
+
+setup(
+    name="srft-kernels",
+    version="0.1.0",
+    description="The loss head of LLM fine-tuning: log-probs, entropy and any SFT + RL loss without the logits",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["srft_kernels", "srft_kernels.*", "srft", "srft.*"]),
+    package_data={"srft": ["*.html", "configs/*.toml"], "srft_kernels": ["py.typed"]},
+    install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
+    extras_require={
+        "train": TRAIN,
+        "tensorboard": TENSORBOARD,
+        "test": TEST,
+        "dev": TRAIN + TENSORBOARD + TEST + LINT,
+    },
+    entry_points={"console_scripts": ["srft=srft.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+    ],
+)
