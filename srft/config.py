@@ -1,0 +1,155 @@
+"""What a run is made of: typed sections, their defaults, and how TOML and `--section.key value` become one `Config`.
+
+    config = load("my.toml", ["--train.lr", "1e-5", "--data.tasks", "chain_sum", "gsm_symbolic"])
+    config.train.lr                    # 1e-05
+    to_toml(config)                    # the resolved configuration, which `load` reads again
+
+The defaults are the job of `srft train` without arguments. Sections are checked where they are made, so a `Config`
+that exists is a valid one. Every field carries its own help, which `srft train --help` and `to_toml` print.
+The dataclasses need only the standard library; `load` needs jsonargparse.
+"""
+
+import copy
+import dataclasses
+import json
+import math
+import re
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from srft.errors import UserError, missing, nearest
+
+
+def option(default: Any, help: str, *, low: float = -math.inf, above: float = -math.inf, high: float = math.inf) -> Any:
+    """A dataclass field: default (copied where mutable), the help that users read, and low ≤ value ≤ high, value > above."""
+    metadata = {"help": help, "low": low, "above": above, "high": high}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Section:
+    """A part of the configuration. Making one checks its numbers against their bounds and its words against their choices."""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for each in dataclasses.fields(self):
+            key, value = f"{self.name()}.{each.name}", getattr(self, each.name)
+            if isinstance(value, (int, float)):
+                low, above, high = (each.metadata[bound] for bound in ("low", "above", "high"))
+                if not (low <= value <= high and value > above and math.isfinite(value)):
+                    bounds = [f"at least {low}"] * (low > -math.inf) + [f"more than {above}"] * (above > -math.inf)
+                    bounds += [f"at most {high}"] * (high < math.inf)
+                    raise UserError(f"{key}: expected {' and '.join(bounds) or 'a finite number'}, found {value}")
+            choices = typing.get_args(hints[each.name])
+            if typing.get_origin(hints[each.name]) is Literal and value not in choices:
+                raise UserError(f"{key}: expected one of {', '.join(choices)}, found {value!r}{nearest(value, choices)}")
+
+    @classmethod
+    def name(cls) -> str:
+        return cls.__name__.removesuffix("Config").lower()
+
+
+@dataclass
+class ModelConfig(Section):
+    path: str = option("smollm2", "embedded SmolLM2-135M-Instruct, or a local directory, or a hub name")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "auto: float32 on CPU, bfloat16 on CUDA")
+    device: str = option("auto", "auto: cuda where there is one, else cpu; or cpu, cuda, cuda:1, …")
+    attention: str = option("sdpa", "attention implementation of transformers: sdpa, eager, flash_attention_2, …")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward: less memory, more time")
+
+
+@dataclass
+class DataConfig(Section):
+    tasks: list[str] = option(["chain_sum"], "reasoning-gym tasks, mixed evenly; not used with train_file")
+    task_args: dict[str, Any] = option(
+        {"chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}},
+        "per task, the arguments of its generator",
+    )
+    train_file: str | None = option(None, ".jsonl or .parquet with prompt or messages, and demonstration and/or answer")
+    eval_file: str | None = option(None, "the same for evaluation; without it an eighth of train_file is held out")
+    size: int = option(0, "train prompts to draw; 0: the whole file, or 4096 from tasks", low=0)
+    seed: int = option(0, "seed of the train prompts", low=0)
+    eval_seed: int = option(17, "seed of the held-out prompts", low=0)
+    system_prompt: str | None = option(None, "not set: tasks ask for the answer after ####, files add nothing")
+    max_prompt_tokens: int = option(512, "a longer prompt is refused", low=1)
+
+
+@dataclass
+class RolloutConfig(Section):
+    engine: Literal["transformers"] = option("transformers", "what generates")
+    per_prompt: int = option(4, "rollouts of each prompt (G)", low=1)
+    max_new_tokens: int = option(40, "tokens after which a rollout is cut", low=1)
+    temperature: float = option(1.0, "sampling temperature, also of the log-probs in the loss", above=0)
+    top_p: float = option(1.0, "nucleus sampling", above=0, high=1)
+    batch_size: int = option(64, "sequences per call of generate", low=1)
+
+
+@dataclass
+class RewardConfig(Section):
+    name: str = option(
+        "auto",
+        "auto (the task's own scorer; math_verify for files), exact, math_verify, reasoning_gym, or package.module:function",
+    )
+
+
+@dataclass
+class LossConfig(Section):
+    preset: str = option("srft_paper", "objective: srft_paper, srft_official, srft_hpt, sft, grpo, … of srft_kernels")
+    options: dict[str, Any] = option({}, "fields of the objective to change")
+    advantage_std: bool = option(True, "divide advantages by the standard deviation of their group")
+    advantage_eps: float = option(1e-6, "added to that standard deviation", low=0)
+    average: Literal["token", "sequence", "constant"] = option("token", "how tokens are averaged over the whole step")
+
+
+@dataclass
+class TrainConfig(Section):
+    steps: int = option(16, "optimizer steps are steps × updates_per_rollout; 0: only evaluate", low=0)
+    prompts_per_step: int = option(16, "prompts sampled in each step", low=1)
+    updates_per_rollout: int = option(1, "optimizer steps on the same rollouts", low=1)
+    lr: float = option(3e-5, "learning rate after warm-up", low=0)
+    warmup_steps: int = option(2, "steps of linear warm-up", low=0)
+    schedule: Literal["constant", "cosine", "linear"] = option("constant", "learning rate after the warm-up")
+    weight_decay: float = option(0.0, "decoupled weight decay of matrices", low=0)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", above=0)
+    token_budget: int = option(4096, "tokens per microbatch, padding included", low=1)
+    optimizer: Literal["adamw"] = option("adamw", "optimizer")
+    seed: int = option(0, "seed of everything random in training", low=0)
+
+
+@dataclass
+class EvalConfig(Section):
+    prompts: int = option(64, "held-out prompts", low=1)
+    samples: int = option(4, "completions of each (k)", low=1)
+    temperature: float = option(1.0, "sampling temperature; 0: greedy", low=0)
+    top_p: float = option(1.0, "nucleus sampling", above=0, high=1)
+    seed: int = option(17, "seed of sampling", low=0)
+    every: int = option(0, "evaluate every so many steps too; 0: only before and after", low=0)
+    batch_size: int = option(64, "sequences per call of generate", low=1)
+
+
+@dataclass
+class RunConfig(Section):
+    dir: str = option("runs/{time}", "where the run writes; {time} becomes the start of the run")
+    tensorboard: bool = option(False, "write TensorBoard events too")
+    checkpoint_every: int = option(0, "keep a checkpoint every so many steps; 0: only the final one", low=0)
+    samples_per_step: int = option(2, "generations kept in samples.jsonl at each step", low=0)
+    overwrite: bool = option(False, "write into a run directory that is not empty")
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+SECTIONS: dict[str, type[Section]] = {each.name: each.default_factory for each in dataclasses.fields(Config)}

@@ -1,0 +1,23 @@
+"""The one exception that means "what you gave cannot work, and here is what to do"."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A wrong input. The message names the argument or file:line, what was found, what was expected and what to do.
+
+    The command line prints the message without a traceback and exits with 2.
+    """
+
+
+def missing(package: str, purpose: str = "", extra: str = "train") -> UserError:
+    """The error for an optional package that is not installed: `raise missing("gguf", "the embedded model") from error`."""
+    needed = f" for {purpose}" if purpose else ""
+    return UserError(f"the package {package!r} is needed{needed}: pip install 'srft-kernels[{extra}]'")
+
+
+def nearest(name: str, known: Iterable[str], count: int = 1) -> str:
+    """`"; did you mean 'x'?"` with the `count` known names closest to `name`, or nothing when none is close."""
+    close = difflib.get_close_matches(name, list(known), count, cutoff=0.55)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
