@@ -1,0 +1,59 @@
+"""The loss head of LLM fine-tuning: log-probs, entropy and any SFT + RL loss of a vocabulary projection, exactly and
+without its logits. See `linear_loss`, `linear_logprobs`, `linear_cross_entropy`."""
+
+from . import reference
+from .aggregation import constant_length, sequence_mean, token_mean
+from .functional import LossOutput, linear_cross_entropy, linear_logprobs, linear_loss
+from .modules import LinearCrossEntropyLoss, SRFTLoss
+from .objectives import SRFT, CrossEntropy, PolicyGradient
+from .plan import Plan
+from .presets import (
+    chord,
+    cispo,
+    dapo,
+    dft,
+    dr_grpo,
+    grpo,
+    gspo,
+    luffy,
+    reinforce,
+    sft,
+    srft_hpt,
+    srft_official,
+    srft_paper,
+)
+from .tokens import Tokens, TokenStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SRFT",
+    "CrossEntropy",
+    "LinearCrossEntropyLoss",
+    "LossOutput",
+    "Plan",
+    "PolicyGradient",
+    "SRFTLoss",
+    "TokenStats",
+    "Tokens",
+    "chord",
+    "cispo",
+    "constant_length",
+    "dapo",
+    "dft",
+    "dr_grpo",
+    "grpo",
+    "gspo",
+    "linear_cross_entropy",
+    "linear_logprobs",
+    "linear_loss",
+    "luffy",
+    "reference",
+    "reinforce",
+    "sequence_mean",
+    "sft",
+    "srft_hpt",
+    "srft_official",
+    "srft_paper",
+    "token_mean",
+]

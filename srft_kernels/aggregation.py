@@ -1,0 +1,55 @@
+"""Token weights: how the losses of tokens are averaged. Each function returns fp32 weights shaped like `mask`.
+
+`linear_loss(..., token_weight=w)` computes Σ_t w_t · loss_t, so an average is a choice of weights made once, over
+the whole optimisation step: the gradient then does not depend on how the step is cut into microbatches.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def token_mean(mask: Tensor) -> Tensor:
+    """Every live token counts alike: 1 / (number of live tokens). `mask` is boolean, of any shape."""
+    mask = _boolean(mask)
+    return mask.float() / mask.sum().clamp(min=1)
+
+
+def sequence_mean(mask: Tensor, sequence_ids: Tensor) -> Tensor:
+    """Every sequence counts alike: 1 / (live tokens of its sequence · sequences with a live token). (GRPO)
+
+    `sequence_ids` holds an integer ≥ 0 per token, shaped like mask; ids need not be contiguous.
+    """
+    mask, lengths, inverse = _sequence_lengths(mask, sequence_ids)
+    sequences = (lengths > 0).sum().clamp(min=1)
+    return mask / (lengths.clamp(min=1)[inverse] * sequences)
+
+
+def constant_length(mask: Tensor, sequence_ids: Tensor, length: float) -> Tensor:
+    """Every token counts 1 / (sequences with a live token · length), whatever its sequence's own length. (Dr. GRPO)
+
+    `length` is in tokens, usually the longest completion allowed.
+    """
+    if not length > 0:
+        raise ValueError(f"length must be a positive number of tokens, found {length}")
+    mask, lengths, _ = _sequence_lengths(mask, sequence_ids)
+    return mask / ((lengths > 0).sum().clamp(min=1) * length)
+
+
+def _boolean(mask: Tensor) -> Tensor:
+    if mask.is_floating_point():
+        raise TypeError(f"mask must be boolean, found {mask.dtype}; write mask > 0")
+    return mask.bool()
+
+
+def _sequence_lengths(mask: Tensor, sequence_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(mask as fp32, live tokens per distinct id, index of each token's id among them)."""
+    if sequence_ids.shape != mask.shape:
+        raise ValueError(
+            f"sequence_ids must be shaped like mask {tuple(mask.shape)}, found {tuple(sequence_ids.shape)}"
+        )
+    live = _boolean(mask).float()
+    distinct, inverse = sequence_ids.unique(return_inverse=True)
+    lengths = torch.zeros(len(distinct), device=mask.device).scatter_add_(0, inverse.flatten(), live.flatten())
+    return live, lengths, inverse

@@ -1,0 +1,115 @@
+"""What callers get wrong, told before any work: the argument, what was found, what was expected."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def call(input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None) -> torch.dtype:
+    """Shapes, types and devices of the tensors; returns the type that matrix products run in."""
+    for name, value in (("input", input), ("linear_weight", linear_weight), ("target", target)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, found {type(value).__name__}")
+    if linear_weight.dim() != 2:
+        raise ValueError(f"linear_weight must be (V, H), found shape {tuple(linear_weight.shape)}")
+    if input.dim() == 0 or input.shape[-1] != linear_weight.shape[1]:
+        raise ValueError(
+            f"input must be (..., H) with H = {linear_weight.shape[1]} as in linear_weight "
+            f"{tuple(linear_weight.shape)}, found shape {tuple(input.shape)}"
+        )
+    if target.is_floating_point() and target.shape[-1:] == linear_weight.shape[:1]:
+        raise TypeError("target holds class probabilities, which are not supported: pass class indices (int64)")
+    if target.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
+        raise TypeError(f"target must hold integer class indices, found {target.dtype}")
+    if target.shape != input.shape[:-1]:
+        raise ValueError(
+            f"target must be shaped like input without its last dimension, {tuple(input.shape[:-1])}, "
+            f"found {tuple(target.shape)}"
+        )
+    tensors = {"input": input, "linear_weight": linear_weight, "linear_bias": linear_bias}
+    tensors = {name: value for name, value in tensors.items() if value is not None}
+    for name, value in {**tensors, "target": target}.items():
+        if value.device != input.device:
+            raise ValueError(f"{name} is on {value.device} but input is on {input.device}: move it there")
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:1]:
+        raise ValueError(
+            f"linear_bias must be (V,) = ({linear_weight.shape[0]},), found shape {tuple(linear_bias.shape)}"
+        )
+    for name, value in tensors.items():
+        if value.dtype not in FLOATING:
+            raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64, found {value.dtype}")
+    kind = input.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    for name, value in tensors.items():
+        if value.dtype != input.dtype:
+            raise TypeError(f"{name} is {value.dtype} but input is {input.dtype}: cast one, or use torch.autocast")
+    return input.dtype
+
+
+def vocabulary(linear_weight: Tensor, vocab_size: int | None) -> int:
+    """The number of entries that exist."""
+    rows = linear_weight.shape[0]
+    if vocab_size is None:
+        vocab_size = rows
+    if not 1 <= vocab_size <= rows:
+        raise ValueError(f"vocab_size must lie in [1, {rows}], the rows of linear_weight, found {vocab_size}")
+    return vocab_size
+
+
+def positive(name: str, value: float | None) -> None:
+    if value is not None and not value > 0:
+        raise ValueError(f"{name} must be positive, found {value}")
+
+
+def shaped_like_target(name: str, value: Any, target: Tensor) -> Tensor:
+    """An annotation, detached: the loss is differentiated to input, linear_weight and linear_bias alone."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} must be a tensor shaped like target {tuple(target.shape)}, found {type(value).__name__}"
+        )
+    if value.shape != target.shape:
+        raise ValueError(f"{name} must be shaped like target {tuple(target.shape)}, found {tuple(value.shape)}")
+    if value.device != target.device:
+        raise ValueError(f"{name} is on {value.device} but target is on {target.device}: move it there")
+    return value.detach()
+
+
+def class_weight(weight: Tensor, vocab: int, input: Tensor) -> None:
+    if tuple(weight.shape) != (vocab,):
+        raise ValueError(f"weight must hold one number per class, ({vocab},), found shape {tuple(weight.shape)}")
+    if weight.device != input.device:
+        raise ValueError(f"weight is on {weight.device} but input is on {input.device}: move it there")
+
+
+def annotations_needed(objective: Any, given: Collection[str]) -> None:
+    requires = getattr(objective, "requires", None)
+    missing = [name for name in requires(given) if name not in given] if requires else []
+    if missing:
+        names = ", ".join(f"{name}=" for name in missing)
+        raise ValueError(
+            f"{objective} needs the annotation{'s' * (len(missing) > 1)} {names.replace('=', '')}: "
+            f"pass {names}... shaped like target"
+        )
+
+
+def target_range(target: Tensor, live: Tensor | None, vocab: int) -> None:
+    """Raise for a live target outside [0, vocab). Silent on accelerators, where looking would stall the stream."""
+    if target.device.type != "cpu" and os.environ.get("SRFT_KERNELS_CHECK", "0") != "1":
+        return
+    wrong = (target < 0) | (target >= vocab)
+    if live is not None:
+        wrong &= live
+    if wrong.any():
+        where = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"target{where} = {target[tuple(where)].item()} lies outside [0, {vocab}) and is not ignore_index; "
+            f"{int(wrong.sum())} of {target.numel()} targets do"
+        )

@@ -1,0 +1,260 @@
+"""The chunk loop, as two autograd functions.
+
+    OnePass     statistics, loss and all gradients of a chunk of tokens while its logits are alive: 6NHV flops.
+                Backward only scales what the forward made.
+    Statistics  (ℓ, H, lse) of every token, differentiable any way the caller likes: 2NHV flops forward; backward
+                recomputes the logits and multiplies once more for each gradient wanted: 6NHV.
+
+Both walk over "packed" rows (see Rows): ignored tokens are not there, tokens that cannot have a gradient come last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .gemm import HeadProducts
+from .head import Head
+from .plan import Plan
+from .rows import backend
+from .tokens import Tokens, TokenStats, per_token_loss
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The n tokens that take part, in the order they are worked through.
+
+    index    (n,) their places among the N tokens of the input; None: all of them, in place
+    active   the first `active` of them may carry gradient
+    tokens   their annotations
+    weight   (n,) their token weights, in the statistics' type
+    """
+
+    index: Tensor | None
+    active: int
+    tokens: Tokens
+    weight: Tensor
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A checked and flattened call of the loss head: x (N, H), W (V or more rows, H), b or None, and how to run."""
+
+    tensors: tuple[Tensor, Tensor, Tensor | None]  # x, W and the bias, as autograd sees them
+    vocab: int
+    head: Head
+    rows: Rows
+    objective: Any
+    plan: Plan
+    compute: torch.dtype
+
+    def logits_buffer(self, products: HeadProducts) -> Tensor:
+        """Room for one chunk's logits (chunk_rows, V), each row starting on a 32-byte boundary."""
+        stride = -(-self.vocab // 8) * 8
+        rows = min(self.plan.chunk_rows, max(len(self.rows), 1))
+        return self.tensors[0].new_empty(rows, stride, dtype=products.dtype)[:, : self.vocab]
+
+
+class OnePass(torch.autograd.Function):
+    """(loss, ℓ (n,), H (n,), lse (n,)) with the gradients of the loss to x, W and b made on the way."""
+
+    @staticmethod
+    def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None, call: Call):
+        rows, head, row_ops = call.rows, call.head, backend(call.plan.backend)
+        parts, losses = [], []
+        with _plain_matmul(input):
+            products = HeadProducts(weight[: call.vocab], call.compute)
+            gradients = Gradients(call, products, ctx.needs_input_grad)
+            buffer = call.logits_buffer(products)
+            token_weight = rows.weight
+            # fp16 gradients of a mean over many tokens would underflow: carry them scaled by a power of two
+            scale = _fp16_scale(token_weight) if call.compute == torch.float16 else None
+            if scale is not None:
+                token_weight = token_weight * scale
+            for chunk in _chunks(call):
+                x = products.operand(_take(input, rows.index, chunk))
+                logits = products.logits(x, buffer[: len(x)])
+                tokens = rows.tokens.rows(chunk)
+                if chunk.start < rows.active:
+                    stats, loss, dlogits = row_ops.loss_and_gradient(
+                        logits,
+                        tokens,
+                        token_weight[chunk],
+                        call.objective,
+                        head,
+                        call.plan.block_rows,
+                        products.compute,
+                    )
+                    gradients.add(dlogits, x, chunk)
+                else:
+                    stats = row_ops.statistics(logits, tokens.target, head, call.plan.block_rows)
+                    loss = per_token_loss(call.objective, stats, tokens)
+                parts.append(stats)
+                losses.append(loss)
+        stats = _joined(parts, rows.weight)
+        ctx.gradients = gradients.finish()
+        ctx.scale = scale
+        outputs = stats.logprobs, stats.entropy, stats.logsumexp
+        ctx.mark_non_differentiable(*outputs)
+        return weighted_sum(torch.cat(losses) if losses else rows.weight, rows.weight), *outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss: Tensor, *_):
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "backward ran twice through a one-pass loss, whose gradients are handed out once and not kept; "
+                "pass plan=Plan(passes=2, ...) to differentiate it repeatedly"
+            )
+        gradients, ctx.gradients = ctx.gradients, None  # so that autograd can take them over without a copy
+        factor = grad_loss if ctx.scale is None else grad_loss / ctx.scale
+        return *(None if gradient is None else _scaled_(gradient, factor) for gradient in gradients), None
+
+
+class Statistics(torch.autograd.Function):
+    """ℓ, H, lse (and the smoothing statistic where the head has class weights) of the packed rows, each (n,)."""
+
+    @staticmethod
+    def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None, call: Call):
+        rows, row_ops = call.rows, backend(call.plan.backend)
+        parts = []
+        with _plain_matmul(input):
+            products = HeadProducts(weight[: call.vocab], call.compute)
+            buffer = call.logits_buffer(products)
+            for chunk in call.plan.chunks(len(rows)):
+                x = products.operand(_take(input, rows.index, chunk))
+                logits = products.logits(x, buffer[: len(x)])
+                parts.append(row_ops.statistics(logits, rows.tokens.target[chunk], call.head, call.plan.block_rows))
+        outputs = _joined(parts, rows.weight, call.head.smooth is not None).fields()
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input, weight, bias, *outputs)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *coefs: Tensor | None):
+        input, weight, bias, *fields = ctx.saved_tensors
+        stats, call, row_ops = TokenStats(*fields), ctx.call, backend(ctx.call.plan.backend)
+        coefs, stats, target, index = _rows_with_gradient(coefs, stats, call.rows)
+        with _plain_matmul(input):
+            products = HeadProducts(weight[: call.vocab], call.compute)
+            gradients = Gradients(call, products, ctx.needs_input_grad)
+            buffer = call.logits_buffer(products)
+            for chunk in call.plan.chunks(len(target)):
+                x = products.operand(_take(input, index, chunk))
+                logits = products.logits(x, buffer[: len(x)])
+                dlogits = row_ops.gradient(
+                    logits,
+                    target[chunk],
+                    stats.map(lambda field, chunk=chunk: field[chunk]),
+                    tuple(None if coef is None else coef[chunk] for coef in coefs),
+                    call.head,
+                    call.plan.block_rows,
+                    products.compute,
+                )
+                gradients.add(dlogits, x, chunk, index)
+        return *gradients.finish(), None
+
+
+class Gradients:
+    """The gradients to x, W and b as chunks add to them; those that nobody wants cost nothing."""
+
+    def __init__(self, call: Call, products: HeadProducts, wanted: tuple[bool, ...]):
+        self.call, self.products = call, products
+        self.dtypes = [None if tensor is None else tensor.dtype for tensor in call.tensors]
+        input, weight, bias = call.tensors
+        everywhere = call.rows.index is None and call.rows.active == len(call.rows)
+        new = torch.empty_like if everywhere else torch.zeros_like
+        self.input = new(input, memory_format=torch.contiguous_format) if wanted[0] else None
+        self.weight = weight.new_empty(weight.shape, dtype=products.dtype) if wanted[1] else None
+        self.bias = bias.new_zeros(bias.shape, dtype=products.dtype) if wanted[2] else None
+        self.first = True
+
+    def add(self, dlogits: Tensor, x: Tensor, chunk: slice, index: Tensor | None = None) -> None:
+        """Add a chunk's ∂L/∂a (n, V) with its hidden states (n, H)."""
+        index = self.call.rows.index if index is None else index
+        if self.input is not None:
+            rows = chunk if index is None else index[chunk]
+            self.input[rows] = self.products.input_gradient(dlogits).to(self.input.dtype)
+        if self.weight is not None:
+            self.products.add_weight_gradient(self.weight[: self.call.vocab], dlogits, x, self.first)
+        if self.bias is not None:
+            self.bias[: self.call.vocab] += dlogits.sum(0, dtype=self.products.dtype)
+        self.first = False
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(dx, dW, db) in the types of the inputs."""
+        if self.weight is not None:  # rows that no chunk wrote: padding of the vocabulary, or everything
+            self.weight[0 if self.first else self.call.vocab :].zero_()
+        if self.first and self.input is not None:
+            self.input.zero_()
+        made = (self.input, self.weight, self.bias)
+        return tuple(None if g is None else g.to(dtype) for g, dtype in zip(made, self.dtypes))
+
+
+def weighted_sum(loss: Tensor, weight: Tensor) -> Tensor:
+    """Σ weight · loss, where a weight of 0 silences even an infinite loss."""
+    return torch.where(weight == 0, 0, loss * weight).sum()
+
+
+def _chunks(call: Call):
+    """Chunks of the rows with gradient, then of the rest."""
+    yield from call.plan.chunks(call.rows.active)
+    for chunk in call.plan.chunks(len(call.rows) - call.rows.active):
+        yield slice(chunk.start + call.rows.active, chunk.stop + call.rows.active)
+
+
+def _take(x: Tensor, index: Tensor | None, chunk: slice) -> Tensor:
+    return x[chunk] if index is None else x[index[chunk]]
+
+
+def _joined(parts: list[TokenStats], like: Tensor, smooth: bool = False) -> TokenStats:
+    if not parts:
+        return TokenStats(*(torch.empty_like(like) for _ in range(4 if smooth else 3)))
+    return TokenStats(*(torch.cat(fields) for fields in zip(*(part.fields() for part in parts))))
+
+
+def _rows_with_gradient(coefs, stats: TokenStats, rows: Rows):
+    """(coefs, stats, target, index) of the packed rows where any coefficient is not zero."""
+    live = torch.stack([coef != 0 for coef in coefs if coef is not None]).any(0)
+    keep = live.nonzero()[:, 0]
+    if len(keep) == len(live):
+        return coefs, stats, rows.tokens.target, rows.index
+    index = keep if rows.index is None else rows.index[keep]
+    coefs = tuple(None if coef is None else coef[keep] for coef in coefs)
+    return coefs, stats.map(lambda field: field[keep]), rows.tokens.target[keep], index
+
+
+def _plain_matmul(input: Tensor):
+    """Autocast off: operands already have the type they should be multiplied in."""
+    try:
+        return torch.autocast(input.device.type, enabled=False)
+    except RuntimeError:  # a device without autocast
+        return contextlib.nullcontext()
+
+
+def _fp16_scale(token_weight: Tensor) -> Tensor:
+    """A power of two near 1 / (largest token weight)."""
+    if len(token_weight) == 0:
+        return token_weight.new_ones(())
+    return torch.exp2(-token_weight.abs().amax().clamp(min=2.0**-60, max=2.0**60).log2().floor())
+
+
+def _scaled_(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient · factor, in place; in most training factor is exactly 1 and nothing is read or written."""
+    if gradient.is_cuda:
+        from .rows.triton_rows import scale_
+
+        return scale_(gradient, factor)
+    if factor.item() == 1:
+        return gradient
+    return gradient.mul_(factor.item())

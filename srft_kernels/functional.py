@@ -1,0 +1,325 @@
+"""The public functions: check, flatten, pack the rows, choose a plan, run.
+
+linear_loss           any objective; one pass where a token's loss is its own business
+linear_logprobs       token statistics, differentiable
+linear_cross_entropy  drop-in for torch.nn.functional.linear_cross_entropy
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .engine import Call, OnePass, Rows, Statistics, weighted_sum
+from .gemm import accumulation_dtype
+from .head import Head
+from .objectives import CrossEntropy
+from .plan import Plan
+from .tokens import Tokens, TokenStats, per_token_loss
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What `linear_loss` returns.
+
+    loss       scalar, Σ_t token_weight_t · loss_t; differentiable
+    logprobs   ℓ, shaped like target, detached; 0 where ignored
+    entropy    H in nats, likewise
+    metrics    token means over this call's live tokens, detached 0-d tensors; computed when first read
+    """
+
+    loss: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    _metrics: Callable[[], dict[str, Tensor]] = field(default=dict, repr=False)
+
+    @cached_property
+    def metrics(self) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return self._metrics()
+
+    @classmethod
+    def of(cls, loss: Tensor, stats: TokenStats, tokens: Tokens, objective: Any, spread: Callable) -> LossOutput:
+        """From the statistics of the live tokens; `spread` gives a field the shape of target."""
+        stats = stats.map(Tensor.detach)
+        metrics = getattr(objective, "metrics", None)
+        return cls(
+            loss,
+            spread(stats.logprobs),
+            spread(stats.entropy),
+            (lambda: metrics(stats, tokens)) if metrics and len(stats.logprobs) else dict,
+        )
+
+
+def linear_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    objective: Any,
+    *,
+    linear_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int | None = -100,
+    vocab_size: int | None = None,
+    token_weight: Tensor | None = None,
+    advantages: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    is_demo: Tensor | None = None,
+    plan: Plan | None = None,
+    **annotations: Tensor | None,
+) -> LossOutput:
+    """Σ_t token_weight_t · objective_t of the next-token distribution softmax(input · linear_weightᵀ), without its logits.
+
+    Args:
+        input: hidden states (..., H); fp32, bf16, fp16, or fp64 (PyTorch rows only). Never modified.
+        linear_weight: head (V, H), of the same type unless autocast is on.
+        target: token ids (...), integers in [0, vocab_size) or `ignore_index`.
+        objective: `CrossEntropy`, `PolicyGradient`, `SRFT`, a preset, or any callable (stats, tokens) -> losses (n,).
+            A callable is shown a slice of the tokens at a time; give it an attribute `token_local = False` if a token's
+            loss depends on other tokens.
+        linear_bias: (V,), or None.
+        temperature: T > 0 of softmax(z / T).
+        softcap: cap > 0 of cap · tanh(z / cap), before the temperature; or None.
+        ignore_index: targets with this value take no part and cost nothing; None: there are none.
+        vocab_size: the true vocabulary where the head has padding rows: those past it do not exist.
+        token_weight: (...), default 1 / (number of live tokens). See `token_mean`, `sequence_mean`, `constant_length`.
+        advantages, old_logprobs, ref_logprobs, is_demo, **annotations: whatever the objective reads, shaped like target.
+        plan: how to run; default `Plan.choose(...)`.
+
+    Returns:
+        LossOutput. With no live token the loss is exactly 0, and so are its gradients.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was found and what was expected, before any work. On CUDA an
+        out-of-range target yields NaN in that token's outputs instead; SRFT_KERNELS_CHECK=1 raises there too.
+    """
+    given = {"advantages": advantages, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "is_demo": is_demo}
+    call, spread = _prepare(
+        input,
+        linear_weight,
+        target,
+        objective,
+        linear_bias=linear_bias,
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        vocab_size=vocab_size,
+        token_weight=token_weight,
+        annotations={**given, **annotations},
+        plan=plan,
+    )
+    loss, stats = _weighted_loss(call)
+    return LossOutput.of(loss, stats, call.rows.tokens, objective, spread)
+
+
+def linear_logprobs(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int | None = -100,
+    vocab_size: int | None = None,
+    plan: Plan | None = None,
+) -> TokenStats:
+    """Log-probability of each target, entropy (nats) and logsumexp of its distribution, without the logits.
+
+    Arguments as in `linear_loss`. Returns TokenStats with fields shaped like target, fp32 (fp64 for fp64 inputs), 0 at
+    ignored tokens, differentiable through every field: the logits are recomputed in the backward (8NHV in all). Under
+    `torch.no_grad()` this is the scoring pass (2NHV) for old and reference log-probs.
+    """
+    call, spread = _prepare(
+        input,
+        linear_weight,
+        target,
+        None,
+        linear_bias=linear_bias,
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        vocab_size=vocab_size,
+        plan=plan,
+    )
+    return _statistics(call).map(spread)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    z_loss: float = 0.0,
+    vocab_size: int | None = None,
+    plan: Plan | None = None,
+) -> Tensor:
+    """cross_entropy(linear(input, linear_weight, linear_bias), target), without the logits; arguments as in PyTorch.
+
+    Args beyond `linear_loss`'s:
+        weight: (V,) weight of each class, or None.
+        reduction: "mean" (over live tokens, by class weight where given), "sum", or "none": losses shaped like target.
+        label_smoothing: ε in [0, 1].
+        options: PyTorch's chunking options, accepted and ignored: this function always works in chunks (see `plan`).
+        z_loss: c: adds c · lse² to each token's loss.
+
+    Returns the loss in fp32 (fp64 for fp64 inputs). Unlike PyTorch, the mean over no live token is 0, not NaN.
+    """
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', found {reduction!r}")
+    if options is not None and plan is not None:
+        raise ValueError("options and plan were both given: options is ignored, so drop it")
+    checks.call(input, linear_weight, target, linear_bias)
+    vocab = checks.vocabulary(linear_weight, vocab_size)
+    ignore_index = -100 if ignore_index is None else ignore_index  # as PyTorch does
+    live = target != ignore_index
+    checks.target_range(target, live, vocab)
+    dtype = accumulation_dtype(input.dtype)
+    annotations, smooth = {}, None
+    if weight is not None:
+        checks.class_weight(weight, vocab, input)
+        weight = weight.detach().to(dtype)
+        # a target out of range makes its own row NaN; here it only must not be read
+        of_target = weight[torch.where(live & (target >= 0) & (target < vocab), target, 0).long()] * live
+        annotations["class_weight"] = of_target
+    if label_smoothing:
+        smooth = (input.new_ones(vocab, dtype=dtype) if weight is None else weight) / vocab
+    token_weight = None  # 1 / live tokens
+    if reduction != "mean":
+        token_weight = live.to(dtype)
+    elif weight is not None:
+        token_weight = live / of_target.sum()
+    call, spread = _prepare(
+        input,
+        linear_weight,
+        target,
+        CrossEntropy(label_smoothing, z_loss),
+        linear_bias=linear_bias,
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        vocab_size=vocab_size,
+        token_weight=token_weight,
+        annotations=annotations,
+        smooth=smooth,
+        plan=plan,
+    )
+    if reduction == "none":  # each token's upstream gradient is known only in the backward
+        stats = _statistics(call)
+        return spread(per_token_loss(call.objective, stats, call.rows.tokens))
+    return _weighted_loss(call)[0]
+
+
+def _weighted_loss(call: Call) -> tuple[Tensor, TokenStats]:
+    """(Σ weight · loss, statistics) in one pass where gradients are wanted and the plan says so, else in two."""
+    if (
+        call.plan.passes == 1
+        and torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in call.tensors)
+    ):
+        loss, *fields = OnePass.apply(*call.tensors, call)
+        return loss, TokenStats(*fields)
+    stats = _statistics(call)
+    return weighted_sum(per_token_loss(call.objective, stats, call.rows.tokens), call.rows.weight), stats
+
+
+def _statistics(call: Call) -> TokenStats:
+    return TokenStats(*Statistics.apply(*call.tensors, call))
+
+
+def _prepare(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    objective: Any,
+    *,
+    linear_bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int | None,
+    vocab_size: int | None,
+    token_weight: Tensor | None = None,
+    annotations: dict[str, Tensor | None] | None = None,
+    smooth: Tensor | None = None,
+    plan: Plan | None = None,
+) -> tuple[Call, Callable[[Tensor], Tensor]]:
+    """(the checked call on flat, packed rows; a function that gives a packed field (n,) the shape of target)."""
+    compute = checks.call(input, linear_weight, target, linear_bias)
+    vocab = checks.vocabulary(linear_weight, vocab_size)
+    checks.positive("temperature", temperature)
+    checks.positive("softcap", softcap)
+    dtype = accumulation_dtype(compute)
+    annotations = {name: value for name, value in (annotations or {}).items() if value is not None}
+    checks.annotations_needed(objective, annotations)
+    columns = {name: checks.shaped_like_target(name, value, target) for name, value in annotations.items()}
+    columns = {name: c.to(dtype) if c.is_floating_point() else c for name, c in columns.items()}
+    live = None if ignore_index is None else target != ignore_index
+    checks.target_range(target, live, vocab)
+
+    shape = target.shape
+    tokens = Tokens(target.reshape(-1).long(), **{name: column.reshape(-1) for name, column in columns.items()})
+    if token_weight is not None:
+        token_weight = checks.shaped_like_target("token_weight", token_weight, target).reshape(-1).to(dtype)
+    rows = _pack(tokens, None if live is None else live.reshape(-1), token_weight, objective, dtype)
+
+    def spread(packed: Tensor) -> Tensor:
+        if rows.index is None:
+            return packed.reshape(shape)
+        return packed.new_zeros(shape.numel()).index_copy(0, rows.index, packed).reshape(shape)
+
+    plan = plan or Plan.choose(len(rows), input.shape[-1], vocab, compute, input.device)
+    bias = None if linear_bias is None else linear_bias.detach()[:vocab].to(dtype)
+    head = Head(bias, softcap, temperature, smooth)
+    flat = input.reshape(-1, input.shape[-1])
+    return Call(
+        (flat, linear_weight, linear_bias), vocab, head, rows, objective, _with_passes(plan, objective, tokens), compute
+    ), spread
+
+
+def _pack(tokens: Tokens, live: Tensor | None, weight: Tensor | None, objective: Any, dtype: torch.dtype) -> Rows:
+    """Leave out ignored tokens, and put those that cannot have a gradient last."""
+    total = len(tokens.target)
+    if live is None:
+        live = torch.ones(total, dtype=torch.bool, device=tokens.target.device)
+    active = live if weight is None else live & (weight != 0)
+    if (inactive := getattr(objective, "inactive", None)) and (idle := inactive(tokens)) is not None:
+        active = active & ~idle
+    count, active_count = torch.stack([live.sum(), active.sum()]).tolist()
+    index = None
+    if active_count < total:
+        order = torch.where(active, 0, torch.where(live, 1, 2)).argsort(stable=True)
+        index = order[:count]
+        tokens = tokens.rows(index)
+        weight = weight if weight is None else weight[index]
+    if weight is None:
+        weight = torch.full((count,), 1 / max(count, 1), dtype=dtype, device=live.device)
+    return Rows(index, active_count, tokens, weight)
+
+
+def _with_passes(plan: Plan, objective: Any, tokens: Tokens) -> Plan:
+    local = getattr(objective, "token_local", True)
+    if callable(local):
+        local = local(tokens)
+    if plan.passes is None:
+        return replace(plan, passes=1 if local else 2)
+    if plan.passes == 1 and not local:
+        raise ValueError(
+            f"Plan(passes=1), but in {objective} a token's loss depends on other tokens: use passes=2 or None"
+        )
+    return plan

@@ -1,0 +1,108 @@
+"""How a call will run: a small value computed from shapes, types and a memory budget; it can be printed, or made by hand.
+
+>>> print(Plan.choose(8192, 4096, 151936, torch.bfloat16, "cuda"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .gemm import accumulation_dtype
+
+MIB = 2**20
+# Enough rows for the products to run at full rate, in memory that nobody misses. Measured for CPU; on GPUs the
+# weight-gradient product reads and writes its V·H accumulator once per chunk, so chunks there are larger.
+WORKSPACE = {"cpu": 48 * MIB, "cuda": 1024 * MIB}
+MIN_CHUNK_ROWS = 64
+BLOCK_BYTES = 2 * MIB  # of logits per block of the torch row backend: an L2 cache
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the loss head runs.
+
+    backend          row operations: "torch" or "triton"
+    chunk_rows       tokens whose logits exist at one time
+    block_rows       rows per block inside a chunk (torch rows only)
+    passes           1: gradients in the forward while the logits live (6NHV flops); 2: logits recomputed in the
+                     backward (8NHV), for losses that are differentiated freely; None: 1 where the objective allows
+    workspace_bytes  what `choose` counted beside inputs and returned gradients (0 in a plan made by hand)
+    """
+
+    backend: str = "torch"
+    chunk_rows: int = 256
+    block_rows: int = 8
+    passes: int | None = None
+    workspace_bytes: int = 0
+
+    def __post_init__(self):
+        if self.backend not in ("torch", "triton"):
+            raise ValueError(f"Plan(backend={self.backend!r}): expected 'torch' or 'triton'")
+        if self.passes not in (None, 1, 2):
+            raise ValueError(f"Plan(passes={self.passes}): expected 1, 2 or None")
+        for name in ("chunk_rows", "block_rows"):
+            if not (isinstance(value := getattr(self, name), int) and value > 0):
+                raise ValueError(f"Plan({name}={value!r}): expected a positive integer")
+
+    @classmethod
+    def choose(
+        cls,
+        tokens: int,
+        hidden: int,
+        vocab: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        workspace_bytes: int | None = None,
+        passes: int | None = None,
+    ) -> Plan:
+        """The plan for `tokens` rows of size `hidden` against a head of `vocab` entries.
+
+        `workspace_bytes` bounds the logits that exist at one time (and their scratch); by default 48 MiB on CPU and
+        1 GiB on GPU, but no fewer than 64 rows. The accumulator of a 16-bit head's gradient comes on top, and is
+        counted in the plan's `workspace_bytes`.
+        """
+        device = torch.device(device)
+        itemsize = accumulation_dtype(dtype).itemsize
+        row_bytes = max(vocab, 1) * itemsize
+        block_rows = max(1, min(BLOCK_BYTES // row_bytes, 64))
+        triton = device.type == "cuda" and dtype != torch.float64 and _has_triton()
+        scratch = 0 if triton else block_rows * row_bytes
+        if workspace_bytes is None:
+            budget = WORKSPACE["cpu" if device.type == "cpu" else "cuda"]
+            rows = max((budget - scratch) // row_bytes, MIN_CHUNK_ROWS)
+        else:
+            rows = max((workspace_bytes - scratch) // row_bytes, 1)
+        step = 128 if rows >= 256 else 8 if rows >= 16 else 1
+        rows = max(1, min(rows // step * step, tokens))
+        narrow = dtype.itemsize < itemsize
+        accumulator = narrow * vocab * hidden * itemsize
+        widened = accumulator if narrow and device.type == "cpu" else 0
+        return cls(
+            backend="triton" if triton else "torch",
+            chunk_rows=rows,
+            block_rows=min(block_rows, rows),
+            passes=passes,
+            workspace_bytes=rows * row_bytes + scratch + accumulator + widened,
+        )
+
+    def chunks(self, rows: int) -> Iterator[slice]:
+        """Slices that cut `rows` rows into the fewest chunks, as equal as possible."""
+        count = -(-rows // self.chunk_rows)
+        for i in range(count):
+            yield slice(rows * i // count, rows * (i + 1) // count)
+
+    def __str__(self) -> str:
+        passes = {None: "one pass where the objective allows", 1: "one pass", 2: "two passes"}[self.passes]
+        memory = f", {self.workspace_bytes / 1e6:.1f} MB of workspace" if self.workspace_bytes else ""
+        return f"{self.backend} rows, chunks of {self.chunk_rows} tokens, {passes}{memory}"
+
+
+def _has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True

@@ -1,0 +1,102 @@
+"""The family by name: each preset is a choice of options; `**options` override any field of the dataclass returned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .objectives import SRFT, CrossEntropy, PolicyGradient
+
+
+def sft(**options: Any) -> CrossEntropy:
+    """Supervised fine-tuning, −ℓ. Usual average: token_mean."""
+    return CrossEntropy(**options)
+
+
+def dft(**options: Any) -> CrossEntropy:
+    """Dynamic fine-tuning, −sg(p)·ℓ (arXiv 2508.05629)."""
+    return CrossEntropy(**{"probability_weighted": True, **options})
+
+
+def reinforce(**options: Any) -> PolicyGradient:
+    """−A·ℓ."""
+    return PolicyGradient(**{"surrogate": "reinforce", **options})
+
+
+def grpo(**options: Any) -> PolicyGradient:
+    """GRPO (arXiv 2402.03300): PPO clip 0.2; pass kl_coef=β and ref_logprobs for the KL term. Usual: sequence_mean."""
+    return PolicyGradient(**options)
+
+
+def dr_grpo(**options: Any) -> PolicyGradient:
+    """Dr. GRPO (arXiv 2503.20783): GRPO with A = reward − mean; average with constant_length."""
+    return PolicyGradient(**options)
+
+
+def dapo(**options: Any) -> PolicyGradient:
+    """DAPO (arXiv 2503.14476): clip higher, 0.2 below and 0.28 above; token_mean over the global batch."""
+    return PolicyGradient(**{"clip_high": 0.28, **options})
+
+
+def cispo(**options: Any) -> PolicyGradient:
+    """CISPO (arXiv 2506.13585): −sg(min(r, 1 + ε_high))·A·ℓ."""
+    return PolicyGradient(**{"surrogate": "cispo", "clip_low": None, "clip_high": 4.0, **options})
+
+
+def gspo(**options: Any) -> PolicyGradient:
+    """GSPO (arXiv 2507.18071): sequence-level ratio; two passes. Usual average: sequence_mean."""
+    return PolicyGradient(**{"ratio_level": "sequence", "clip_low": 3e-4, "clip_high": 4e-4, **options})
+
+
+def srft_paper(**options: Any) -> SRFT:
+    """SRFT as the paper states it (Eq 8–13): e^{−H} on demonstrations, e^{+H} on rewarded rollouts, no clip."""
+    return SRFT(**{"positive": "reward", **options})
+
+
+def srft_official(**options: Any) -> SRFT:
+    """SRFT as the authors' training code is reported to compute it: e^{+H} on demonstrations, LUFFY's shaping, ratios.
+
+    Use with advantages that are not divided by their deviation, and constant_length.
+    """
+    changes = {
+        "entropy_sign": 1,
+        "demo_shaping": 0.1,
+        "rollout_factor": "ratio",
+        "rollout_signal": "advantage",
+        "entropy_coef": 0.001,
+    }
+    return SRFT(**{**changes, **options})
+
+
+def srft_hpt(**options: Any) -> SRFT:
+    """SRFT as re-implemented for the HPT paper (arXiv 2509.04419): the paper's signs, mean H of each sequence."""
+    return SRFT(**{"level": "sequence", "demo_shaping": 0.1, "positive": "reward", **options})
+
+
+def luffy(**options: Any) -> SRFT:
+    """LUFFY (arXiv 2504.14945): demonstrations −A·p/(p + 0.1), rollouts −A·r. Usual average: constant_length."""
+    changes = {
+        "demo_sft_coef": 0.0,
+        "demo_shaping": 0.1,
+        "rollout_coef": 1.0,
+        "rollout_weight": "constant",
+        "rollout_factor": "ratio",
+        "rollout_signal": "advantage",
+    }
+    return SRFT(**{**changes, **options})
+
+
+def chord(mu: float = 0.5, token_weighted: bool = False, **options: Any) -> SRFT:
+    """CHORD (arXiv 2508.11408): μ·SFT on demonstrations + (1 − μ)·GRPO on rollouts; `token_weighted` is CHORD-φ."""
+    if not 0 <= mu <= 1:
+        raise ValueError(f"chord(mu={mu}): expected a number in [0, 1]")
+    changes = {
+        "demo_sft_coef": mu,
+        "demo_weight": "p(1-p)" if token_weighted else "constant",
+        "demo_rl_coef": 0.0,
+        "rollout_coef": 1 - mu,
+        "negative_coef": 1 - mu,
+        "rollout_weight": "constant",
+        "rollout_factor": "clipped_ratio",
+        "rollout_signal": "advantage",
+    }
+    return SRFT(**{**changes, **options})

@@ -1,0 +1,156 @@
+"""The row operations in PyTorch: any device, any floating type; the default on CPUs.
+
+A chunk of logits (n, V) is worked through in blocks of a few rows, small enough for a core's L2 cache: every
+operation below reads what the previous one left in the cache, which makes the whole row pass cost a few per cent of
+the matrix products around it (on a whole chunk at a time it costs as much as one of them).
+
+Logits are destroyed: a block becomes d = z − shift, then its gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..head import Head
+from ..tokens import Tokens, TokenStats, coefficients
+
+# e^d is exactly 0 below this in fp32 and fp64, so flooring d changes nothing but 0 · (−inf) into 0.
+FLOOR = -1e4
+
+
+def statistics(logits: Tensor, target: Tensor, head: Head, block_rows: int) -> TokenStats:
+    """Statistics of the tokens whose raw logits (n, V) these are. `target` (n,) lies in [0, V)."""
+    parts = []
+    for rows, exp in _blocks(logits, block_rows):
+        d, shift = _shifted_(logits[rows], head)
+        parts.append(_statistics(d, exp, shift, target[rows], head)[0])
+    return _joined(parts)
+
+
+def loss_and_gradient(
+    logits: Tensor, tokens: Tokens, weight: Tensor, objective: Any, head: Head, block_rows: int, dtype: torch.dtype
+) -> tuple[TokenStats, Tensor, Tensor]:
+    """One pass: statistics, loss per token (n,), and ∂(Σ weight·loss)/∂(raw logits) (n, V) as `dtype`.
+
+    The gradient is written over the logits.
+    """
+    parts, losses = [], []
+    for rows, exp in _blocks(logits, block_rows):
+        d, shift = _shifted_(logits[rows], head)
+        stats, total = _statistics(d, exp, shift, tokens.target[rows], head)
+        loss, coefs = coefficients(objective, stats, tokens.rows(rows), weight[rows])
+        _gradient_(d, exp, total, shift, stats, tokens.target[rows], coefs, head)
+        parts.append(stats)
+        losses.append(loss)
+    return _joined(parts), torch.cat(losses), logits.to(dtype)
+
+
+def gradient(
+    logits: Tensor,
+    target: Tensor,
+    stats: TokenStats,
+    coefs: tuple[Tensor | None, ...],
+    head: Head,
+    block_rows: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Second pass: the gradient (n, V) from recomputed logits, known statistics and ∂L/∂(each statistic), in place."""
+    for rows, exp in _blocks(logits, block_rows):
+        block_stats = stats.map(lambda field, rows=rows: field[rows])
+        shift = block_stats.logsumexp[:, None]  # then Σ e^d = 1
+        d, shift = _shifted_(logits[rows], head, shift)
+        d.clamp_(min=FLOOR)
+        torch.exp(d, out=exp)
+        block_coefs = tuple(None if coef is None else coef[rows] for coef in coefs)
+        _gradient_(d, exp, torch.ones_like(block_stats.logsumexp), shift, block_stats, target[rows], block_coefs, head)
+    return logits.to(dtype)
+
+
+def _blocks(logits: Tensor, block_rows: int) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of rows, each with a scratch tensor of its shape."""
+    n, vocab = logits.shape
+    scratch = logits.new_empty(min(block_rows, n), vocab)
+    for start in range(0, n, block_rows):
+        rows = slice(start, min(start + block_rows, n))
+        yield rows, scratch[: rows.stop - rows.start]
+
+
+def _joined(parts: list[TokenStats]) -> TokenStats:
+    return TokenStats(*(torch.cat(fields) for fields in zip(*(part.fields() for part in parts))))
+
+
+def _shifted_(a: Tensor, head: Head, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Raw logits a (b, V) → d = z − shift in place, with shift (b, 1), by default the row's maximum."""
+    if head.bias is not None:
+        a.add_(head.bias)
+    if head.softcap is not None:
+        a.div_(head.softcap).tanh_().mul_(head.softcap)
+    if head.temperature != 1:
+        a.div_(head.temperature)
+    if shift is None:
+        shift = a.amax(-1, keepdim=True)
+    return a.sub_(shift), shift
+
+
+def _at_target(d: Tensor, target: Tensor) -> Tensor:
+    """d (b, V) at each row's target (b,); NaN for a target outside the vocabulary."""
+    inside = (target >= 0) & (target < d.shape[1])
+    picked = d.gather(1, torch.where(inside, target, 0)[:, None])[:, 0]
+    return torch.where(inside, picked, torch.nan)
+
+
+def _statistics(d: Tensor, exp: Tensor, shift: Tensor, target: Tensor, head: Head) -> tuple[TokenStats, Tensor]:
+    """(statistics, Σ e^d) of a block; leaves d floored and e^d in `exp`."""
+    at_target = _at_target(d, target)
+    smooth_sum = None if head.smooth is None else d @ head.smooth
+    d.clamp_(min=FLOOR)
+    torch.exp(d, out=exp)
+    total = exp.sum(-1)
+    log_total = total.log()
+    entropy = log_total - torch.linalg.vecdot(exp, d) / total
+    smooth = None if smooth_sum is None else smooth_sum - head.smooth.sum() * log_total
+    return TokenStats(at_target - log_total, entropy, shift[:, 0] + log_total, smooth), total
+
+
+def _gradient_(
+    d: Tensor,
+    exp: Tensor,
+    total: Tensor,
+    shift: Tensor,
+    stats: TokenStats,
+    target: Tensor,
+    coefs: tuple[Tensor | None, ...],
+    head: Head,
+) -> None:
+    """Overwrite d (b, V) with ∂L/∂(raw logits), from p_v = e^d / total and log p_v = d − log total.
+
+    ∂L/∂z_v = g(1[v=y] − p_v) − h p_v(log p_v + H) + k p_v + u(ω_v − Σω · p_v) = e^d (α + β d) + g 1[v=y] + u ω_v
+    """
+    g, h, k, u = (*coefs, None)[:4]
+    scale = 1 / head.temperature
+    cap_slope = None
+    if head.softcap is not None:  # ∂z/∂a = (1 − (z T / cap)²) / T
+        cap_slope = 1 - ((d + shift) * (head.temperature / head.softcap)).square_()
+    alpha = torch.zeros_like(total)
+    if g is not None:
+        alpha = alpha - g
+    if k is not None:
+        alpha = alpha + k
+    if u is not None:
+        alpha = alpha - u * head.smooth.sum()
+    if h is None:
+        torch.mul(exp, (alpha / total * scale)[:, None], out=d)
+    else:
+        alpha = alpha - h * (stats.entropy - total.log())
+        d.mul_((-h / total * scale)[:, None]).add_((alpha / total * scale)[:, None]).mul_(exp)
+    if g is not None:
+        inside = (target >= 0) & (target < d.shape[1])
+        d.scatter_add_(1, torch.where(inside, target, 0)[:, None], (g * scale)[:, None])
+    if u is not None:
+        d.addcmul_((u * scale)[:, None], head.smooth)
+    if cap_slope is not None:
+        d.mul_(cap_slope)

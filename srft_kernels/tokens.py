@@ -1,0 +1,91 @@
+"""What an objective sees of each token: its statistics and its annotations. Never a logit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """Statistics of n tokens under the policy, in nats; all shaped alike, fp32 (fp64 for fp64 inputs).
+
+    logprobs   ℓ = z_y − logsumexp(z), the log-probability of the target
+    entropy    H = −Σ_v p_v log p_v
+    logsumexp  log Σ_v e^{z_v}
+    smooth     Σ_v ω_v log p_v for class weights ω; present only when an objective smooths its labels
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+    logsumexp: Tensor
+    smooth: Tensor | None = None
+
+    def fields(self) -> tuple[Tensor, ...]:
+        present = (self.logprobs, self.entropy, self.logsumexp)
+        return present if self.smooth is None else (*present, self.smooth)
+
+    def map(self, function) -> TokenStats:
+        return TokenStats(*(function(field) for field in self.fields()))
+
+
+class Tokens:
+    """Annotations of n tokens by name: `tokens.target`, `tokens.advantages`, or whatever the caller passed.
+
+    Reading one that was not given raises a ValueError that names it; `tokens.get(name)` returns None instead.
+    """
+
+    def __init__(self, target: Tensor, **annotations: Tensor | None):
+        self._columns = {"target": target, **{k: v for k, v in annotations.items() if v is not None}}
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name.startswith("__"):  # copy and pickle probe for these
+            raise AttributeError(name)
+        column = self._columns.get(name)
+        if column is None:
+            given = ", ".join(sorted(self._columns))
+            raise ValueError(
+                f"the objective reads the annotation `{name}`, which was not given (given: {given}); "
+                f"pass {name}=..., a tensor shaped like target"
+            )
+        return column
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._columns
+
+    def get(self, name: str) -> Tensor | None:
+        return self._columns.get(name)
+
+    def rows(self, rows: slice | Tensor) -> Tokens:
+        """The same annotations for some of the tokens."""
+        return Tokens(**{name: column[rows] for name, column in self._columns.items()})
+
+
+def coefficients(
+    objective: Any, stats: TokenStats, tokens: Tokens, weight: Tensor
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Loss of n tokens and the derivative of Σ weight·loss to each of their statistics, by autograd on n-long vectors.
+
+    This is all that a backward pass needs to know of an objective (g, h, k of the derivation; the last one, of
+    `smooth`, only with label smoothing). None stands for a statistic that the objective does not depend on.
+    """
+    with torch.enable_grad():
+        leaves = stats.map(lambda field: field.detach().requires_grad_())
+        loss = per_token_loss(objective, leaves, tokens)
+        if not loss.requires_grad:  # e.g. a part that is switched off
+            return loss, (None,) * len(leaves.fields())
+        grads = torch.autograd.grad(loss, leaves.fields(), grad_outputs=weight.to(loss.dtype), allow_unused=True)
+    return loss.detach(), grads
+
+
+def per_token_loss(objective: Any, stats: TokenStats, tokens: Tokens) -> Tensor:
+    """objective(stats, tokens), checked: a user's callable may return anything."""
+    loss = objective(stats, tokens)
+    expected = tuple(stats.logprobs.shape)
+    if not isinstance(loss, Tensor) or tuple(loss.shape) != expected:
+        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"the objective returned {found}, expected one loss per token: a tensor of shape {expected}")
+    return loss
