@@ -224,9 +224,7 @@ def check_key(key: str, where: str) -> None:
     if name in fields_of(section):
         return
     everything = [f"{section}.{name}" for section in SECTIONS for name in fields_of(section)]
-    by_name = [
-        known for known in everything if known.endswith(f".{name or section}")
-    ]  # right name, wrong or no section
+    by_name = [known for known in everything if known.endswith(f".{name or section}")]
     hint = f"; did you mean {' or '.join(map(repr, by_name))}?" if by_name else nearest(key, everything)
     raise UserError(f"{where or 'command line: '}unknown key {key!r}{hint} (`srft train --help` lists all keys)")
 

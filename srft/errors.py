@@ -12,7 +12,7 @@ class UserError(Exception):
 
 
 def missing(package: str, purpose: str = "", extra: str = "train") -> UserError:
-    """The error for an optional package that is not installed: `raise missing("gguf", "the embedded model") from error`."""
+    """The error for an optional package that is not installed: `raise missing("gguf", "this file") from error`."""
     needed = f" for {purpose}" if purpose else ""
     return UserError(f"the package {package!r} is needed{needed}: pip install 'srft-kernels[{extra}]'")
 

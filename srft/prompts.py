@@ -1,0 +1,102 @@
+"""Examples become token ids: the tokenizer's chat template where it has one, plain text where not.
+
+prompter = build_prompter(tokenizer, config.data)
+prompter.encode_prompt(example)            # ids up to where the model starts to speak
+prompter.encode_demonstration(example)     # ids of the demonstration as the model would have said it, end included
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from srft.config import DataConfig
+from srft.data import Example
+from srft.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SENTINEL = "a0z"  # no template changes it and no tokenizer merges it with a special token
+
+
+@dataclass(frozen=True)
+class Prompter:
+    """tokenizer; the system prompt or None; the most tokens a prompt may have; the id that ends the model's turn."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    system_prompt: str | None
+    max_prompt_tokens: int
+    end_id: int
+
+    def encode_prompt(self, example: Example) -> list[int]:
+        """Token ids of the prompt; raises UserError when it is longer than data.max_prompt_tokens."""
+        ids = self.template(example.messages) if self.tokenizer.chat_template else self.plain(example.messages)
+        if len(ids) > self.max_prompt_tokens:
+            found = f"the prompt has {len(ids)} tokens, data.max_prompt_tokens is {self.max_prompt_tokens}"
+            raise UserError(f"{example.source or example.task}: {found}; raise it or shorten {shorten(example)!r}")
+        return ids
+
+    def encode_demonstration(self, example: Example) -> list[int]:
+        """Token ids of the demonstration and of the end of the turn; the demonstration must not be None."""
+        # Encoded by itself, as a rollout is: its first token follows the prompt's last one unmerged.
+        return [*self.tokenizer.encode(example.demonstration, add_special_tokens=False), self.end_id]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text without special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def with_system(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+        if not self.system_prompt or messages[0]["role"] == "system":
+            return messages
+        return [{"role": "system", "content": self.system_prompt}, *messages]
+
+    def template(self, messages: list[dict[str, str]]) -> list[int]:
+        chat = self.with_system(messages)
+        try:
+            return apply(self.tokenizer, chat)
+        except Exception as error:
+            if chat[0]["role"] != "system":
+                raise UserError(f"the chat template of the tokenizer refuses {chat}: {error}") from error
+        # Some templates (Gemma's) know no system turn: the user's first turn says it.
+        first, *rest = chat[1:]
+        merged = {**first, "content": f"{chat[0]['content']}\n\n{first['content']}"}
+        try:
+            return apply(self.tokenizer, [merged, *rest])
+        except Exception as error:
+            raise UserError(f"the chat template of the tokenizer refuses {chat}: {error}") from error
+
+    def plain(self, messages: list[dict[str, str]]) -> list[int]:
+        text = "\n\n".join(turn["content"] for turn in self.with_system(messages)) + "\n"
+        ids = self.tokenizer.encode(text, add_special_tokens=True)
+        return ids[:-1] if ids[-1] == self.end_id else ids  # a tokenizer that closes its input would end the text
+
+
+def build_prompter(tokenizer: "PreTrainedTokenizerBase", config: DataConfig) -> Prompter:
+    """A Prompter; with data.system_prompt unset, generated tasks ask for the answer after "####", files for nothing."""
+    system_prompt = config.system_prompt
+    if system_prompt is None and not config.train_file:
+        from srft.tasks import SYSTEM_PROMPT
+
+        system_prompt = SYSTEM_PROMPT
+    return Prompter(tokenizer, system_prompt, config.max_prompt_tokens, end_of_turn(tokenizer))
+
+
+def apply(tokenizer: "PreTrainedTokenizerBase", chat: list[dict[str, str]]) -> list[int]:
+    return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False))
+
+
+def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The id that ends an assistant's turn in the chat template, else the tokenizer's end of sequence."""
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": SENTINEL}]
+        tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(SENTINEL)[2]
+        for token in tokenizer.encode(tail, add_special_tokens=False):
+            if token in tokenizer.all_special_ids or token in tokenizer.added_tokens_decoder:
+                return token
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end-of-sequence token: set eos_token in its tokenizer_config.json")
+    return tokenizer.eos_token_id
+
+
+def shorten(example: Example, length: int = 60) -> str:
+    text = example.messages[-1]["content"]
+    return text if len(text) <= length else text[:length] + "…"
