@@ -5,7 +5,7 @@
 
 A row of a `.jsonl` or `.parquet` file has `prompt` (text) or `messages` (a chat), and usually `demonstration` (a worked
 solution) and `answer` (what a verifier compares with); a chat that ends in an assistant turn carries its demonstration
-there. Other columns go to the reward function. A hash of the prompt alone decides which side it is on, so train and eval
+there. Other columns go to the reward function. A hash of the prompt decides which side it is on, so train and eval
 never share one, whatever the seeds and sizes, and evaluating an old checkpoint never meets its training prompts.
 """
 
