@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from .gemm import HeadProducts
 from .head import Head
 from .plan import Plan
-from .rows import backend
+from .rows import ROW_ALIGNMENT, Normalizer, backend
 from .tokens import Tokens, TokenStats, per_token_loss
 
 
@@ -46,10 +46,9 @@ class Rows:
 
 @dataclass(frozen=True)
 class Call:
-    """A checked and flattened call of the loss head: x (N, H), W (V or more rows, H), b or None, and how to run."""
+    """A checked call of the loss head: everything but x (N, H), W (V or more rows, H) and b, which autograd passes."""
 
-    tensors: tuple[Tensor, Tensor, Tensor | None]  # x, W and the bias, as autograd sees them
-    vocab: int
+    vocab: int  # V
     head: Head
     rows: Rows
     objective: Any
@@ -57,10 +56,10 @@ class Call:
     compute: torch.dtype
 
     def logits_buffer(self, products: HeadProducts) -> Tensor:
-        """Room for one chunk's logits (chunk_rows, V), each row starting on a 32-byte boundary."""
-        stride = -(-self.vocab // 8) * 8
+        """Room for one chunk's logits (chunk_rows, V), each row padded to a multiple of ROW_ALIGNMENT numbers."""
+        stride = -(-self.vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT
         rows = min(self.plan.chunk_rows, max(len(self.rows), 1))
-        return self.tensors[0].new_empty(rows, stride, dtype=products.dtype)[:, : self.vocab]
+        return products.weight.new_empty(rows, stride, dtype=products.dtype)[:, : self.vocab]
 
 
 class OnePass(torch.autograd.Function):
@@ -72,7 +71,7 @@ class OnePass(torch.autograd.Function):
         parts, losses = [], []
         with _plain_matmul(input):
             products = HeadProducts(weight[: call.vocab], call.compute)
-            gradients = Gradients(call, products, ctx.needs_input_grad)
+            gradients = Gradients((input, weight, bias), ctx.needs_input_grad, products, rows.index, rows.active)
             buffer = call.logits_buffer(products)
             token_weight = rows.weight
             # fp16 gradients of a mean over many tokens would underflow: carry them scaled by a power of two
@@ -95,7 +94,7 @@ class OnePass(torch.autograd.Function):
                     )
                     gradients.add(dlogits, x, chunk)
                 else:
-                    stats = row_ops.statistics(logits, tokens.target, head, call.plan.block_rows)
+                    stats, _ = row_ops.statistics(logits, tokens.target, head, call.plan.block_rows)
                     loss = per_token_loss(call.objective, stats, tokens)
                 parts.append(stats)
                 losses.append(loss)
@@ -125,29 +124,34 @@ class Statistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None, call: Call):
         rows, row_ops = call.rows, backend(call.plan.backend)
-        parts = []
+        parts, normalizers = [], []
         with _plain_matmul(input):
             products = HeadProducts(weight[: call.vocab], call.compute)
             buffer = call.logits_buffer(products)
             for chunk in call.plan.chunks(len(rows)):
                 x = products.operand(_take(input, rows.index, chunk))
                 logits = products.logits(x, buffer[: len(x)])
-                parts.append(row_ops.statistics(logits, rows.tokens.target[chunk], call.head, call.plan.block_rows))
+                stats, normalizer = row_ops.statistics(
+                    logits, rows.tokens.target[chunk], call.head, call.plan.block_rows
+                )
+                parts.append(stats)
+                normalizers.append(normalizer)
         outputs = _joined(parts, rows.weight, call.head.smooth is not None).fields()
         ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, weight, bias, *outputs)
+        normalizer = [torch.cat(fields) for fields in zip(*normalizers)] if normalizers else outputs[:2]
+        ctx.save_for_backward(input, weight, bias, outputs[1], *normalizer)
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *coefs: Tensor | None):
         input, weight, bias, *fields = ctx.saved_tensors
-        stats, call, row_ops = TokenStats(*fields), ctx.call, backend(ctx.call.plan.backend)
-        coefs, stats, target, index = _rows_with_gradient(coefs, stats, call.rows)
+        call, row_ops = ctx.call, backend(ctx.call.plan.backend)
+        coefs, target, index, (entropy, *normalizer) = _rows_with_gradient(coefs, call.rows, fields)
         with _plain_matmul(input):
             products = HeadProducts(weight[: call.vocab], call.compute)
-            gradients = Gradients(call, products, ctx.needs_input_grad)
+            gradients = Gradients((input, weight, bias), ctx.needs_input_grad, products, index, len(target))
             buffer = call.logits_buffer(products)
             for chunk in call.plan.chunks(len(target)):
                 x = products.operand(_take(input, index, chunk))
@@ -155,48 +159,57 @@ class Statistics(torch.autograd.Function):
                 dlogits = row_ops.gradient(
                     logits,
                     target[chunk],
-                    stats.map(lambda field, chunk=chunk: field[chunk]),
+                    entropy[chunk],
+                    Normalizer(*(field[chunk] for field in normalizer)),
                     tuple(None if coef is None else coef[chunk] for coef in coefs),
                     call.head,
                     call.plan.block_rows,
                     products.compute,
                 )
-                gradients.add(dlogits, x, chunk, index)
+                gradients.add(dlogits, x, chunk)
         return *gradients.finish(), None
 
 
 class Gradients:
-    """The gradients to x, W and b as chunks add to them; those that nobody wants cost nothing."""
+    """The gradients to x, W and b as chunks of rows add to them; those that nobody wants cost nothing.
 
-    def __init__(self, call: Call, products: HeadProducts, wanted: tuple[bool, ...]):
-        self.call, self.products = call, products
-        self.dtypes = [None if tensor is None else tensor.dtype for tensor in call.tensors]
-        input, weight, bias = call.tensors
-        everywhere = call.rows.index is None and call.rows.active == len(call.rows)
-        new = torch.empty_like if everywhere else torch.zeros_like
+    The first `active` packed rows, whose places among the N are `index`, will be added: the other rows of dx are 0.
+    """
+
+    def __init__(
+        self,
+        tensors: tuple[Tensor, Tensor, Tensor | None],
+        wanted: tuple[bool, ...],
+        products: HeadProducts,
+        index: Tensor | None,
+        active: int,
+    ):
+        input, weight, bias = tensors
+        self.products, self.index = products, index
+        self.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
+        self.empty = active == 0
+        new = torch.empty_like if index is None and not self.empty else torch.zeros_like
         self.input = new(input, memory_format=torch.contiguous_format) if wanted[0] else None
         self.weight = weight.new_empty(weight.shape, dtype=products.dtype) if wanted[1] else None
         self.bias = bias.new_zeros(bias.shape, dtype=products.dtype) if wanted[2] else None
+        if self.weight is not None:  # rows that no chunk writes: the vocabulary's padding, or all of them
+            self.weight[0 if self.empty else len(products.weight) :].zero_()
         self.first = True
 
-    def add(self, dlogits: Tensor, x: Tensor, chunk: slice, index: Tensor | None = None) -> None:
+    def add(self, dlogits: Tensor, x: Tensor, chunk: slice) -> None:
         """Add a chunk's ∂L/∂a (n, V) with its hidden states (n, H)."""
-        index = self.call.rows.index if index is None else index
+        vocab = dlogits.shape[1]
         if self.input is not None:
-            rows = chunk if index is None else index[chunk]
+            rows = chunk if self.index is None else self.index[chunk]
             self.input[rows] = self.products.input_gradient(dlogits).to(self.input.dtype)
         if self.weight is not None:
-            self.products.add_weight_gradient(self.weight[: self.call.vocab], dlogits, x, self.first)
+            self.products.add_weight_gradient(self.weight[:vocab], dlogits, x, self.first)
         if self.bias is not None:
-            self.bias[: self.call.vocab] += dlogits.sum(0, dtype=self.products.dtype)
+            self.bias[:vocab] += dlogits.sum(0, dtype=self.products.dtype)
         self.first = False
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(dx, dW, db) in the types of the inputs."""
-        if self.weight is not None:  # rows that no chunk wrote: padding of the vocabulary, or everything
-            self.weight[0 if self.first else self.call.vocab :].zero_()
-        if self.first and self.input is not None:
-            self.input.zero_()
         made = (self.input, self.weight, self.bias)
         return tuple(None if g is None else g.to(dtype) for g, dtype in zip(made, self.dtypes))
 
@@ -223,15 +236,14 @@ def _joined(parts: list[TokenStats], like: Tensor, smooth: bool = False) -> Toke
     return TokenStats(*(torch.cat(fields) for fields in zip(*(part.fields() for part in parts))))
 
 
-def _rows_with_gradient(coefs, stats: TokenStats, rows: Rows):
-    """(coefs, stats, target, index) of the packed rows where any coefficient is not zero."""
-    live = torch.stack([coef != 0 for coef in coefs if coef is not None]).any(0)
-    keep = live.nonzero()[:, 0]
-    if len(keep) == len(live):
-        return coefs, stats, rows.tokens.target, rows.index
+def _rows_with_gradient(coefs: tuple[Tensor | None, ...], rows: Rows, fields: list[Tensor]):
+    """(coefs, target, index, fields) of the packed rows where any coefficient is not zero."""
+    keep = torch.stack([coef != 0 for coef in coefs if coef is not None]).any(0).nonzero()[:, 0]
+    if len(keep) == len(rows):
+        return coefs, rows.tokens.target, rows.index, fields
     index = keep if rows.index is None else rows.index[keep]
     coefs = tuple(None if coef is None else coef[keep] for coef in coefs)
-    return coefs, stats.map(lambda field: field[keep]), rows.tokens.target[keep], index
+    return coefs, rows.tokens.target[keep], index, [field[keep] for field in fields]
 
 
 def _plain_matmul(input: Tensor):

@@ -23,6 +23,8 @@ from .objectives import CrossEntropy
 from .plan import Plan
 from .tokens import Tokens, TokenStats, per_token_loss
 
+Tensors = tuple[Tensor, Tensor, Tensor | None]  # x, W and the bias as autograd sees them
+
 
 @dataclass(frozen=True)
 class LossOutput:
@@ -102,7 +104,7 @@ def linear_loss(
         out-of-range target yields NaN in that token's outputs instead; SRFT_KERNELS_CHECK=1 raises there too.
     """
     given = {"advantages": advantages, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "is_demo": is_demo}
-    call, spread = _prepare(
+    tensors, call, spread = _prepare(
         input,
         linear_weight,
         target,
@@ -116,7 +118,7 @@ def linear_loss(
         annotations={**given, **annotations},
         plan=plan,
     )
-    loss, stats = _weighted_loss(call)
+    loss, stats = _weighted_loss(tensors, call)
     return LossOutput.of(loss, stats, call.rows.tokens, objective, spread)
 
 
@@ -138,7 +140,7 @@ def linear_logprobs(
     ignored tokens, differentiable through every field: the logits are recomputed in the backward (8NHV in all). Under
     `torch.no_grad()` this is the scoring pass (2NHV) for old and reference log-probs.
     """
-    call, spread = _prepare(
+    tensors, call, spread = _prepare(
         input,
         linear_weight,
         target,
@@ -150,7 +152,7 @@ def linear_logprobs(
         vocab_size=vocab_size,
         plan=plan,
     )
-    return _statistics(call).map(spread)
+    return _statistics(tensors, call).map(spread)
 
 
 def linear_cross_entropy(
@@ -205,7 +207,7 @@ def linear_cross_entropy(
         token_weight = live.to(dtype)
     elif weight is not None:
         token_weight = live / of_target.sum()
-    call, spread = _prepare(
+    tensors, call, spread = _prepare(
         input,
         linear_weight,
         target,
@@ -221,26 +223,23 @@ def linear_cross_entropy(
         plan=plan,
     )
     if reduction == "none":  # each token's upstream gradient is known only in the backward
-        stats = _statistics(call)
+        stats = _statistics(tensors, call)
         return spread(per_token_loss(call.objective, stats, call.rows.tokens))
-    return _weighted_loss(call)[0]
+    return _weighted_loss(tensors, call)[0]
 
 
-def _weighted_loss(call: Call) -> tuple[Tensor, TokenStats]:
+def _weighted_loss(tensors: Tensors, call: Call) -> tuple[Tensor, TokenStats]:
     """(Σ weight · loss, statistics) in one pass where gradients are wanted and the plan says so, else in two."""
-    if (
-        call.plan.passes == 1
-        and torch.is_grad_enabled()
-        and any(t is not None and t.requires_grad for t in call.tensors)
-    ):
-        loss, *fields = OnePass.apply(*call.tensors, call)
+    differentiable = any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if call.plan.passes == 1 and torch.is_grad_enabled() and differentiable:
+        loss, *fields = OnePass.apply(*tensors, call)
         return loss, TokenStats(*fields)
-    stats = _statistics(call)
+    stats = _statistics(tensors, call)
     return weighted_sum(per_token_loss(call.objective, stats, call.rows.tokens), call.rows.weight), stats
 
 
-def _statistics(call: Call) -> TokenStats:
-    return TokenStats(*Statistics.apply(*call.tensors, call))
+def _statistics(tensors: Tensors, call: Call) -> TokenStats:
+    return TokenStats(*Statistics.apply(*tensors, call))
 
 
 def _prepare(
@@ -258,8 +257,8 @@ def _prepare(
     annotations: dict[str, Tensor | None] | None = None,
     smooth: Tensor | None = None,
     plan: Plan | None = None,
-) -> tuple[Call, Callable[[Tensor], Tensor]]:
-    """(the checked call on flat, packed rows; a function that gives a packed field (n,) the shape of target)."""
+) -> tuple[Tensors, Call, Callable[[Tensor], Tensor]]:
+    """((x, W, b) with x flat; the checked call on packed rows; what gives a packed field (n,) the shape of target)."""
     compute = checks.call(input, linear_weight, target, linear_bias)
     vocab = checks.vocabulary(linear_weight, vocab_size)
     checks.positive("temperature", temperature)
@@ -286,10 +285,8 @@ def _prepare(
     plan = plan or Plan.choose(len(rows), input.shape[-1], vocab, compute, input.device)
     bias = None if linear_bias is None else linear_bias.detach()[:vocab].to(dtype)
     head = Head(bias, softcap, temperature, smooth)
-    flat = input.reshape(-1, input.shape[-1])
-    return Call(
-        (flat, linear_weight, linear_bias), vocab, head, rows, objective, _with_passes(plan, objective, tokens), compute
-    ), spread
+    call = Call(vocab, head, rows, objective, _with_passes(plan, objective, tokens), compute)
+    return (input.reshape(-1, input.shape[-1]), linear_weight, linear_bias), call, spread
 
 
 def _pack(tokens: Tokens, live: Tensor | None, weight: Tensor | None, objective: Any, dtype: torch.dtype) -> Rows:
@@ -319,7 +316,5 @@ def _with_passes(plan: Plan, objective: Any, tokens: Tokens) -> Plan:
     if plan.passes is None:
         return replace(plan, passes=1 if local else 2)
     if plan.passes == 1 and not local:
-        raise ValueError(
-            f"Plan(passes=1), but in {objective} a token's loss depends on other tokens: use passes=2 or None"
-        )
+        raise ValueError(f"Plan(passes=1), but a token's loss depends on other tokens in {objective}: use passes=None")
     return plan

@@ -78,7 +78,8 @@ def coefficients(
         if not loss.requires_grad:  # e.g. a part that is switched off
             return loss, (None,) * len(leaves.fields())
         grads = torch.autograd.grad(loss, leaves.fields(), grad_outputs=weight.to(loss.dtype), allow_unused=True)
-    return loss.detach(), grads
+    silent = weight == 0  # whatever its derivative is, infinite or not
+    return loss.detach(), tuple(None if g is None else torch.where(silent, 0, g) for g in grads)
 
 
 def per_token_loss(objective: Any, stats: TokenStats, tokens: Tokens) -> Tensor:

@@ -3,8 +3,24 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import NamedTuple
+
+from torch import Tensor
 
 BACKENDS = ("torch", "triton")
+
+# Rows of a logits buffer start at multiples of this many numbers, so that loads are 16 bytes wide for any vocabulary.
+ROW_ALIGNMENT = 16
+
+
+class Normalizer(NamedTuple):
+    """p_v = e^{z_v − shift − log_total}: a row's maximum and log Σ e^{z − shift}, each (n,).
+
+    Kept apart because their sum, the logsumexp, has rounded away what p needs where logits are huge.
+    """
+
+    shift: Tensor
+    log_total: Tensor
 
 
 def backend(name: str) -> ModuleType:

@@ -16,19 +16,22 @@ import torch
 from torch import Tensor
 
 from ..head import Head
+from . import Normalizer
 from ..tokens import Tokens, TokenStats, coefficients
 
 # e^d is exactly 0 below this in fp32 and fp64, so flooring d changes nothing but 0 · (−inf) into 0.
 FLOOR = -1e4
 
 
-def statistics(logits: Tensor, target: Tensor, head: Head, block_rows: int) -> TokenStats:
+def statistics(logits: Tensor, target: Tensor, head: Head, block_rows: int) -> tuple[TokenStats, Normalizer]:
     """Statistics of the tokens whose raw logits (n, V) these are. `target` (n,) lies in [0, V)."""
-    parts = []
+    stats, normalizers = [], []
     for rows, exp in _blocks(logits, block_rows):
         d, shift = _shifted_(logits[rows], head)
-        parts.append(_statistics(d, exp, shift, target[rows], head)[0])
-    return _joined(parts)
+        block_stats, total = _statistics(d, exp, shift, target[rows], head)
+        stats.append(block_stats)
+        normalizers.append(Normalizer(shift[:, 0], total.log()))
+    return _joined(stats), Normalizer(*(torch.cat(fields) for fields in zip(*normalizers)))
 
 
 def loss_and_gradient(
@@ -43,7 +46,7 @@ def loss_and_gradient(
         d, shift = _shifted_(logits[rows], head)
         stats, total = _statistics(d, exp, shift, tokens.target[rows], head)
         loss, coefs = coefficients(objective, stats, tokens.rows(rows), weight[rows])
-        _gradient_(d, exp, total, shift, stats, tokens.target[rows], coefs, head)
+        _gradient_(d, exp, total, shift, stats.entropy, tokens.target[rows], coefs, head)
         parts.append(stats)
         losses.append(loss)
     return _joined(parts), torch.cat(losses), logits.to(dtype)
@@ -52,21 +55,19 @@ def loss_and_gradient(
 def gradient(
     logits: Tensor,
     target: Tensor,
-    stats: TokenStats,
+    entropy: Tensor,
+    normalizer: Normalizer,
     coefs: tuple[Tensor | None, ...],
     head: Head,
     block_rows: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Second pass: the gradient (n, V) from recomputed logits, known statistics and ∂L/∂(each statistic), in place."""
+    """Second pass: the gradient (n, V) from recomputed logits and ∂L/∂(each statistic) (n,), over the logits."""
     for rows, exp in _blocks(logits, block_rows):
-        block_stats = stats.map(lambda field, rows=rows: field[rows])
-        shift = block_stats.logsumexp[:, None]  # then Σ e^d = 1
-        d, shift = _shifted_(logits[rows], head, shift)
-        d.clamp_(min=FLOOR)
-        torch.exp(d, out=exp)
+        d, shift = _shifted_(logits[rows], head, normalizer.shift[rows, None])
+        torch.exp(d.clamp_(min=FLOOR), out=exp)
         block_coefs = tuple(None if coef is None else coef[rows] for coef in coefs)
-        _gradient_(d, exp, torch.ones_like(block_stats.logsumexp), shift, block_stats, target[rows], block_coefs, head)
+        _gradient_(d, exp, normalizer.log_total[rows].exp(), shift, entropy[rows], target[rows], block_coefs, head)
     return logits.to(dtype)
 
 
@@ -121,7 +122,7 @@ def _gradient_(
     exp: Tensor,
     total: Tensor,
     shift: Tensor,
-    stats: TokenStats,
+    entropy: Tensor,
     target: Tensor,
     coefs: tuple[Tensor | None, ...],
     head: Head,
@@ -145,7 +146,7 @@ def _gradient_(
     if h is None:
         torch.mul(exp, (alpha / total * scale)[:, None], out=d)
     else:
-        alpha = alpha - h * (stats.entropy - total.log())
+        alpha = alpha - h * (entropy - total.log())
         d.mul_((-h / total * scale)[:, None]).add_((alpha / total * scale)[:, None]).mul_(exp)
     if g is not None:
         inside = (target >= 0) & (target < d.shape[1])
