@@ -143,7 +143,7 @@ def head_of(model: "PreTrainedModel") -> Head:
 
 
 def hidden_states(model: "PreTrainedModel", input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The backbone's last hidden states (B, L, H), after its final norm, for ids and mask (B, L); no logits are made."""
+    """The last hidden states (B, L, H), after the final norm, for ids and mask (B, L); no logits are made."""
     backbone = model.get_decoder()
     return backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 

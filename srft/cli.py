@@ -1,0 +1,166 @@
+"""The command `srft`: finds out what is asked, reads the configuration, calls the room that does it.
+
+A wrong input ends with one message and exit code 2; `--debug` shows the traceback instead.
+"""
+
+import importlib.metadata
+import sys
+from pathlib import Path
+
+from srft.config import help_text, load
+from srft.errors import UserError, nearest
+
+HELP = """\
+srft: single-stage supervised + reinforcement fine-tuning of language models
+
+  srft train [CONFIG.toml] [--section.key value …]      train, measured before and after on held-out prompts
+  srft eval  [CONFIG.toml] [--checkpoint DIR] [--section.key value …]      avg@k and pass@k on held-out prompts
+  srft report RUN_DIR                                   write RUN_DIR/report.html again from the run's files
+  srft COMMAND --help                                   more on one command; `srft train --help` lists every setting
+
+Examples
+  srft train                                            the embedded SmolLM2-135M learns to add and subtract
+  srft train my.toml --train.lr 1e-5 --train.steps 200  a file, and settings that differ from it
+  srft train --data.tasks chain_sum gsm_symbolic --rollout.max_new_tokens 200
+  srft train --data.train_file train.jsonl --model.path ./my-model
+  srft eval --checkpoint runs/2026-01-31-12-00-00/final --eval.samples 16
+
+--debug shows the traceback of an error.
+"""
+
+TRAIN_HELP = """\
+srft train [CONFIG.toml] [--section.key value …]
+
+Samples prompts, generates rollouts, scores them and the demonstrations with a verifiable reward, takes one optimizer
+step on both; evaluates on held-out prompts before and after. Everything is written into run.dir: config.toml,
+metrics.jsonl, samples.jsonl, checkpoints and report.html.
+
+Settings come from the defaults below, then CONFIG.toml, then the command line:
+  [train]                                   in CONFIG.toml is the same as
+  lr = 1e-5                                 --train.lr 1e-5
+Lists take several values (--data.tasks chain_sum gsm_symbolic), tables take dotted keys
+(--data.task_args.chain_sum.max_terms 4, --loss.options.entropy_sign 1).
+
+A data file has one row per prompt, .jsonl or .parquet: prompt (text) or messages (a chat), demonstration (a worked
+solution) and/or answer (what is compared); other columns go to the reward function. For example
+  {"prompt": "What is 2 + 3?", "demonstration": "2 + 3 = 5\\n#### 5", "answer": "5"}
+
+A reward function of your own is --reward.name my_module:my_function, with the signature
+  def my_function(prompts, completions, **columns) -> list[float | None]
+
+Settings
+"""
+
+EVAL_HELP = """\
+srft eval [CONFIG.toml] [--checkpoint DIR] [--section.key value …]
+
+Generates eval.samples completions of eval.prompts held-out prompts and prints avg@k (mean reward) and pass@k.
+--checkpoint is a checkpoint, a run directory (its final checkpoint) or any model; without it model.path is evaluated.
+Where no CONFIG.toml is given and the checkpoint lies in a run, the settings are those of the run.
+
+Settings are those of `srft train --help`; for example
+  srft eval --checkpoint runs/2026-01-31-12-00-00 --eval.samples 16 --eval.prompts 200
+"""
+
+REPORT_HELP = """\
+srft report RUN_DIR
+
+Writes RUN_DIR/report.html again: one self-contained page with the curves, the configuration and the samples.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for a wrong input, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    try:
+        return dispatch([each for each in arguments if each != "--debug"])
+    except UserError as error:
+        if debug:
+            raise
+        print(f"srft: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("srft: interrupted", file=sys.stderr)
+        return 130
+
+
+def dispatch(arguments: list[str]) -> int:
+    commands = {
+        "train": (train, TRAIN_HELP + help_text()),
+        "eval": (evaluate, EVAL_HELP),
+        "report": (report, REPORT_HELP),
+    }
+    command, *rest = arguments or [""]
+    if command in ("-h", "--help", "help", ""):
+        print(HELP)
+        return 0 if command else 2
+    if command == "--version":
+        print(f"srft-kernels {importlib.metadata.version('srft-kernels')}")
+        return 0
+    if command not in commands:
+        raise UserError(f"unknown command {command!r}{nearest(command, commands)} (commands: {', '.join(commands)})")
+    function, help = commands[command]
+    if "-h" in rest or "--help" in rest:
+        print(help)
+    else:
+        function(rest)
+    return 0
+
+
+def train(arguments: list[str]) -> None:
+    config = load(*config_file(arguments))
+    from srft.trainer import run
+
+    run(config)
+
+
+def evaluate(arguments: list[str]) -> None:
+    path, overrides = config_file(arguments)
+    overrides, checkpoint = take_checkpoint(overrides)
+    if checkpoint and Path(checkpoint).is_dir():
+        directory = Path(checkpoint)
+        if not path:
+            path = next(
+                (
+                    str(each / "config.toml")
+                    for each in (directory, directory.parent)
+                    if (each / "config.toml").is_file()
+                ),
+                None,
+            )
+        if (directory / "final").is_dir() and not (directory / "config.json").is_file():
+            checkpoint = str(directory / "final")
+    config = load(path, overrides)
+    from srft.evaluate import main_eval
+
+    main_eval(config, checkpoint)
+
+
+def report(arguments: list[str]) -> None:
+    if len(arguments) != 1:
+        raise UserError(f"srft report takes one run directory, found {' '.join(arguments) or 'none'}")
+    if not Path(arguments[0]).is_dir():
+        raise UserError(f"{arguments[0]}: there is no such run directory")
+    from srft.report import build
+
+    print(build(Path(arguments[0])))
+
+
+def config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The leading CONFIG.toml, if any, and the rest."""
+    if arguments and not arguments[0].startswith("--"):
+        return arguments[0], arguments[1:]
+    return None, arguments
+
+
+def take_checkpoint(arguments: list[str]) -> tuple[list[str], str | None]:
+    """The arguments without `--checkpoint DIR` or `--checkpoint=DIR`, and DIR."""
+    for index, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if option == "--checkpoint":
+            given = [value] if equals else arguments[index + 1 : index + 2]
+            if not given or not given[0] or given[0].startswith("--"):
+                raise UserError("--checkpoint: expected a directory or a model's name")
+            return arguments[:index] + arguments[index + (1 if equals else 2) :], given[0]
+    return arguments, None
