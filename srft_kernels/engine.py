@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from .gemm import HeadProducts
 from .head import Head
 from .plan import Plan
-from .rows import ROW_ALIGNMENT, Normalizer, backend
+from .rows import Normalizer, aligned_size, backend
 from .tokens import Tokens, TokenStats, per_token_loss
 
 
@@ -56,10 +56,9 @@ class Call:
     compute: torch.dtype
 
     def logits_buffer(self, products: HeadProducts) -> Tensor:
-        """Room for one chunk's logits (chunk_rows, V), each row padded to a multiple of ROW_ALIGNMENT numbers."""
-        stride = -(-self.vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT
+        """Room for one chunk's logits (chunk_rows, V), its rows at aligned addresses."""
         rows = min(self.plan.chunk_rows, max(len(self.rows), 1))
-        return products.weight.new_empty(rows, stride, dtype=products.dtype)[:, : self.vocab]
+        return products.weight.new_empty(rows, aligned_size(self.vocab), dtype=products.dtype)[:, : self.vocab]
 
 
 class OnePass(torch.autograd.Function):

@@ -21,6 +21,7 @@ from .gemm import accumulation_dtype
 from .head import Head
 from .objectives import CrossEntropy
 from .plan import Plan
+from .rows import aligned
 from .tokens import Tokens, TokenStats, per_token_loss
 
 Tensors = tuple[Tensor, Tensor, Tensor | None]  # x, W and the bias as autograd sees them
@@ -283,8 +284,8 @@ def _prepare(
         return packed.new_zeros(shape.numel()).index_copy(0, rows.index, packed).reshape(shape)
 
     plan = plan or Plan.choose(len(rows), input.shape[-1], vocab, compute, input.device)
-    bias = None if linear_bias is None else linear_bias.detach()[:vocab].to(dtype)
-    head = Head(bias, softcap, temperature, smooth)
+    bias = None if linear_bias is None else aligned(linear_bias.detach()[:vocab], dtype)
+    head = Head(bias, softcap, temperature, None if smooth is None else aligned(smooth, dtype))
     call = Call(vocab, head, rows, objective, _with_passes(plan, objective, tokens), compute)
     return (input.reshape(-1, input.shape[-1]), linear_weight, linear_bias), call, spread
 

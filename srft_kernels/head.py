@@ -15,6 +15,8 @@ class Head:
     softcap       cap > 0, or None (Gemma)
     temperature   T > 0
     smooth        class weights ω (V,) of the statistic Σ_v ω_v log p_v, or None where nobody reads it
+
+    The vectors are fp32 (fp64 for fp64) and `aligned` (see rows).
     """
 
     bias: Tensor | None = None

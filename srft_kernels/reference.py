@@ -36,7 +36,10 @@ def token_stats(z: Tensor, target: Tensor) -> TokenStats:
     logp = z.log_softmax(-1)
     # a banned token (logit −inf) adds 0 to H, and gets no gradient from it
     entropy = -(logp.exp() * logp.masked_fill(z == -torch.inf, 0)).sum(-1)
-    return TokenStats(logp.gather(1, target[:, None])[:, 0], entropy, z.logsumexp(-1), logp.mean(-1))
+    # not torch.logsumexp, whose gradient e^{z − lse} is wrong where logits are so large that lse rounds to the maximum
+    shift = z.detach().amax(-1, keepdim=True)
+    lse = shift[:, 0] + (z - shift).exp().sum(-1).log()
+    return TokenStats(logp.gather(1, target[:, None])[:, 0], entropy, lse, logp.mean(-1))
 
 
 def linear_logprobs(

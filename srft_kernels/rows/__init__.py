@@ -5,12 +5,24 @@ from __future__ import annotations
 from types import ModuleType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 BACKENDS = ("torch", "triton")
 
 # Rows of a logits buffer start at multiples of this many numbers, so that loads are 16 bytes wide for any vocabulary.
 ROW_ALIGNMENT = 16
+
+
+def aligned_size(vocab: int) -> int:
+    """Numbers that a row of `vocab` takes up in memory."""
+    return -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
+def aligned(vector: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of a vector (V,) that can be read, as zeros, up to its aligned size."""
+    room = vector.new_zeros(aligned_size(len(vector)), dtype=dtype)[: len(vector)]
+    return room.copy_(vector)
 
 
 class Normalizer(NamedTuple):

@@ -19,15 +19,15 @@ from ..head import Head
 from . import Normalizer
 from ..tokens import Tokens, TokenStats, coefficients
 
-# e^d is exactly 0 below this in fp32 and fp64, so flooring d changes nothing but 0 · (−inf) into 0.
-FLOOR = -1e4
+# Far below where e^d becomes exactly 0, so flooring d changes nothing but 0 · (−inf) into 0.
+FLOOR = -1e30
 
 
 def statistics(logits: Tensor, target: Tensor, head: Head, block_rows: int) -> tuple[TokenStats, Normalizer]:
     """Statistics of the tokens whose raw logits (n, V) these are. `target` (n,) lies in [0, V)."""
     stats, normalizers = [], []
     for rows, exp in _blocks(logits, block_rows):
-        d, shift = _shifted_(logits[rows], head)
+        d, shift, _ = _shifted_(logits[rows], head)
         block_stats, total = _statistics(d, exp, shift, target[rows], head)
         stats.append(block_stats)
         normalizers.append(Normalizer(shift[:, 0], total.log()))
@@ -43,10 +43,10 @@ def loss_and_gradient(
     """
     parts, losses = [], []
     for rows, exp in _blocks(logits, block_rows):
-        d, shift = _shifted_(logits[rows], head)
+        d, shift, cap_slope = _shifted_(logits[rows], head, with_slope=True)
         stats, total = _statistics(d, exp, shift, tokens.target[rows], head)
         loss, coefs = coefficients(objective, stats, tokens.rows(rows), weight[rows])
-        _gradient_(d, exp, total, shift, stats.entropy, tokens.target[rows], coefs, head)
+        _gradient_(d, exp, total, stats.entropy, tokens.target[rows], coefs, head, cap_slope)
         parts.append(stats)
         losses.append(loss)
     return _joined(parts), torch.cat(losses), logits.to(dtype)
@@ -64,10 +64,11 @@ def gradient(
 ) -> Tensor:
     """Second pass: the gradient (n, V) from recomputed logits and ∂L/∂(each statistic) (n,), over the logits."""
     for rows, exp in _blocks(logits, block_rows):
-        d, shift = _shifted_(logits[rows], head, normalizer.shift[rows, None])
+        d, _, cap_slope = _shifted_(logits[rows], head, normalizer.shift[rows, None], with_slope=True)
         torch.exp(d.clamp_(min=FLOOR), out=exp)
         block_coefs = tuple(None if coef is None else coef[rows] for coef in coefs)
-        _gradient_(d, exp, normalizer.log_total[rows].exp(), shift, entropy[rows], target[rows], block_coefs, head)
+        total = normalizer.log_total[rows].exp()
+        _gradient_(d, exp, total, entropy[rows], target[rows], block_coefs, head, cap_slope)
     return logits.to(dtype)
 
 
@@ -84,17 +85,26 @@ def _joined(parts: list[TokenStats]) -> TokenStats:
     return TokenStats(*(torch.cat(fields) for fields in zip(*(part.fields() for part in parts))))
 
 
-def _shifted_(a: Tensor, head: Head, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Raw logits a (b, V) → d = z − shift in place, with shift (b, 1), by default the row's maximum."""
+def _shifted_(
+    a: Tensor, head: Head, shift: Tensor | None = None, with_slope: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Raw logits a (b, V) → d = z − shift in place, with shift (b, 1), by default the row's maximum.
+
+    Third comes the slope of the soft cap, 1 − tanh² (b, V), if asked for: made here, because what d has rounded away
+    is what matters where the cap saturates.
+    """
+    slope = None
     if head.bias is not None:
         a.add_(head.bias)
     if head.softcap is not None:
-        a.div_(head.softcap).tanh_().mul_(head.softcap)
+        a.div_(head.softcap).tanh_()
+        slope = 1 - a * a if with_slope else None
+        a.mul_(head.softcap)
     if head.temperature != 1:
         a.div_(head.temperature)
     if shift is None:
         shift = a.amax(-1, keepdim=True)
-    return a.sub_(shift), shift
+    return a.sub_(shift), shift, slope
 
 
 def _at_target(d: Tensor, target: Tensor) -> Tensor:
@@ -121,11 +131,11 @@ def _gradient_(
     d: Tensor,
     exp: Tensor,
     total: Tensor,
-    shift: Tensor,
     entropy: Tensor,
     target: Tensor,
     coefs: tuple[Tensor | None, ...],
     head: Head,
+    cap_slope: Tensor | None,
 ) -> None:
     """Overwrite d (b, V) with ∂L/∂(raw logits), from p_v = e^d / total and log p_v = d − log total.
 
@@ -133,9 +143,6 @@ def _gradient_(
     """
     g, h, k, u = (*coefs, None)[:4]
     scale = 1 / head.temperature
-    cap_slope = None
-    if head.softcap is not None:  # ∂z/∂a = (1 − (z T / cap)²) / T
-        cap_slope = 1 - ((d + shift) * (head.temperature / head.softcap)).square_()
     alpha = torch.zeros_like(total)
     if g is not None:
         alpha = alpha - g

@@ -1,0 +1,332 @@
+"""The row operations in Triton: one program per row of logits, on CUDA, ROCm or, for tests, Triton's interpreter.
+
+    statistics         reads a row once
+    loss_and_gradient  one kernel for the built-in objectives: reads the row, forms the token's loss and derivatives,
+                       reads it again (from L2 where the rows in flight fit there) and writes its gradient;
+                       for any other callable two kernels, with the callable between them on n-long vectors
+    gradient           reads a row, writes its gradient
+
+Logits are fp32 and die here: the gradient is written over them. A 16-bit gradient fills the front of its own row, so
+the chunk needs no second buffer; its rows are then 2·stride apart, which matrix products take as they are.
+
+A row starts on a 64-byte boundary and its stride is a multiple of 16 numbers, whatever V is (see `aligned`). Loads run
+to the padded end, so that they stay 16 bytes wide, and what lies past V is replaced once the soft cap has been applied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..head import Head
+from ..tokens import Tokens, TokenStats, coefficients
+from . import Normalizer
+from .triton_objectives import COLUMNS, Structure, fused, token_loss
+
+# Columns per loop step and warps per program: 16 numbers, four 16-byte loads, in flight per thread.
+MAX_BLOCK = 8192
+ELEMENTS_PER_WARP = 512
+
+
+# ---------------------------------------------------------------------------------------------------- device code
+
+
+@triton.jit
+def _tanh(x):
+    """tanh to fp32 rounding: its series near 0, where 1 − e^{−2|x|} would cancel."""
+    x2 = x * x
+    series = x * (1 + x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835)))))
+    e = tl.exp(-2 * tl.abs(x))
+    tail = (1 - e) / (1 + e)
+    return tl.where(x2 < 0.0625, series, tl.where(x < 0, -tail, tail))
+
+
+@triton.jit
+def _logits(row_ptr, bias_ptr, columns, vocab, stride, softcap, temperature):
+    """z of some columns of a row, −inf past the vocabulary."""
+    a = tl.load(row_ptr + columns, mask=columns < stride, other=0.0)
+    if bias_ptr is not None:
+        a += tl.load(bias_ptr + columns, mask=columns < stride, other=0.0)
+    if softcap is not None:
+        a = softcap * _tanh(tl.div_rn(a, softcap))
+    if temperature is not None:
+        a = tl.div_rn(a, temperature)
+    return tl.where(columns < vocab, a, -float("inf"))  # after the cap, which would make it finite
+
+
+@triton.jit
+def _statistics(row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, softcap, temperature, BLOCK: tl.constexpr):
+    """Online over a row: (ℓ, H, lse, smooth, max, log Σ e^d), all in one read.
+
+    Running over blocks: the maximum m, s = Σ e^d and t = Σ e^d·d for d = z − m ≤ 0. When the maximum rises by δ, every
+    d falls by δ: t ← e^{−δ}(t − δ·s), s ← e^{−δ}·s. The maximum starts at −inf, so all-negative rows are ordinary rows.
+    """
+    inside = (target >= 0) & (target < vocab)
+    at_target = tl.load(row_ptr + tl.where(inside, target, 0))
+    if bias_ptr is not None:
+        at_target += tl.load(bias_ptr + tl.where(inside, target, 0))
+    if softcap is not None:
+        at_target = softcap * _tanh(tl.div_rn(at_target, softcap))
+    if temperature is not None:
+        at_target = tl.div_rn(at_target, temperature)
+    at_target = tl.where(inside, at_target, float("nan"))
+
+    m = at_target * 0.0 - float("inf")
+    m = tl.where(m == m, m, -float("inf"))  # −inf of the same type, whatever the target
+    s = tl.zeros_like(m)
+    t = tl.zeros_like(m)
+    smooth_sum = tl.zeros_like(m)
+    smooth_total = tl.zeros_like(m)
+    smooth_shift = tl.where(tl.abs(at_target) < float("inf"), at_target, 0.0)
+    for start in range(0, vocab, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        z = _logits(row_ptr, bias_ptr, columns, vocab, stride, softcap, temperature)
+        top = tl.maximum(m, tl.max(z, 0))
+        finite_top = tl.where(top == -float("inf"), 0.0, top)  # −inf − (−inf) is not a number
+        d = z - finite_top
+        e = tl.exp(d)
+        fall = tl.where(m == -float("inf"), 0.0, m - finite_top)
+        scale = tl.where(m == -float("inf"), 0.0, tl.exp(fall))
+        t = scale * (t + fall * s) + tl.sum(tl.where(e == 0, 0.0, e * d), 0)
+        s = scale * s + tl.sum(e, 0)
+        m = top
+        if smooth_ptr is not None:
+            omega = tl.load(smooth_ptr + columns, mask=columns < stride, other=0.0)
+            smooth_sum += tl.sum(tl.where(columns < vocab, omega * (z - smooth_shift), 0.0), 0)
+            smooth_total += tl.sum(omega, 0)
+    log_s = tl.log(s)
+    logprob = at_target - m - log_s
+    smooth = smooth_sum + smooth_total * (smooth_shift - m - log_s)
+    return logprob, log_s - t / s, m + log_s, smooth, m, log_s
+
+
+@triton.jit
+def _write_gradient(
+    row_ptr, out_ptr, target, m, log_s, entropy, g, h, k, u,
+    bias_ptr, smooth_ptr, smooth_total, vocab, stride, softcap, temperature,
+    ALIASED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """∂L/∂a of a row: g(1[v=y] − p_v) − h p_v(log p_v + H) + k p_v + u(ω_v − Σω·p_v), through temperature and cap."""
+    s = tl.exp(log_s)
+    alpha = (k - g - u * smooth_total - h * (entropy - log_s)) / s
+    beta = -h / s
+    for start in range(0, vocab, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        z = _logits(row_ptr, bias_ptr, columns, vocab, stride, softcap, temperature)
+        d = z - m
+        e = tl.exp(d)
+        dz = tl.where(e == 0, 0.0, e * (alpha + beta * d))  # 0 · (−inf) is 0 here
+        dz += tl.where(columns == target, g, 0.0)
+        if smooth_ptr is not None:
+            dz += u * tl.load(smooth_ptr + columns, mask=columns < stride, other=0.0)
+        if temperature is not None:
+            dz = tl.div_rn(dz, temperature)
+            z = z * temperature
+        if softcap is not None:
+            level = tl.div_rn(z, softcap)
+            dz = dz * (1 - level * level)
+        dz = tl.where(columns < vocab, dz, 0.0)
+        if ALIASED:
+            # The narrow gradient lands on bytes of this block or of earlier ones: every thread must have read its part.
+            tl.debug_barrier()
+        tl.store(out_ptr + columns, dz.to(out_ptr.dtype.element_ty), mask=columns < stride)
+
+
+@triton.jit
+def _statistics_kernel(
+    logits_ptr,  # (n, stride) fp32
+    target_ptr,  # (n,) int64
+    bias_ptr, smooth_ptr,  # (V,) fp32 or None
+    out_ptr,  # (6, n) fp32: ℓ, H, lse, smooth, max, log Σ e^d
+    rows, vocab, stride, softcap, temperature, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # row · stride passes 2³¹
+    target = tl.load(target_ptr + row)
+    logprob, entropy, logsumexp, smooth, m, log_s = _statistics(
+        logits_ptr + row * stride, target, bias_ptr, smooth_ptr, vocab, stride, softcap, temperature, BLOCK
+    )
+    tl.store(out_ptr + row, logprob)
+    tl.store(out_ptr + rows + row, entropy)
+    tl.store(out_ptr + 2 * rows + row, logsumexp)
+    tl.store(out_ptr + 3 * rows + row, smooth)
+    tl.store(out_ptr + 4 * rows + row, m)
+    tl.store(out_ptr + 5 * rows + row, log_s)
+
+
+@triton.jit
+def _gradient_kernel(
+    logits_ptr, dlogits_ptr,  # (n, stride) fp32; (n, dstride), the same memory
+    target_ptr, entropy_ptr, m_ptr, log_s_ptr,  # (n,)
+    g_ptr, h_ptr, k_ptr, u_ptr,  # (n,) fp32 or None
+    bias_ptr, smooth_ptr, smooth_total_ptr,  # (V,), (V,), () fp32 or None
+    vocab, stride, dstride, softcap, temperature, ALIASED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    log_s = tl.load(log_s_ptr + row)
+    zero = log_s * 0.0
+    g = zero if g_ptr is None else tl.load(g_ptr + row)
+    h = zero if h_ptr is None else tl.load(h_ptr + row)
+    k = zero if k_ptr is None else tl.load(k_ptr + row)
+    u = zero if u_ptr is None else tl.load(u_ptr + row)
+    smooth_total = zero if smooth_total_ptr is None else tl.load(smooth_total_ptr)
+    _write_gradient(
+        logits_ptr + row * stride, dlogits_ptr + row * dstride, tl.load(target_ptr + row),
+        tl.load(m_ptr + row), log_s, tl.load(entropy_ptr + row), g, h, k, u,
+        bias_ptr, smooth_ptr, smooth_total, vocab, stride, softcap, temperature, ALIASED, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def _loss_gradient_kernel(
+    logits_ptr, dlogits_ptr,  # (n, stride) fp32; (n, dstride), the same memory
+    target_ptr, weight_ptr,  # (n,) int64, (n,) fp32 token weights
+    advantages_ptr, old_ptr, ref_ptr, is_demo_ptr, rewards_ptr, weight_entropy_ptr, class_weight_ptr,  # (n,) or None
+    numbers,  # the objective's coefficients
+    bias_ptr, smooth_ptr, smooth_total_ptr,  # (V,), (V,), () fp32 or None
+    out_ptr,  # (4, n) fp32: loss, ℓ, H, lse
+    rows, vocab, stride, dstride, softcap, temperature,
+    OBJECTIVE: tl.constexpr, ALIASED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + row)
+    row_ptr = logits_ptr + row * stride
+    logprob, entropy, logsumexp, smooth, m, log_s = _statistics(
+        row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, softcap, temperature, BLOCK
+    )
+    loss, g, h, k, u = token_loss(
+        OBJECTIVE, numbers, row, logprob, entropy, logsumexp, smooth,
+        advantages_ptr, old_ptr, ref_ptr, is_demo_ptr, rewards_ptr, weight_entropy_ptr, class_weight_ptr,
+    )  # fmt: skip
+    tl.store(out_ptr + row, loss)
+    tl.store(out_ptr + rows + row, logprob)
+    tl.store(out_ptr + 2 * rows + row, entropy)
+    tl.store(out_ptr + 3 * rows + row, logsumexp)
+    weight = tl.load(weight_ptr + row)
+    silent = weight == 0.0  # whatever the derivatives are, infinite or not
+    g = tl.where(silent, 0.0, weight * g)
+    h = tl.where(silent, 0.0, weight * h)
+    k = tl.where(silent, 0.0, weight * k)
+    u = tl.where(silent, 0.0, weight * u)
+    smooth_total = m * 0.0 if smooth_total_ptr is None else tl.load(smooth_total_ptr)
+    _write_gradient(
+        row_ptr, dlogits_ptr + row * dstride, target, m, log_s, entropy, g, h, k, u,
+        bias_ptr, smooth_ptr, smooth_total, vocab, stride, softcap, temperature, ALIASED, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def _scale_kernel(x_ptr, factor_ptr, count, BLOCK: tl.constexpr):
+    """x *= factor, reading and writing nothing when the factor is 1."""
+    factor = tl.load(factor_ptr)
+    if factor != 1.0:
+        offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + offsets, mask=offsets < count)
+        tl.store(x_ptr + offsets, (x.to(tl.float32) * factor).to(x.dtype), mask=offsets < count)
+
+
+# ------------------------------------------------------------------------------------------------------- launches
+
+
+def statistics(logits: Tensor, target: Tensor, head: Head, block_rows: int) -> tuple[TokenStats, Normalizer]:
+    """Statistics of the tokens whose raw logits (n, V) these are, fp32, rows padded (see Call.logits_buffer)."""
+    n, vocab = logits.shape
+    out = logits.new_empty(6, n)
+    with _device_of(logits):
+        _statistics_kernel[(n,)](
+            logits, target, head.bias, head.smooth, out, n, vocab, logits.stride(0), head.softcap,
+            _temperature(head), **_block(vocab),
+        )  # fmt: skip
+    smooth = None if head.smooth is None else out[3]
+    return TokenStats(out[0], out[1], out[2], smooth), Normalizer(out[4], out[5])
+
+
+def loss_and_gradient(
+    logits: Tensor, tokens: Tokens, weight: Tensor, objective: Any, head: Head, block_rows: int, dtype: torch.dtype
+) -> tuple[TokenStats, Tensor, Tensor]:
+    """One pass: statistics, loss per token (n,), and ∂(Σ weight·loss)/∂(raw logits) (n, V) as `dtype`."""
+    if (device_code := fused(objective)) is None:
+        stats, normalizer = statistics(logits, tokens.target, head, block_rows)
+        loss, coefs = coefficients(objective, stats, tokens, weight)
+        return stats, loss, gradient(logits, tokens.target, stats.entropy, normalizer, coefs, head, block_rows, dtype)
+    structure, numbers = device_code
+    n, vocab = logits.shape
+    out, dlogits = logits.new_empty(4, n), _over(logits, dtype)
+    with _device_of(logits):
+        _loss_gradient_kernel[(n,)](
+            logits, dlogits, tokens.target, weight, *_columns(tokens, structure), numbers,
+            head.bias, head.smooth, _total(head), out, n, vocab, logits.stride(0), dlogits.stride(0),
+            head.softcap, _temperature(head), structure, dlogits.dtype != logits.dtype, **_block(vocab),
+        )  # fmt: skip
+    return TokenStats(out[1], out[2], out[3]), out[0], dlogits
+
+
+def gradient(
+    logits: Tensor,
+    target: Tensor,
+    entropy: Tensor,
+    normalizer: Normalizer,
+    coefs: tuple[Tensor | None, ...],
+    head: Head,
+    block_rows: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Second pass: the gradient (n, V) from recomputed logits and ∂L/∂(each statistic) (n,), over the logits."""
+    n, vocab = logits.shape
+    dlogits = _over(logits, dtype)
+    g, h, k, u = (None if coef is None else coef.contiguous() for coef in (*coefs, None)[:4])
+    with _device_of(logits):
+        _gradient_kernel[(n,)](
+            logits, dlogits, target, entropy, *normalizer, g, h, k, u, head.bias, head.smooth, _total(head),
+            vocab, logits.stride(0), dlogits.stride(0), head.softcap, _temperature(head),
+            dlogits.dtype != logits.dtype, **_block(vocab),
+        )  # fmt: skip
+    return dlogits
+
+
+def scale_(x: Tensor, factor: Tensor) -> Tensor:
+    """x *= factor (0-d, on x's device) without a host synchronisation, and for nothing when it is 1."""
+    block = 4096
+    with _device_of(x):
+        _scale_kernel[(triton.cdiv(x.numel(), block),)](x, factor.float(), x.numel(), BLOCK=block, num_warps=8)
+    return x
+
+
+def _over(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """The memory of the logits (n, V) as a gradient of `dtype`: narrow rows fill the front of their own wide rows."""
+    if dtype == logits.dtype:
+        return logits
+    n, vocab = logits.shape
+    rows = logits.as_strided((n, logits.stride(0)), (logits.stride(0), 1))
+    return rows.view(dtype)[:, :vocab]
+
+
+def _columns(tokens: Tokens, structure: Structure) -> list[Tensor | None]:
+    """The annotations in the order that the kernel takes them, fp32 (is_demo: bytes), contiguous."""
+    columns = [tokens.get(name) for name in COLUMNS]
+    return [
+        c if c is None else c.contiguous().view(torch.uint8) if c.dtype == torch.bool else c.float().contiguous()
+        for c in columns
+    ]
+
+
+def _block(vocab: int) -> dict[str, int]:
+    block = min(triton.next_power_of_2(vocab), MAX_BLOCK)
+    return {"BLOCK": block, "num_warps": max(1, min(block // ELEMENTS_PER_WARP, 16))}
+
+
+def _temperature(head: Head) -> float | None:
+    return None if head.temperature == 1 else float(head.temperature)
+
+
+def _total(head: Head) -> Tensor | None:
+    return None if head.smooth is None else head.smooth.sum()
+
+
+def _device_of(x: Tensor):
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
