@@ -32,7 +32,7 @@ def logits(
 
 
 def token_stats(z: Tensor, target: Tensor) -> TokenStats:
-    """(ℓ, H, lse) of tokens with logits z (n, V) and targets (n,); `smooth` is the mean of log p over the vocabulary."""
+    """(ℓ, H, lse) of tokens with logits z (n, V) and targets (n,); `smooth` is the mean of log p over the entries."""
     logp = z.log_softmax(-1)
     # a banned token (logit −inf) adds 0 to H, and gets no gradient from it
     entropy = -(logp.exp() * logp.masked_fill(z == -torch.inf, 0)).sum(-1)
@@ -68,8 +68,15 @@ def linear_loss(
 ) -> LossOutput:
     """`srft_kernels.linear_loss` with full logits: the same arguments (`plan` is ignored) and the same output."""
     live = target != ignore_index
-    head = dict(linear_bias=linear_bias, temperature=temperature, softcap=softcap, vocab_size=vocab_size)
-    stats = token_stats(logits(input[live], linear_weight, **head), target[live])
+    z = logits(
+        input[live],
+        linear_weight,
+        linear_bias=linear_bias,
+        temperature=temperature,
+        softcap=softcap,
+        vocab_size=vocab_size,
+    )
+    stats = token_stats(z, target[live])
     tokens = Tokens(target[live], **{name: a[live] for name, a in annotations.items() if a is not None})
     loss = objective(stats, tokens)
     loss = loss.sum() / max(len(loss), 1) if token_weight is None else (loss * token_weight[live]).sum()

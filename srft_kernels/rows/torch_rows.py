@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..head import Head
-from . import Normalizer
 from ..tokens import Tokens, TokenStats, coefficients
+from . import Normalizer
 
 # Far below where e^d becomes exactly 0, so flooring d changes nothing but 0 · (−inf) into 0.
 FLOOR = -1e30
