@@ -1,4 +1,4 @@
-"""The same as `nn.Module`s, for code that holds its loss as a module. They own no parameters: the head stays the model's."""
+"""The same as `nn.Module`s, for code that holds its loss as a module. They own no parameters: the model has the head."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ class PolicyGradient:
 
 @dataclass(frozen=True)
 class SRFT:
-    """Single-stage supervised and reinforcement fine-tuning (arXiv 2506.19767): demonstrations and rollouts in one loss.
+    """Single-stage supervised and reinforcement fine-tuning (arXiv 2506.19767): demonstrations, rollouts, one loss.
 
     Annotations: `is_demo` (bool) and `advantages`; `rewards` if positive="reward"; `old_logprobs` if the rollouts are
     not fresh; `sequence_ids` if level="sequence"; `weight_entropy` replaces H inside the weights (any level, one pass).
@@ -182,7 +182,8 @@ class SRFT:
 
     demo_weight      w: "entropy" sg(e^{entropy_sign·H}) (Eq 8: sign −1), "constant" 1, "p(1-p)" sg(p(1−p)) (CHORD-φ)
     demo_shaping     shape(p): None p (Eq 9–10, behaviour policy π_β := 1), γ p/(p + γ) (LUFFY, arXiv 2504.14945)
-    rollout_weight   v on positives: "entropy" rollout_coef · sg(e^H) (Eq 12), "constant" rollout_coef; negative_coef else
+    rollout_weight   v: on positives "entropy" rollout_coef · sg(e^H) (Eq 12), "constant" rollout_coef; on the others
+                     negative_coef
     rollout_factor   "logprob" ℓ, "ratio" r, "clipped_ratio" PPO's clipped r
     rollout_signal   "sign" ±1 (Eq 11), "advantage" A
     positive         what makes a rollout positive: "reward" > 0 or "advantage" > 0
@@ -318,6 +319,6 @@ class SRFT:
 
 
 def _drift(ratio: Tensor, signal: Tensor, low: float, high: float, where: Tensor) -> dict[str, Tensor]:
-    """How far the policy went from the one that sampled: tokens beyond the clip range, and KL(old ‖ new) ≈ r − 1 − log r."""
+    """How far the policy went from the one that sampled: share of tokens that the clip stops, KL(old ‖ new) ≈ r−1−log r."""
     beyond = ((ratio > 1 + high) & (signal > 0)) | ((ratio < 1 - low) & (signal < 0))
     return {"clip_fraction": _mean(beyond.float(), where), "approx_kl": _mean(ratio - 1 - ratio.log(), where)}

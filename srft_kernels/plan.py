@@ -1,4 +1,4 @@
-"""How a call will run: a small value computed from shapes, types and a memory budget; it can be printed, or made by hand.
+"""How a call will run: a small value computed from shapes, types and a memory budget, to be printed or made by hand.
 
 >>> print(Plan.choose(8192, 4096, 151936, torch.bfloat16, "cuda"))
 """
