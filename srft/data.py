@@ -112,7 +112,7 @@ def read_jsonl(file: Path) -> Iterator[tuple[int, Any]]:
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                yield number, json.loads(line.rstrip().decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
                 raise UserError(f"{file}:{number}: not UTF-8 text: {error.reason} at byte {error.start}") from error
             except json.JSONDecodeError as error:

@@ -12,6 +12,14 @@ from srft.config import DataConfig
 from srft.data import Example
 from srft.errors import UserError
 
+try:
+    from jinja2 import TemplateError  # what transformers renders chat templates with
+except ImportError:
+
+    class TemplateError(Exception):
+        """Without jinja2 no template is rendered."""
+
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -29,10 +37,14 @@ class Prompter:
 
     def encode_prompt(self, example: Example) -> list[int]:
         """Token ids of the prompt; raises UserError when it is longer than data.max_prompt_tokens."""
-        ids = self.template(example.messages) if self.tokenizer.chat_template else self.plain(example.messages)
+        where = example.source or example.task
+        try:
+            ids = self.template(example.messages) if self.tokenizer.chat_template else self.plain(example.messages)
+        except TemplateError as error:
+            raise UserError(f"{where}: the chat template of the tokenizer refuses it: {error}") from error
         if len(ids) > self.max_prompt_tokens:
             found = f"the prompt has {len(ids)} tokens, data.max_prompt_tokens is {self.max_prompt_tokens}"
-            raise UserError(f"{example.source or example.task}: {found}; raise it or shorten {shorten(example)!r}")
+            raise UserError(f"{where}: {found}; raise it or shorten {shorten(example)!r}")
         return ids
 
     def encode_demonstration(self, example: Example) -> list[int]:
@@ -53,16 +65,12 @@ class Prompter:
         chat = self.with_system(messages)
         try:
             return apply(self.tokenizer, chat)
-        except Exception as error:
-            if chat[0]["role"] != "system":
-                raise UserError(f"the chat template of the tokenizer refuses {chat}: {error}") from error
+        except TemplateError:
+            if chat[0]["role"] != "system" or len(chat) == 1:
+                raise
         # Some templates (Gemma's) know no system turn: the user's first turn says it.
-        first, *rest = chat[1:]
-        merged = {**first, "content": f"{chat[0]['content']}\n\n{first['content']}"}
-        try:
-            return apply(self.tokenizer, [merged, *rest])
-        except Exception as error:
-            raise UserError(f"the chat template of the tokenizer refuses {chat}: {error}") from error
+        system, first, *rest = chat
+        return apply(self.tokenizer, [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest])
 
     def plain(self, messages: list[dict[str, str]]) -> list[int]:
         text = "\n\n".join(turn["content"] for turn in self.with_system(messages)) + "\n"

@@ -1,0 +1,124 @@
+"""The command line: help, dispatch, and every wrong input as one message with exit code 2."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import srft.cli
+from srft.cli import main
+from srft.errors import UserError
+
+
+@pytest.fixture
+def rooms(monkeypatch):
+    """What the commands would call, recorded."""
+    calls = []
+    for module, name in [("trainer", "run"), ("evaluate", "main_eval"), ("report", "build")]:
+        called = type("module", (), {name: staticmethod(lambda *given, name=name: calls.append((name, *given)))})
+        monkeypatch.setitem(sys.modules, f"srft.{module}", called)
+    return calls
+
+
+def failure(capsys, *arguments):
+    assert main(list(arguments)) == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err and captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--help"], ["srft train [CONFIG.toml]", "srft eval", "srft report RUN_DIR", "Examples", "--debug"]),
+        (
+            ["train", "--help"],
+            ["--train.lr", "--data.train_file", "def my_function(prompts, completions", '{"prompt":'],
+        ),
+        (["eval", "--help"], ["--checkpoint", "avg@k"]),
+        (["report", "-h"], ["RUN_DIR/report.html"]),
+    ],
+)
+def test_help_teaches(arguments, expected, capsys):
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert all(each in shown for each in expected)
+
+
+def test_no_command_shows_the_help(capsys):
+    assert main([]) == 2
+    assert "Examples" in capsys.readouterr().out
+
+
+def test_train(rooms, tmp_path):
+    file = tmp_path / "my.toml"
+    file.write_text("[train]\nsteps = 3\n")
+    assert main(["train", str(file), "--train.lr", "1e-6", "--debug"]) == 0
+    (name, config), *_ = rooms
+    assert (name, config.train.steps, config.train.lr) == ("run", 3, 1e-6)
+
+
+def test_eval_of_a_run_takes_its_settings_and_final_checkpoint(rooms, tmp_path):
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "config.json").touch()
+    (tmp_path / "config.toml").write_text("[eval]\nprompts = 5\n")
+    for checkpoint in (tmp_path, tmp_path / "final"):
+        assert main(["eval", "--checkpoint", str(checkpoint), "--eval.samples", "2"]) == 0
+        name, config, given = rooms.pop()
+        assert (name, config.eval.prompts, config.eval.samples, given) == ("main_eval", 5, 2, str(tmp_path / "final"))
+
+
+def test_eval_without_a_checkpoint(rooms):
+    assert main(["eval", "--model.path", "x"]) == 0
+    _, config, given = rooms.pop()
+    assert (config.model.path, given) == ("x", None)
+    assert main(["eval", "--checkpoint=org/name"]) == 0
+    assert rooms.pop()[2] == "org/name"
+
+
+def test_report(rooms, tmp_path):
+    assert main(["report", str(tmp_path)]) == 0
+    assert rooms == [("build", tmp_path)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["trian"], "srft: error: unknown command 'trian'; did you mean 'train'? (commands: train, eval, report)\n"),
+        (["train", "none.toml"], "srft: error: none.toml: cannot be read as a configuration"),
+        (["train", "--train.lrr", "1"], "unknown key 'train.lrr'; did you mean 'train.lr'?"),
+        (["eval", "--checkpoint"], "srft: error: --checkpoint: expected a directory or a model's name"),
+        (["report"], "srft: error: srft report takes one run directory, found none"),
+        (["report", "no/such"], "srft: error: no/such: there is no such run directory"),
+    ],
+)
+def test_wrong_inputs(arguments, expected, capsys):
+    assert expected in failure(capsys, *arguments)
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(UserError):
+        main(["train", "none.toml", "--debug"])
+
+
+def test_an_interruption_is_told(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(srft.cli, "dispatch", interrupted)
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "srft: interrupted\n"
+
+
+def test_bad_data_from_the_real_command(tmp_path, tiny_dir):
+    """The whole way through the installed command: nothing but the message, and nothing written."""
+    data = tmp_path / "train.jsonl"
+    data.write_text(json.dumps({"prompt": "a", "answer": 1}) + "\n" + '{"question": 1}\n')
+    command = [sys.executable, "-m", "srft", "train", "--data.train_file", str(data), "--model.path", str(tiny_dir)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    expected = f"srft: error: {data}:2: the column 'prompt' or 'messages' is missing; found columns: question\n"
+    assert done.stderr.endswith(expected) and "Traceback" not in done.stderr
+    assert {each.name for each in Path(tmp_path).iterdir()} == {"train.jsonl"}
