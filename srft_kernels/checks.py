@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Collection
+from math import inf
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .plan import Plan
+from .tokens import Tokens
+
+# What built-in objectives read, each as a keyword argument.
+ANNOTATIONS = (
+    "advantages",
+    "old_logprobs",
+    "ref_logprobs",
+    "is_demo",
+    "rewards",
+    "sequence_ids",
+    "weight_entropy",
+    "class_weight",
+)
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def call(input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None) -> torch.dtype:
     """Shapes, types and devices of the tensors; returns the type that matrix products run in."""
-    for name, value in (("input", input), ("linear_weight", linear_weight), ("target", target)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, found {type(value).__name__}")
-    if linear_weight.dim() != 2:
-        raise ValueError(f"linear_weight must be (V, H), found shape {tuple(linear_weight.shape)}")
+    named = {"input": input, "linear_weight": linear_weight, "target": target}
+    for name, value in named.items() if linear_bias is None else {**named, "linear_bias": linear_bias}.items():
+        tensor(name, value)
+    if linear_weight.dim() != 2 or 0 in linear_weight.shape:
+        raise ValueError(f"linear_weight must be (V, H) and not empty, found shape {tuple(linear_weight.shape)}")
     if input.dim() == 0 or input.shape[-1] != linear_weight.shape[1]:
         raise ValueError(
             f"input must be (..., H) with H = {linear_weight.shape[1]} as in linear_weight "
@@ -59,14 +76,34 @@ def vocabulary(linear_weight: Tensor, vocab_size: int | None) -> int:
     rows = linear_weight.shape[0]
     if vocab_size is None:
         vocab_size = rows
-    if not 1 <= vocab_size <= rows:
-        raise ValueError(f"vocab_size must lie in [1, {rows}], the rows of linear_weight, found {vocab_size}")
+    if not (isinstance(vocab_size, int) and 1 <= vocab_size <= rows):
+        raise ValueError(
+            f"vocab_size must be an integer in [1, {rows}], the rows of linear_weight, found {vocab_size!r}"
+        )
     return vocab_size
 
 
 def positive(name: str, value: float | None) -> None:
-    if value is not None and not value > 0:
-        raise ValueError(f"{name} must be positive, found {value}")
+    if value is not None and not (isinstance(value, Real) and 0 < value < inf):
+        raise ValueError(f"{name} must be a positive number, found {value!r}")
+
+
+def tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, found {type(value).__name__}")
+
+
+def plan(value: Any) -> None:
+    if value is not None and not isinstance(value, Plan):
+        raise TypeError(f"plan must be a Plan, found {value!r}: see Plan.choose")
+
+
+def objective(value: Any) -> None:
+    if not callable(value):
+        raise TypeError(
+            f"objective must be CrossEntropy(), PolicyGradient(), SRFT(), a preset such as srft_paper(), or a callable "
+            f"(stats, tokens) -> losses, found {value!r}"
+        )
 
 
 def shaped_like_target(name: str, value: Any, target: Tensor) -> Tensor:
@@ -83,6 +120,7 @@ def shaped_like_target(name: str, value: Any, target: Tensor) -> Tensor:
 
 
 def class_weight(weight: Tensor, vocab: int, input: Tensor) -> None:
+    tensor("weight", weight)
     if tuple(weight.shape) != (vocab,):
         raise ValueError(f"weight must hold one number per class, ({vocab},), found shape {tuple(weight.shape)}")
     if weight.device != input.device:
@@ -90,8 +128,16 @@ def class_weight(weight: Tensor, vocab: int, input: Tensor) -> None:
 
 
 def annotations_needed(objective: Any, given: Collection[str]) -> None:
+    for name in given:
+        if hasattr(Tokens, name):
+            raise ValueError(f"an annotation cannot be called {name}, which is a method of Tokens: rename it")
     requires = getattr(objective, "requires", None)
-    missing = [name for name in requires(given) if name not in given] if requires else []
+    if requires is None:  # a callable: only it knows what it reads
+        return
+    for name in set(given) - set(ANNOTATIONS):  # most are optional, so a slip would silently change the loss
+        if near := difflib.get_close_matches(name, ANNOTATIONS, n=1, cutoff=0.85):
+            raise TypeError(f"unknown annotation {name}: did you mean {near[0]}?")
+    missing = [name for name in requires(given) if name not in given]
     if missing:
         names = ", ".join(f"{name}=" for name in missing)
         raise ValueError(

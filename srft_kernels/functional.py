@@ -79,7 +79,7 @@ def linear_loss(
     plan: Plan | None = None,
     **annotations: Tensor | None,
 ) -> LossOutput:
-    """Σ_t token_weight_t · objective_t of the next-token distribution softmax(input · linear_weightᵀ), without its logits.
+    """Σ_t token_weight_t · objective_t of the distributions softmax(input · linear_weightᵀ), without their logits.
 
     Args:
         input: hidden states (..., H); fp32, bf16, fp16, or fp64 (PyTorch rows only). Never modified.
@@ -94,7 +94,8 @@ def linear_loss(
         ignore_index: targets with this value take no part and cost nothing; None: there are none.
         vocab_size: the true vocabulary where the head has padding rows: those past it do not exist.
         token_weight: (...), default 1 / (number of live tokens). See `token_mean`, `sequence_mean`, `constant_length`.
-        advantages, old_logprobs, ref_logprobs, is_demo, **annotations: whatever the objective reads, shaped like target.
+        advantages, old_logprobs, ref_logprobs, is_demo, **annotations: what the objective reads, shaped like target.
+            The loss is not differentiated to them, nor to anything else that the objective holds.
         plan: how to run; default `Plan.choose(...)`.
 
     Returns:
@@ -104,6 +105,7 @@ def linear_loss(
         ValueError, TypeError: naming the argument, what was found and what was expected, before any work. On CUDA an
         out-of-range target yields NaN in that token's outputs instead; SRFT_KERNELS_CHECK=1 raises there too.
     """
+    checks.objective(objective)
     given = {"advantages": advantages, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "is_demo": is_demo}
     tensors, call, spread = _prepare(
         input,
@@ -191,18 +193,17 @@ def linear_cross_entropy(
     checks.call(input, linear_weight, target, linear_bias)
     vocab = checks.vocabulary(linear_weight, vocab_size)
     ignore_index = -100 if ignore_index is None else ignore_index  # as PyTorch does
+    target = target.long()
     live = target != ignore_index
     checks.target_range(target, live, vocab)
     dtype = accumulation_dtype(input.dtype)
-    annotations, smooth = {}, None
+    annotations = {}
     if weight is not None:
         checks.class_weight(weight, vocab, input)
         weight = weight.detach().to(dtype)
         # a target out of range makes its own row NaN; here it only must not be read
-        of_target = weight[torch.where(live & (target >= 0) & (target < vocab), target, 0).long()] * live
+        of_target = weight[torch.where(live & (target >= 0) & (target < vocab), target, 0)] * live
         annotations["class_weight"] = of_target
-    if label_smoothing:
-        smooth = (input.new_ones(vocab, dtype=dtype) if weight is None else weight) / vocab
     token_weight = None  # 1 / live tokens
     if reduction != "mean":
         token_weight = live.to(dtype)
@@ -220,7 +221,7 @@ def linear_cross_entropy(
         vocab_size=vocab_size,
         token_weight=token_weight,
         annotations=annotations,
-        smooth=smooth,
+        smooth_weight=weight,
         plan=plan,
     )
     if reduction == "none":  # each token's upstream gradient is known only in the backward
@@ -256,7 +257,7 @@ def _prepare(
     vocab_size: int | None,
     token_weight: Tensor | None = None,
     annotations: dict[str, Tensor | None] | None = None,
-    smooth: Tensor | None = None,
+    smooth_weight: Tensor | None = None,
     plan: Plan | None = None,
 ) -> tuple[Tensors, Call, Callable[[Tensor], Tensor]]:
     """((x, W, b) with x flat; the checked call on packed rows; what gives a packed field (n,) the shape of target)."""
@@ -264,16 +265,18 @@ def _prepare(
     vocab = checks.vocabulary(linear_weight, vocab_size)
     checks.positive("temperature", temperature)
     checks.positive("softcap", softcap)
+    checks.plan(plan)
     dtype = accumulation_dtype(compute)
     annotations = {name: value for name, value in (annotations or {}).items() if value is not None}
     checks.annotations_needed(objective, annotations)
     columns = {name: checks.shaped_like_target(name, value, target) for name, value in annotations.items()}
     columns = {name: c.to(dtype) if c.is_floating_point() else c for name, c in columns.items()}
+    target = target.long()  # before comparing: as uint8, −100 is 156
     live = None if ignore_index is None else target != ignore_index
     checks.target_range(target, live, vocab)
 
     shape = target.shape
-    tokens = Tokens(target.reshape(-1).long(), **{name: column.reshape(-1) for name, column in columns.items()})
+    tokens = Tokens(target.reshape(-1), **{name: column.reshape(-1) for name, column in columns.items()})
     if token_weight is not None:
         token_weight = checks.shaped_like_target("token_weight", token_weight, target).reshape(-1).to(dtype)
     rows = _pack(tokens, None if live is None else live.reshape(-1), token_weight, objective, dtype)
@@ -285,7 +288,11 @@ def _prepare(
 
     plan = plan or Plan.choose(len(rows), input.shape[-1], vocab, compute, input.device)
     bias = None if linear_bias is None else aligned(linear_bias.detach()[:vocab], dtype)
-    head = Head(bias, softcap, temperature, None if smooth is None else aligned(smooth, dtype))
+    smooth = None
+    if getattr(objective, "label_smoothing", 0):
+        smooth_weight = input.new_ones(vocab, dtype=dtype) if smooth_weight is None else smooth_weight
+        smooth = aligned(smooth_weight / vocab, dtype)
+    head = Head(bias, softcap, temperature, smooth)
     call = Call(vocab, head, rows, objective, _with_passes(plan, objective, tokens), compute)
     return (input.reshape(-1, input.shape[-1]), linear_weight, linear_bias), call, spread
 

@@ -1,4 +1,4 @@
-"""The same as `nn.Module`s, for code that holds its loss as a module. They own no parameters: the model has the head."""
+"""The same as `nn.Module`s, for code that holds its loss as a module. They own no parameters: the model does."""
 
 from __future__ import annotations
 
