@@ -98,8 +98,8 @@ class OnePass(torch.autograd.Function):
                 parts.append(stats)
                 losses.append(loss)
         stats = _joined(parts, rows.weight)
-        ctx.gradients = gradients.finish()
-        ctx.scale = scale
+        ctx.gradients = gradients.finish(rounded=scale is None)  # scaled sums over tokens may not fit into fp16
+        ctx.scale, ctx.dtypes = scale, gradients.dtypes
         outputs = stats.logprobs, stats.entropy, stats.logsumexp
         ctx.mark_non_differentiable(*outputs)
         return weighted_sum(torch.cat(losses) if losses else rows.weight, rows.weight), *outputs
@@ -114,7 +114,8 @@ class OnePass(torch.autograd.Function):
             )
         gradients, ctx.gradients = ctx.gradients, None  # so that autograd can take them over without a copy
         factor = grad_loss if ctx.scale is None else grad_loss / ctx.scale
-        return *(None if gradient is None else _scaled_(gradient, factor) for gradient in gradients), None
+        made = zip(gradients, ctx.dtypes)
+        return *(None if gradient is None else _scaled_(gradient, factor).to(dtype) for gradient, dtype in made), None
 
 
 class Statistics(torch.autograd.Function):
@@ -145,6 +146,8 @@ class Statistics(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *coefs: Tensor | None):
+        if all(coef is None for coef in coefs):
+            return (None,) * 4
         input, weight, bias, *fields = ctx.saved_tensors
         call, row_ops = ctx.call, backend(ctx.call.plan.backend)
         coefs, target, index, (entropy, *normalizer) = _rows_with_gradient(coefs, call.rows, fields)
@@ -207,9 +210,11 @@ class Gradients:
             self.bias[:vocab] += dlogits.sum(0, dtype=self.products.dtype)
         self.first = False
 
-    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(dx, dW, db) in the types of the inputs."""
+    def finish(self, rounded: bool = True) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(dx, dW, db), if `rounded` in the types of the inputs."""
         made = (self.input, self.weight, self.bias)
+        if not rounded:
+            return made
         return tuple(None if g is None else g.to(dtype) for g, dtype in zip(made, self.dtypes))
 
 
