@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -34,10 +35,22 @@ def _one_of(owner: object, **choices: tuple[str, ...]) -> None:
             )
 
 
-def _ratio(stats: TokenStats, tokens: Tokens) -> Tensor:
-    """r = e^{ℓ − ℓ_old}. Without old log-probs the data is on-policy: r = 1 with the gradient of ℓ."""
-    old = tokens.get("old_logprobs")
-    return torch.exp(stats.logprobs - (stats.logprobs.detach() if old is None else old))
+def _clip_range(owner: object, optional: bool = False) -> None:
+    for field in ("clip_low", "clip_high"):
+        value = getattr(owner, field)
+        if not (isinstance(value, Real) and value >= 0) and not (optional and value is None):
+            expected = "a number ≥ 0" + optional * " or None"
+            raise ValueError(f"{type(owner).__name__}({field}={value!r}): expected {expected}")
+
+
+def _ratio(stats: TokenStats, tokens: Tokens, fresh: Tensor | None = None) -> Tensor:
+    """r = e^{ℓ − ℓ_old}. Without old log-probs, and where `fresh`, it is on-policy: r = 1 with the gradient of ℓ."""
+    current, old = stats.logprobs.detach(), tokens.get("old_logprobs")
+    if old is None:
+        old = current
+    elif fresh is not None:
+        old = torch.where(fresh, current, old)
+    return torch.exp(stats.logprobs - old)
 
 
 def _clipped(ratio: Tensor, signal: Tensor, low: float, high: float) -> Tensor:
@@ -111,6 +124,7 @@ class PolicyGradient:
 
     def __post_init__(self):
         _one_of(self, surrogate=("reinforce", "ppo", "cispo"), ratio_level=("token", "sequence"))
+        _clip_range(self, optional=True)
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"dual_clip must be greater than 1, found {self.dual_clip}")
 
@@ -220,6 +234,7 @@ class SRFT:
             rollout_signal=("sign", "advantage"),
             positive=("advantage", "reward"),
         )
+        _clip_range(self)
         if self.entropy_sign not in (-1, 1):
             raise ValueError(f"SRFT(entropy_sign={self.entropy_sign}): expected -1 (the paper's Eq 8) or +1")
         if self.demo_shaping is not None and not self.demo_shaping > 0:
@@ -288,12 +303,13 @@ class SRFT:
         p = stats.logprobs.exp()
         shaped = p if self.demo_shaping is None else p / (p + self.demo_shaping)
         signal = self._signal(tokens, positive)
+        ratio = _ratio(stats, tokens, fresh=tokens.is_demo.bool())  # demonstrations were not sampled: anything is there
         if self.rollout_factor == "logprob":
             rollout = -signal * stats.logprobs
         elif self.rollout_factor == "ratio":
-            rollout = -signal * _ratio(stats, tokens)
+            rollout = -signal * ratio
         else:
-            rollout = _clipped(_ratio(stats, tokens), signal, self.clip_low, self.clip_high)
+            rollout = _clipped(ratio, signal, self.clip_low, self.clip_high)
         return -demo_weight * stats.logprobs, -self.demo_rl_coef * tokens.advantages * shaped, rollout_weight * rollout
 
     def __call__(self, stats: TokenStats, tokens: Tokens) -> Tensor:
@@ -319,6 +335,6 @@ class SRFT:
 
 
 def _drift(ratio: Tensor, signal: Tensor, low: float, high: float, where: Tensor) -> dict[str, Tensor]:
-    """How far the policy went from the one that sampled: share of tokens that the clip stops, KL(old ‖ new) ≈ r−1−log r."""
+    """Distance to the policy that sampled: share of tokens that the clip stops, and KL(old ‖ new) ≈ r − 1 − log r."""
     beyond = ((ratio > 1 + high) & (signal > 0)) | ((ratio < 1 - low) & (signal < 0))
     return {"clip_fraction": _mean(beyond.float(), where), "approx_kl": _mean(ratio - 1 - ratio.log(), where)}
