@@ -157,7 +157,8 @@ def _gradient_(
         d.mul_((-h / total * scale)[:, None]).add_((alpha / total * scale)[:, None]).mul_(exp)
     if g is not None:
         inside = (target >= 0) & (target < d.shape[1])
-        d.scatter_add_(1, torch.where(inside, target, 0)[:, None], (g * scale)[:, None])
+        at_target = torch.where(inside, g * scale, torch.nan)
+        d.scatter_add_(1, torch.where(inside, target, 0)[:, None], at_target[:, None])
     if u is not None:
         d.addcmul_((u * scale)[:, None], head.smooth)
     if cap_slope is not None:
