@@ -48,9 +48,8 @@ POINTERS = {
     "stride": "i32",
     "dstride": "i32",
 }
-ANNOTATION_POINTERS = dict(
-    zip(COLUMNS, ("advantages_ptr", "old_ptr", "ref_ptr", "is_demo_ptr", "rewards_ptr", "weight_entropy_ptr", "class_weight_ptr"))
-)  # fmt: skip
+# the annotations' pointers come in the order of COLUMNS
+ANNOTATION_POINTERS = dict(zip(COLUMNS, triton_rows._loss_gradient_kernel.arg_names[4 : 4 + len(COLUMNS)], strict=True))
 
 
 def variants():

@@ -1,0 +1,176 @@
+"""The Triton row kernels, run (in the interpreter where there is no GPU) and held to the same rules as PyTorch's."""
+
+import os
+from itertools import product
+
+import pytest
+import torch
+
+import srft_kernels as sk
+from srft_kernels.head import Head
+from srft_kernels.rows import aligned, aligned_size, torch_rows
+
+from . import cases
+
+triton_rows = pytest.importorskip("srft_kernels.rows.triton_rows")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy on infinities
+
+
+@pytest.fixture(params=[8192, 32], ids=["one block", "many blocks"])
+def blocks(request, monkeypatch):
+    """A row of 131 numbers in one loop step, and in five, with running maxima that rise."""
+    monkeypatch.setattr(triton_rows, "MAX_BLOCK", request.param)
+
+
+def annotations(n: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    advantages = torch.randn(n, generator=generator)
+    advantages[::5] = 0
+    return {
+        "advantages": advantages,
+        "rewards": torch.randint(2, (n,), generator=generator).float(),
+        "is_demo": torch.rand(n, generator=generator) < 0.4,
+        "old_logprobs": -4.9 + torch.randn(n, generator=generator) / 4,
+        "ref_logprobs": -4.9 + torch.randn(n, generator=generator) / 4,
+    }
+
+
+MIXED = sk.PolicyGradient(kl_coef=0.05, entropy_coef=0.1)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_exact(kind, passes, blocks):
+    problem = cases.problem(kind)
+    objective = lambda stats, tokens: -tokens.advantages * stats.logprobs - 0.1 * stats.entropy  # noqa: E731
+    columns = {"advantages": annotations(len(problem.target))["advantages"]}
+    truth, eager = (f(problem, objective, **columns) for f in (cases.truth, cases.eager))
+    built_in = sk.PolicyGradient(surrogate="reinforce", entropy_coef=0.1)
+    plan = sk.Plan(backend="triton", chunk_rows=5, passes=passes)
+    for name, run in (("fused", built_in), ("between two kernels", objective)):
+        cases.assert_exact(cases.ours(problem, run, plan, **columns), eager, truth, note=name)
+
+
+OBJECTIVES = {
+    "sft": [sk.sft(), sk.dft(), sk.CrossEntropy(z_loss=1e-2)],
+    "policy_gradient": [
+        sk.PolicyGradient(surrogate=surrogate, clip_low=low, clip_high=high, dual_clip=dual, kl_coef=kl, entropy_coef=c)
+        for surrogate, (low, high), dual, kl, c in product(
+            ("reinforce", "ppo", "cispo"), ((0.2, 0.28), (None, 0.1), (None, None)), (None, 1.1), (0.0, 0.1), (0.0, 0.1)
+        )
+        if surrogate == "ppo" or dual is None
+    ],
+    "srft": [
+        sk.SRFT(entropy_sign=sign, demo_weight=weight, demo_shaping=shaping, rollout_weight=rollout_weight,
+                rollout_factor=factor, rollout_signal=signal, positive=positive, entropy_coef=c)
+        for i, (sign, weight, shaping, rollout_weight, factor, signal, positive, c) in enumerate(product(
+            (-1, 1), ("entropy", "constant", "p(1-p)"), (None, 0.1), ("entropy", "constant"),
+            ("logprob", "ratio", "clipped_ratio"), ("sign", "advantage"), ("advantage", "reward"), (0.0, 0.1),
+        ))
+        if i % 11 == 0  # every option with every other, not every combination
+    ] + [sk.srft_paper(), sk.srft_official(), sk.luffy(), sk.chord(0.3), sk.chord(0.3, token_weighted=True)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", OBJECTIVES)
+def test_fused_objectives_are_the_pytorch_formulas(family):
+    """Device code with derivatives by hand against the formula that autograd differentiates, for each option."""
+    n, vocab = 10, 48
+    logits = torch.randn(n, vocab, generator=torch.Generator().manual_seed(1)) * 2
+    for i, objective in enumerate(OBJECTIVES[family]):
+        for old in (True, False):
+            columns = annotations(n, seed=i)
+            target = torch.randint(vocab, (n,), generator=torch.Generator().manual_seed(i))
+            tokens = sk.Tokens(target, **{**columns, "old_logprobs": columns["old_logprobs"] if old else None})
+            weight = torch.rand(n)
+            run = {
+                name: rows.loss_and_gradient(buffer(logits), tokens, weight, objective, Head(), 8, torch.float32)
+                for name, rows in (("torch", torch_rows), ("triton", triton_rows))
+            }
+            for index, output in ((1, "loss"), (2, "gradient")):
+                theirs, own = run["torch"][index], run["triton"][index]
+                assert torch.allclose(own, theirs, rtol=2e-5, atol=1e-6), f"{output} of {objective}, old={old}"
+
+
+@pytest.mark.parametrize("class_weight", [False, True])
+def test_label_smoothing(class_weight, blocks):
+    x, w, y = torch.randn(9, 16), torch.randn(131, 16), torch.randint(131, (9,))
+    classes = torch.rand(131) if class_weight else None
+    results = []
+    for backend in ("torch", "triton"):
+        leaves = [t.clone().requires_grad_() for t in (x, w)]
+        plan = sk.Plan(backend=backend, chunk_rows=4)
+        loss = sk.linear_cross_entropy(*leaves, y, weight=classes, label_smoothing=0.1, z_loss=1e-3, plan=plan)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    for own, other in zip(*results):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_gradient_over_wide_logits(dtype, blocks):
+    """The 16-bit gradient is the fp32 one rounded once, and lies at the front of the logits' own rows."""
+    logits = buffer(torch.randn(7, 131))
+    columns, target = annotations(7), torch.arange(7)
+    tokens, weight = sk.Tokens(target, **columns), torch.ones(7)
+    wide = triton_rows.loss_and_gradient(buffer(logits), tokens, weight, MIXED, Head(), 1, torch.float32)[2]
+    narrow = triton_rows.loss_and_gradient(logits, tokens, weight, MIXED, Head(), 1, dtype)[2]
+    assert narrow.dtype == dtype and narrow.data_ptr() == logits.data_ptr()
+    assert narrow.stride(0) == 2 * logits.stride(0)
+    rounded = wide.to(dtype)
+    if dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":  # the interpreter truncates to bf16
+        rounded = (wide.contiguous().view(torch.int32) & -65536).view(torch.float32).to(dtype)
+    assert torch.equal(narrow, rounded)
+
+
+def test_padding_of_a_row_is_never_read_as_logits():
+    logits = torch.full((3, aligned_size(131)), torch.nan)[:, :131].copy_(torch.randn(3, 131))
+    stats, _ = triton_rows.statistics(logits, torch.tensor([0, 5, 130]), Head(), 1)
+    expected, _ = torch_rows.statistics(logits.clone(), torch.tensor([0, 5, 130]), Head(), 1)
+    for own, other in zip(stats.fields(), expected.fields()):
+        torch.testing.assert_close(own, other)
+
+
+def test_rows_past_two_to_the_31():
+    """Row addresses are 64-bit: the last row starts 2³¹ numbers after the first (memory is only touched at rows)."""
+    n, vocab, stride = 5, 40, 2**29
+    room = torch.UntypedStorage(4 * (stride * 4 + 64))
+    logits = torch.empty(0).set_(room, 0, (n, vocab), (stride, 1))
+    values = torch.randn(n, vocab)
+    logits.copy_(values)
+    target, tokens = torch.arange(n), sk.Tokens(torch.arange(n), **annotations(n))
+    got = triton_rows.loss_and_gradient(logits, tokens, torch.ones(n), MIXED, Head(), 1, torch.float32)
+    want = torch_rows.loss_and_gradient(buffer(values), tokens, torch.ones(n), MIXED, Head(), 8, torch.float32)
+    torch.testing.assert_close(got[2], want[2], rtol=2e-5, atol=1e-6)
+    logits.copy_(values)
+    stats, normalizer = triton_rows.statistics(logits, target, Head(), 1)
+    torch.testing.assert_close(stats.entropy, want[0].entropy)
+    coefs = (torch.ones(n), None, None)
+    got = triton_rows.gradient(logits, target, stats.entropy, normalizer, coefs, Head(), 1, torch.float32)
+    want = torch_rows.gradient(buffer(values), target, stats.entropy, normalizer, coefs, Head(), 8, torch.float32)
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-6)
+
+
+def test_target_outside_the_vocabulary_is_nan_and_stays_in_its_row():
+    logits = buffer(torch.randn(3, 40))
+    tokens = sk.Tokens(torch.tensor([1, 40, -7]))
+    stats, loss, _ = triton_rows.loss_and_gradient(logits, tokens, torch.ones(3), sk.sft(), Head(), 1, torch.float32)
+    assert loss.isnan().tolist() == [False, True, True]
+    assert stats.logprobs.isnan().tolist() == [False, True, True]
+    assert stats.entropy.isfinite().all()
+
+
+def test_scale_in_place():
+    x = torch.randn(10_001)
+    assert torch.equal(triton_rows.scale_(x.clone(), torch.tensor(1.0)), x)
+    assert torch.equal(triton_rows.scale_(x.clone(), torch.tensor(0.3)), x * torch.tensor(0.3))
+
+
+def buffer(logits: torch.Tensor) -> torch.Tensor:
+    """A copy in rows as the engine lays them out."""
+    n, vocab = logits.shape
+    return logits.new_empty(n, aligned_size(vocab))[:, :vocab].copy_(logits)
+
+
+def test_aligned_vectors_can_be_read_as_zeros_past_their_end():
+    vector = aligned(torch.ones(5), torch.float32)
+    assert vector.as_strided((16,), (1,)).tolist() == [1.0] * 5 + [0.0] * 11
