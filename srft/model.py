@@ -16,7 +16,7 @@ from torch import Tensor
 
 from srft.config import ModelConfig
 from srft.embedded import embedded_model
-from srft.errors import UserError, missing
+from srft.errors import UserError, missing, nearest
 from srft.prompts import end_of_turn
 
 if TYPE_CHECKING:
@@ -56,35 +56,45 @@ def load_model(config: ModelConfig) -> LoadedModel:
     """The model and tokenizer that `config.path` names, on its device and in its type, ready to train.
 
     Raises UserError for a device that is not there, a path that is neither a model directory nor a hub name that can be
-    fetched, a directory without tokenizer, and a model whose head works in a way that is not known here.
+    fetched, a directory without tokenizer or without all weights, and a model whose head works in an unknown way.
     """
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging as transformers_logging
-    except ImportError as error:
-        raise missing("transformers", "loading models") from error
-    transformers_logging.disable_progress_bar()  # a bar for half a second of reading
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
-    path = str(embedded_model() if config.path == EMBEDDED else check_path(config.path))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:
-        raise UserError(
-            f"model.path {config.path!r}: no tokenizer could be loaded from it: {first_line(error)}"
-        ) from error
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=config.attention).to(device)
-    except Exception as error:
-        raise UserError(
-            f"model.path {config.path!r}: no causal LM could be loaded from it: {first_line(error)}"
-        ) from error
+    tokenizer, model = read(config, dtype)
+    model.to(device)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     check_head(model)
     eos_ids = eos_ids_of(model, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(eos_ids)
     return LoadedModel(model.train(), tokenizer, device, dtype, eos_ids, pad_id)
+
+
+def read(config: ModelConfig, dtype: torch.dtype) -> tuple["PreTrainedTokenizerBase", "PreTrainedModel"]:
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+    except ImportError as error:
+        raise missing("transformers", "loading models") from error
+    logging.disable_progress_bar()  # a bar for half a second of reading
+    where = f"model.path {config.path!r}"
+    path = embedded_model() if config.path == EMBEDDED else check_path(config.path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        advice = f"is it a name on the hub that can be reached, or a directory{nearest(config.path, [EMBEDDED])}"
+        if Path(path).is_dir():
+            advice = f"save one there: tokenizer.save_pretrained({config.path!r})"
+        raise UserError(f"{where}: no tokenizer could be loaded from it ({first_line(error)}); {advice}") from error
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=config.attention, output_loading_info=True
+        )
+    except Exception as error:
+        raise UserError(f"{where}: no causal LM could be loaded from it: {first_line(error)}") from error
+    if absent := sorted(report["missing_keys"]):  # transformers would train them from random values
+        raise UserError(f"{where}: no whole causal LM: {len(absent)} weights are missing in it, such as {absent[0]}")
+    return tokenizer, model
 
 
 def choose_device(name: str) -> torch.device:

@@ -11,6 +11,8 @@ import srft.cli
 from srft.cli import main
 from srft.errors import UserError
 
+pytest.importorskip("jsonargparse")
+
 
 @pytest.fixture
 def rooms(monkeypatch):
@@ -112,12 +114,15 @@ def test_an_interruption_is_told(monkeypatch, capsys):
     assert capsys.readouterr().err == "srft: interrupted\n"
 
 
-def test_bad_data_from_the_real_command(tmp_path, tiny_dir):
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_bad_data_from_the_real_command(command, tmp_path, tiny_dir):
     """The whole way through the installed command: nothing but the message, and nothing written."""
     data = tmp_path / "train.jsonl"
     data.write_text(json.dumps({"prompt": "a", "answer": 1}) + "\n" + '{"question": 1}\n')
-    command = [sys.executable, "-m", "srft", "train", "--data.train_file", str(data), "--model.path", str(tiny_dir)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    settings = ["--data.train_file", str(data), "--model.path", str(tiny_dir), "--model.device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", "srft", command, *settings], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 2
     expected = f"srft: error: {data}:2: the column 'prompt' or 'messages' is missing; found columns: question\n"
     assert done.stderr.endswith(expected) and "Traceback" not in done.stderr

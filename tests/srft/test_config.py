@@ -9,6 +9,7 @@ import pytest
 from srft.config import Config, DataConfig, RolloutConfig, help_text, load, to_toml
 from srft.errors import UserError
 
+pytest.importorskip("jsonargparse")
 CONFIGS = Path(__file__).parents[2] / "srft" / "configs"
 
 

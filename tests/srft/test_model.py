@@ -115,7 +115,32 @@ def test_a_directory_without_tokenizer(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(UserError) as error:
         load_model(ModelConfig(path=str(tmp_path), device="cpu"))
-    assert str(error.value).startswith(f"model.path {str(tmp_path)!r}: no tokenizer could be loaded from it: ")
+    assert str(error.value).startswith(f"model.path {str(tmp_path)!r}: no tokenizer could be loaded from it (")
+    assert str(error.value).endswith(f"; save one there: tokenizer.save_pretrained({str(tmp_path)!r})")
+
+
+def test_a_name_that_is_not_on_the_hub(monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("We couldn't connect to the hub\nand so on")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", unreachable)
+    with pytest.raises(UserError) as error:
+        load_model(ModelConfig(path="smolm2", device="cpu"))
+    assert str(error.value) == (
+        "model.path 'smolm2': no tokenizer could be loaded from it (We couldn't connect to the hub); "
+        "is it a name on the hub that can be reached, or a directory; did you mean 'smollm2'?"
+    )
+
+
+def test_a_model_that_lacks_weights(tmp_path):
+    model = tiny_model()
+    weights = {name: value for name, value in model.state_dict().items() if "layers.1." not in name}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=r"no whole causal LM: 9 weights are missing in it, such as model.layers.1.input_layernorm"
+    ):
+        load_model(ModelConfig(path=str(tmp_path), device="cpu"))
 
 
 def test_directories_that_are_no_model(tmp_path):
