@@ -1,7 +1,7 @@
 """The chunk loop, as two autograd functions.
 
     OnePass     statistics, loss and all gradients of a chunk of tokens while its logits are alive: 6NHV flops.
-                Backward only scales what the forward made.
+                Backward only scales what the forward made, and hands it over.
     Statistics  (ℓ, H, lse) of every token, differentiable any way the caller likes: 2NHV flops forward; backward
                 recomputes the logits and multiplies once more for each gradient wanted: 6NHV.
 
@@ -109,10 +109,14 @@ class OnePass(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor, *_):
         if ctx.gradients is None:
             raise RuntimeError(
-                "backward ran twice through a one-pass loss, whose gradients are handed out once and not kept; "
-                "pass plan=Plan(passes=2, ...) to differentiate it repeatedly"
+                "backward ran a second time through this loss, whose gradients the first one handed over: "
+                "give the first one retain_graph=True"
             )
-        gradients, ctx.gradients = ctx.gradients, None  # so that autograd can take them over without a copy
+        gradients = ctx.gradients
+        if torch._C._autograd._get_current_graph_task_keep_graph():  # backward(retain_graph=True)
+            gradients = tuple(None if gradient is None else gradient.clone() for gradient in gradients)
+        else:
+            ctx.gradients = None  # so that autograd can take them over without a copy
         factor = grad_loss if ctx.scale is None else grad_loss / ctx.scale
         made = zip(gradients, ctx.dtypes)
         return *(None if gradient is None else _scaled_(gradient, factor).to(dtype) for gradient, dtype in made), None
@@ -242,7 +246,8 @@ def _joined(parts: list[TokenStats], like: Tensor, smooth: bool = False) -> Toke
 
 def _rows_with_gradient(coefs: tuple[Tensor | None, ...], rows: Rows, fields: list[Tensor]):
     """(coefs, target, index, fields) of the packed rows where any coefficient is not zero."""
-    keep = torch.stack([coef != 0 for coef in coefs if coef is not None]).any(0).nonzero()[:, 0]
+    # past the active rows a coefficient may still be 0 · ∞
+    keep = torch.stack([coef != 0 for coef in coefs if coef is not None]).any(0)[: rows.active].nonzero()[:, 0]
     if len(keep) == len(rows):
         return coefs, rows.tokens.target, rows.index, fields
     index = keep if rows.index is None else rows.index[keep]

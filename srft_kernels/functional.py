@@ -302,7 +302,9 @@ def _pack(tokens: Tokens, live: Tensor | None, weight: Tensor | None, objective:
     total = len(tokens.target)
     if live is None:
         live = torch.ones(total, dtype=torch.bool, device=tokens.target.device)
-    active = live if weight is None else live & (weight != 0)
+    active = live
+    if weight is not None and _token_local(objective, tokens):  # else other tokens' losses may depend on this one's
+        active = live & (weight != 0)
     if (inactive := getattr(objective, "inactive", None)) and (idle := inactive(tokens)) is not None:
         active = active & ~idle
     count, active_count = torch.stack([live.sum(), active.sum()]).tolist()
@@ -317,10 +319,13 @@ def _pack(tokens: Tokens, live: Tensor | None, weight: Tensor | None, objective:
     return Rows(index, active_count, tokens, weight)
 
 
-def _with_passes(plan: Plan, objective: Any, tokens: Tokens) -> Plan:
+def _token_local(objective: Any, tokens: Tokens) -> bool:
     local = getattr(objective, "token_local", True)
-    if callable(local):
-        local = local(tokens)
+    return local(tokens) if callable(local) else local
+
+
+def _with_passes(plan: Plan, objective: Any, tokens: Tokens) -> Plan:
+    local = _token_local(objective, tokens)
     if plan.passes is None:
         return replace(plan, passes=1 if local else 2)
     if plan.passes == 1 and not local:
