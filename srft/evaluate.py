@@ -1,0 +1,135 @@
+"""Evaluation on held-out prompts: avg@k and pass@k, over all prompts and per task.
+
+The prompts and the sampling seed are fixed, so that two models are compared on the same questions.
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from srft.config import Config, EvalConfig
+from srft.data import Example, load_examples
+from srft.errors import UserError
+from srft.metrics import finite, mean
+from srft.model import load_model
+from srft.prompts import Prompter, build_prompter
+from srft.rewards import Scorer, build_reward
+from srft.rollout import Engine, build_engine
+
+SOLVED = 1 - 1e-6  # a completion is correct from this reward on: scorers give parts of a point for parts of an answer
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Means over prompts. NaN where nothing was scored."""
+
+    prompts: int
+    reward: float  # avg@k: mean reward of the k samples
+    pass_at: dict[int, float]  # {n: chance that at least one of n samples is correct}
+    finished: float  # share of samples that ended by themselves
+    tokens: float  # mean length
+
+
+@dataclass(frozen=True)
+class Evaluation(Scores):
+    samples: int  # k
+    seed: int
+    tasks: dict[str, Scores] = field(default_factory=dict)
+    generations: list[dict[str, Any]] = field(default_factory=list)  # one per prompt, its k completions with rewards
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Chance that k of n samples, drawn without replacement, hold a correct one (unbiased; arXiv 2107.03374)."""
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def evaluate(
+    engine: Engine, examples: list[Example], prompter: Prompter, scorer: Scorer, config: EvalConfig, max_new_tokens: int
+) -> Evaluation:
+    """Sample `config.samples` completions of every example and score them."""
+    groups = engine.generate(
+        [prompter.encode_prompt(example) for example in examples],
+        config.samples,
+        max_new_tokens=max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        seed=config.seed,
+    )
+    texts = [prompter.decode(rollout.tokens) for group in groups for rollout in group]
+    rewards = iter(scorer([example for example in examples for _ in range(config.samples)], texts))
+    generations = []
+    for example, group, start in zip(examples, groups, range(0, len(texts), config.samples)):
+        generations.append(
+            {
+                "task": example.task,
+                "prompt": example.messages[-1]["content"],
+                "answer": example.answer,
+                "completions": texts[start : start + config.samples],
+                "rewards": [next(rewards) for _ in group],
+                "finished": [rollout.finished for rollout in group],
+                "tokens": [len(rollout.tokens) for rollout in group],
+            }
+        )
+    tasks = sorted({example.task for example in examples})
+    per_task = {task: _scores([g for g in generations if g["task"] == task], config.samples) for task in tasks}
+    overall = _scores(generations, config.samples)
+    return Evaluation(
+        **vars(overall), samples=config.samples, seed=config.seed, tasks=per_task, generations=generations
+    )
+
+
+def _scores(generations: list[dict[str, Any]], samples: int) -> Scores:
+    """Prompts count alike; completions that were not scored are left out, and prompts without a scored one too."""
+    scored = [[r for r in g["rewards"] if r is not None] for g in generations]
+    scored = [rewards for rewards in scored if rewards]
+    correct = [sum(r >= SOLVED for r in rewards) for rewards in scored]
+    levels = sorted({2**i for i in range(samples.bit_length()) if 2**i <= samples} | {samples})
+    return Scores(
+        prompts=len(generations),
+        reward=mean([mean(rewards) for rewards in scored]),
+        pass_at={
+            k: mean([pass_at_k(len(rewards), c, k) for rewards, c in zip(scored, correct) if len(rewards) >= k])
+            for k in levels
+        },
+        finished=mean([float(f) for g in generations for f in g["finished"]]),
+        tokens=mean([float(t) for g in generations for t in g["tokens"]]),
+    )
+
+
+def table(evaluation: Evaluation) -> str:
+    """The scores as lines of text, one per task and one for all."""
+    levels = list(evaluation.pass_at)
+    header = ["task", "prompts", f"avg@{evaluation.samples}", *(f"pass@{k}" for k in levels), "finished", "tokens"]
+    rows = [header]
+    for name, scores in [*evaluation.tasks.items(), ("all", evaluation)]:
+        if name == "all" and len(evaluation.tasks) == 1:
+            continue
+        numbers = [scores.reward, *scores.pass_at.values(), scores.finished]
+        rows.append([name, str(scores.prompts), *(f"{n:.3f}" for n in numbers), f"{scores.tokens:.1f}"])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        for row in rows
+    )
+
+
+def main_eval(config: Config, checkpoint: str | None = None) -> Evaluation:
+    """`srft eval`: evaluate `checkpoint` (a model's directory or name; default `model.path`), print table and JSON."""
+    model = dataclasses.replace(config.model, path=checkpoint) if checkpoint else config.model
+    examples = load_examples(config.data, "eval", config.eval.prompts)
+    if not examples:
+        raise UserError("eval.prompts: there is no held-out prompt to evaluate on")
+    scorer = build_reward(config.reward, config.data)
+    loaded = load_model(model)
+    prompter = build_prompter(loaded.tokenizer, config.data)
+    engine = build_engine(config.rollout.engine, loaded, config.eval.batch_size)
+    evaluation = evaluate(engine, examples, prompter, scorer, config.eval, config.rollout.max_new_tokens)
+    print(table(evaluation))
+    scores = {name: value for name, value in evaluation.as_dict().items() if name != "generations"}
+    print(json.dumps(finite({"model": model.path, **scores})))
+    return evaluation

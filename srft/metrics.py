@@ -1,0 +1,171 @@
+"""The run directory, and what a run writes into it while it goes: everything is flushed as soon as it is known.
+
+config.toml         the resolved configuration
+metrics.jsonl       one line per step; every key is explained in DESCRIPTIONS
+samples.jsonl       some generations of each step
+evaluation.jsonl    one line per evaluation, all of its generations included
+checkpoint-N, final, report.html, tensorboard/
+"""
+
+import json
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from srft.config import RunConfig
+from srft.errors import UserError, missing
+
+DESCRIPTIONS = {
+    "step": "step, from 1",
+    "loss": "the step's loss: Σ token weight · token loss",
+    "demo_sft_loss": "SFT term, mean over demonstration tokens",
+    "demo_rl_loss": "RL term of the demonstrations, mean over their tokens",
+    "rollout_loss": "rollout term, mean over rollout tokens",
+    "demo_entropy": "entropy on demonstration tokens (nats)",
+    "rollout_entropy": "entropy on rollout tokens (nats)",
+    "demo_entropy_weight": "e^{±H} in the SFT term, mean over demonstration tokens",
+    "rollout_entropy_weight": "e^{H} in the rollout term, mean over rollout tokens",
+    "demo_weight": "weight of the SFT term, coefficient included",
+    "rollout_weight": "weight of positive rollout tokens, coefficient included",
+    "reward_mean": "mean reward of the rollouts that were scored",
+    "reward_std": "standard deviation of the same",
+    "reward_demo": "mean reward of the demonstrations",
+    "informative": "share of prompts whose rollouts got different rewards",
+    "response_tokens": "mean length of a rollout (tokens)",
+    "finished": "share of rollouts that ended by themselves",
+    "clip_fraction": "share of rollout tokens beyond the clip range",
+    "approx_kl": "KL(sampling policy ‖ policy), mean of r − 1 − log r over rollout tokens (nats)",
+    "grad_norm": "gradient norm before clipping",
+    "learning_rate": "learning rate",
+    "skipped_updates": "updates left out because their gradient was not finite",
+    "demo_tokens": "demonstration tokens in the loss",
+    "rollout_tokens": "rollout tokens in the loss",
+    "padded_tokens": "tokens the backbone processed in training, padding included",
+    "microbatches": "microbatches",
+    "seconds_rollout": "seconds in generating and scoring",
+    "seconds_train": "seconds in forward, backward and update",
+    "tokens_per_second": "completion tokens generated and trained on, per second of the step",
+    "peak_memory_mb": "peak memory so far: of the process on a CPU, of torch on a GPU (MB)",
+}
+OURS = ("config.toml", "*.jsonl", "report.html", "checkpoint-*", "final", "tensorboard")
+
+
+def create_run_dir(config: RunConfig) -> Path:
+    """Make `run.dir` and return it; {time} becomes the time now.
+
+    A directory with something in it is refused, unless `run.overwrite`: then what an earlier run wrote there moves to
+    `previous-1` (or the next free number) inside of it. Nothing is ever deleted.
+    """
+    path = Path(config.dir.replace("{time}", time.strftime("%Y-%m-%dT%H-%M-%S")))
+    if "{time}" in config.dir:  # two runs may start in the same second
+        base, number = path, 2
+        while path.exists():
+            path, number = base.with_name(f"{base.name}-{number}"), number + 1
+    if path.exists() and not path.is_dir():
+        raise UserError(f"run.dir: {path} is a file; name a directory")
+    if path.is_dir() and any(path.iterdir()):
+        if not config.overwrite:
+            raise UserError(
+                f"run.dir: {path} exists and is not empty; name another directory, or pass --run.overwrite true "
+                "to move what an earlier run wrote there into a subdirectory"
+            )
+        _move_aside(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run.dir: cannot make {path}: {error.strerror}") from error
+    return path
+
+
+def _move_aside(path: Path) -> None:
+    written = [entry for pattern in OURS for entry in path.glob(pattern)]
+    if written:
+        number = next(n for n in range(1, 1_000_000) if not (path / f"previous-{n}").exists())
+        (aside := path / f"previous-{number}").mkdir()
+        for entry in written:
+            entry.rename(aside / entry.name)
+
+
+class RunLog:
+    """Appends to the run's files, one flushed line at a time; TensorBoard too where it was asked for."""
+
+    def __init__(self, directory: Path, tensorboard: bool = False):
+        self.directory = directory
+        self.board = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise missing("tensorboard", "run.tensorboard", extra="tensorboard") from error
+            self.board = SummaryWriter(directory / "tensorboard")
+
+    def metrics(self, values: dict[str, float]) -> None:
+        self._append("metrics.jsonl", values)
+        for name, value in values.items():
+            if self.board and name != "step" and math.isfinite(value):
+                self.board.add_scalar(name, value, values["step"])
+        if self.board:
+            self.board.flush()
+
+    def samples(self, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            self._append("samples.jsonl", row)
+
+    def evaluation(self, step: int, evaluation: Any) -> None:
+        self._append("evaluation.jsonl", {"step": step, **evaluation.as_dict()})
+        if self.board:
+            self.board.add_scalar("eval/reward", evaluation.reward, step)
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        with (self.directory / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite(row), ensure_ascii=False) + "\n")
+
+    def close(self) -> None:
+        if self.board:
+            self.board.close()
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file that `RunLog` wrote; [] if there is none. A last line that was cut off is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def finite(value: Any) -> Any:
+    """NaN and infinities are not JSON: null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    return value
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory in MB (2²⁰ bytes): allocated by torch on a GPU, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def mean(values: list[float]) -> float:
+    """Mean; NaN of nothing."""
+    return sum(values) / len(values) if values else math.nan
+
+
+def std(values: list[float]) -> float:
+    """Population standard deviation; NaN of nothing."""
+    middle = mean(values)
+    return math.sqrt(mean([(value - middle) ** 2 for value in values])) if values else math.nan

@@ -1,0 +1,69 @@
+"""AdamW with fp32 masters, gradient clipping and the learning-rate schedule.
+
+A learning rate of 1e-6 moves a bf16 weight by less than its rounding step, so pure bf16 training silently stands still.
+Weights of a lower precision therefore get fp32 copies that the optimizer works on: gradients are added up in fp32 as
+each microbatch's backward delivers them, and the model's weights are the rounded masters. The model itself stays in its
+own precision, for the backbone, the rollouts and the checkpoints alike.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from srft.config import TrainConfig
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Learning rate of update `step` (from 0): linear warm-up, then constant, or falling to 0 at the end."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.lr * (1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2)
+
+
+class Optimizer:
+    """AdamW over the trainable weights of `model`. Weight decay leaves vectors (norms, biases) alone."""
+
+    def __init__(self, model: nn.Module, config: TrainConfig):
+        self.config = config
+        self.weights = [p for p in model.parameters() if p.requires_grad]
+        self.masters = [p if p.dtype.itemsize >= 4 else self._master(p) for p in self.weights]
+        decayed = [p for p in self.masters if p.ndim >= 2]
+        others = [p for p in self.masters if p.ndim < 2]
+        self.adamw = torch.optim.AdamW(
+            [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            fused=all(p.device.type in ("cpu", "cuda") for p in self.masters),
+        )
+
+    @staticmethod
+    def _master(weight: Tensor) -> Tensor:
+        master = weight.detach().float()
+
+        def move_gradient(weight: Tensor) -> None:
+            gradient = weight.grad.float()
+            master.grad = gradient if master.grad is None else master.grad + gradient
+            weight.grad = None
+
+        weight.register_post_accumulate_grad_hook(move_gradient)
+        return master
+
+    def step(self, step: int) -> dict[str, float]:
+        """Clip, update, clear the gradients. An update whose gradient is not finite is left out, and counted."""
+        present = [p for p in self.masters if p.grad is not None]
+        norm = float(torch.nn.utils.clip_grad_norm_(present, self.config.max_grad_norm or math.inf))
+        rate = learning_rate(step, self.config)
+        for group in self.adamw.param_groups:
+            group["lr"] = rate
+        if math.isfinite(norm):
+            self.adamw.step()
+            with torch.no_grad():
+                for weight, master in zip(self.weights, self.masters):
+                    if weight is not master:
+                        weight.copy_(master)
+        self.adamw.zero_grad(set_to_none=True)
+        return {"grad_norm": norm, "learning_rate": rate, "skipped_updates": float(not math.isfinite(norm))}

@@ -1,0 +1,152 @@
+"""report.html: one self-contained page about a run, made from the files in its directory alone.
+
+Curves are SVG drawn by matplotlib, written into the page; nothing is fetched when it is opened.
+"""
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+from srft.errors import UserError, missing
+from srft.metrics import DESCRIPTIONS, read_jsonl
+
+# Title, the keys drawn in it, and what the y axis shows. Keys that a run does not have are left out.
+CURVES = [
+    ("Reward of the rollouts", ["reward_mean", "reward_demo", "informative"], ""),
+    ("Loss", ["loss"], ""),
+    ("Parts of the loss", ["demo_sft_loss", "demo_rl_loss", "rollout_loss"], "mean per token"),
+    ("Entropy", ["demo_entropy", "rollout_entropy"], "nats"),
+    ("Entropy weights", ["demo_entropy_weight", "rollout_entropy_weight"], ""),
+    ("Length of a rollout", ["response_tokens"], "tokens"),
+    ("Gradient norm", ["grad_norm"], ""),
+    ("Learning rate", ["learning_rate"], ""),
+    ("Drift from the sampling policy", ["clip_fraction", "approx_kl"], ""),
+    ("Seconds per step", ["seconds_rollout", "seconds_train"], "s"),
+]
+COLORS = ["#4c78d8", "#e07b39", "#3a9d6e"]  # readable on white and on near-black
+INK = "#010203"  # stands for the page's text colour until the SVG is written
+SHOWN_PROMPTS = 8
+
+
+def build(run_dir: Path) -> Path:
+    """Write `run_dir/report.html` and return its path. Raises UserError where there is no run to report on."""
+    run_dir = Path(run_dir)
+    if not (run_dir / "config.toml").is_file():
+        raise UserError(f"{run_dir}: there is no config.toml in it, so it is not the directory of a run")
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+    except ImportError as error:
+        raise missing("jinja2", "report.html") from error
+    steps = read_jsonl(run_dir / "metrics.jsonl")
+    evaluations = read_jsonl(run_dir / "evaluation.jsonl")
+    environment = Environment(
+        loader=PackageLoader("srft", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = number
+    page = environment.get_template("report.html").render(
+        name=run_dir.resolve().name,
+        steps=steps,
+        first=evaluations[0] if evaluations else None,
+        last=evaluations[-1] if len(evaluations) > 1 else None,
+        curves=curves(steps, evaluations),
+        pairs=pairs(evaluations),
+        totals=totals(steps),
+        descriptions=DESCRIPTIONS,
+        samples=read_jsonl(run_dir / "samples.jsonl")[-12:],
+        config=(run_dir / "config.toml").read_text(encoding="utf-8"),
+    )
+    partial = run_dir / ".report.html.partial"
+    partial.write_text(page, encoding="utf-8")
+    return partial.rename(run_dir / "report.html")
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number for people; a dash for what is not known."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def totals(steps: list[dict[str, Any]]) -> dict[str, str]:
+    """What the training steps took, all together."""
+    if not steps:
+        return {}
+
+    def total(key: str) -> float:
+        return sum(step.get(key) or 0 for step in steps)
+
+    return {
+        "steps": str(len(steps)),
+        "rollout": f"{total('seconds_rollout'):.0f} s",
+        "training": f"{total('seconds_train'):.0f} s",
+        "rollout tokens": f"{total('rollout_tokens'):,.0f}",
+        "demonstration tokens": f"{total('demo_tokens'):,.0f}",
+        "peak memory": f"{max(step.get('peak_memory_mb') or 0 for step in steps):,.0f} MB",
+    }
+
+
+def pairs(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For some held-out prompts, the first completion before and after training."""
+    if not evaluations:
+        return []
+    before, after = evaluations[0]["generations"], evaluations[-1]["generations"]
+    sides = [{"before": b, "after": a if len(evaluations) > 1 else None} for b, a in zip(before, after)]
+    stride = max(1, len(sides) // SHOWN_PROMPTS)  # tasks follow one another: show some of each
+    return sides[::stride][:SHOWN_PROMPTS]
+
+
+def curves(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """[{title, svg}]; a figure with nothing in it is left out."""
+    figures = []
+    if len(evaluations) > 1:
+        held_out = {"held-out reward": [(each["step"], each["reward"]) for each in evaluations]}
+        figures.append(("Held-out reward", held_out, ""))
+    for title, keys, unit in CURVES:
+        lines = {
+            key.replace("_", " "): [(step["step"], step[key]) for step in steps if step.get(key) is not None]
+            for key in keys
+        }
+        figures.append((title, {name: points for name, points in lines.items() if points}, unit))
+    return [{"title": title, "svg": svg(title, lines, unit)} for title, lines, unit in figures if lines]
+
+
+def svg(title: str, lines: dict[str, list[tuple[float, float]]], unit: str) -> str:
+    """One small figure as an <svg> element whose text takes the colour and the font of the page."""
+    try:
+        import matplotlib
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise missing("matplotlib", "the curves of report.html") from error
+    # hashsalt: ids of clip paths are hashes, and must differ between the figures of one page
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9}):
+        figure = Figure(figsize=(4.2, 2.3), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        for color, (name, points) in zip(COLORS, lines.items()):
+            x, y = zip(*points)
+            axes.plot(x, y, color=color, linewidth=1.6, marker="o" if len(x) < 40 else "", markersize=2.6, label=name)
+        axes.grid(color=INK, alpha=0.12, linewidth=0.6)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        for side in ("left", "bottom"):
+            axes.spines[side].set_color(INK)
+            axes.spines[side].set_alpha(0.35)
+        axes.tick_params(colors=INK, length=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_ylabel(unit, color=INK)
+        if len(lines) > 1:
+            axes.legend(frameon=False, labelcolor=INK, fontsize=8)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    drawing = re.sub(r"<metadata>.*?</metadata>", "", out.getvalue(), flags=re.DOTALL)
+    drawing = drawing[drawing.index("<svg") :].replace(INK, "currentColor")
+    drawing = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px; font-family: inherit", drawing)
+    # ids of the <g> elements are the same in every figure, and nothing refers to them
+    drawing = re.sub(r'<g id="[^"]*"', "<g", drawing)
+    return re.sub(
+        r'width="[\d.]+pt" height="[\d.]+pt"|height="[\d.]+pt" width="[\d.]+pt"', 'role="img"', drawing, count=1
+    )

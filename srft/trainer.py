@@ -1,0 +1,398 @@
+"""The training loop. `run(config)` is `srft train`; `Trainer.step` is one step of it:
+
+1. sample prompts
+2. roll out: G completions of each, from the model as it is now
+3. score them, and the demonstrations in the same way
+4. advantages over the augmented group: a prompt's rollouts and its demonstration
+5. pack rollouts and demonstrations into microbatches under a token budget
+6. per microbatch: hidden states of the backbone, ONE fused loss over both kinds of tokens, backward
+7. clip and update
+
+L = L_demo + L_roll: each part is averaged over its own tokens across the whole step (`loss.average`).
+What an objective learns from follows from its kind: SRFT from both, PolicyGradient from rollouts, CrossEntropy from
+demonstrations (and then nothing is generated).
+"""
+
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import srft_kernels as sk
+from srft import checkpoint, report
+from srft.advantages import group_advantages
+from srft.config import Config, LossConfig, to_toml
+from srft.data import Example, load_examples
+from srft.errors import UserError, nearest
+from srft.evaluate import Evaluation, evaluate, table
+from srft.metrics import RunLog, create_run_dir, mean, peak_memory_mb, std
+from srft.model import LoadedModel, head_of, hidden_states, load_model
+from srft.optim import Optimizer
+from srft.packing import Microbatch, Sequence, pack
+from srft.prompts import Prompter, build_prompter
+from srft.rewards import Scorer, build_reward
+from srft.rollout import Engine, Rollout, build_engine
+
+GIVEN = ("advantages", "rewards", "is_demo", "sequence_ids")  # what the trainer tells the loss about every token
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to. `before` and `after` are the same prompts and seed."""
+
+    directory: Path
+    before: Evaluation
+    after: Evaluation
+    seconds: float
+    report: Path
+
+    def __str__(self) -> str:
+        before, after, minutes = self.before, self.after, int(self.seconds) // 60
+        gain = 100 * (after.reward - before.reward)
+        return (
+            f"held-out reward {before.reward:.3f} → {after.reward:.3f} ({gain:+.1f} points; {after.prompts} prompts × "
+            f"{after.samples} samples, seed {after.seed}) · {minutes} min {int(self.seconds) % 60} s · {self.report}"
+        )
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An example as token ids."""
+
+    example: Example
+    prompt: list[int]
+    demonstration: list[int] | None
+
+
+def run(config: Config) -> RunResult:
+    """Evaluate, train, evaluate again, write the report; prints the result as its last line.
+
+    Everything is written as soon as it is known: an interruption or an error loses nothing that was there before it.
+    """
+    started = time.perf_counter()
+    objective = build_objective(config.loss)
+    scorer = build_reward(config.reward, config.data)
+    needed = config.train.steps * config.train.prompts_per_step
+    examples = load_examples(config.data, "train", config.data.size)[:needed]
+    held_out = load_examples(config.data, "eval", config.eval.prompts)
+    loaded = load_model(config.model)
+    prompter = build_prompter(loaded.tokenizer, config.data)
+    torch.manual_seed(config.train.seed)
+    trainer = Trainer(config, loaded, prompter, scorer, examples, objective)
+    eval_engine = build_engine(config.rollout.engine, loaded, config.eval.batch_size)
+
+    directory = create_run_dir(config.run)
+    (directory / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    log = RunLog(directory, config.run.tensorboard)
+    print(f"{parameters(loaded)} on {loaded.device}; writing to {directory}")
+
+    def measure(step: int) -> Evaluation:
+        result = evaluate(eval_engine, held_out, prompter, scorer, config.eval, config.rollout.max_new_tokens)
+        log.evaluation(step, result)
+        print(f"held-out after {step} of {config.train.steps} steps\n{table(result)}", flush=True)
+        return result
+
+    done = 0
+    try:
+        after = before = measure(0)
+        for done in steps_with_bar(trainer, log, config):
+            if config.run.checkpoint_every and done % config.run.checkpoint_every == 0:
+                checkpoint.save(loaded, directory / f"checkpoint-{done}")
+            if done == config.train.steps or (config.eval.every and done % config.eval.every == 0):
+                after = measure(done)
+        checkpoint.save(loaded, directory / "final")
+        page = report.build(directory)
+    except BaseException as error:
+        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped by an error"
+        print(
+            f"{reason} after step {done} of {config.train.steps}; what was written stays in {directory} "
+            f"(srft report {directory} makes its page)",
+            file=sys.stderr,
+        )
+        raise
+    finally:
+        log.close()
+    result = RunResult(directory, before, after, time.perf_counter() - started, page)
+    print(result)
+    return result
+
+
+def steps_with_bar(trainer: "Trainer", log: RunLog, config: Config):
+    """Do the steps, log each, show the bar; yields the number of steps done."""
+    from tqdm import tqdm
+
+    with tqdm(total=config.train.steps, unit="step", dynamic_ncols=True) as bar:
+        for number in range(1, config.train.steps + 1):
+            metrics, samples = trainer.step(number)
+            log.metrics(metrics)
+            log.samples(samples)
+            shown = {"reward": "reward_mean", "entropy": "rollout_entropy", "loss": "loss"}
+            words = [f"{name} {metrics[key]:.3f}" for name, key in shown.items() if key in metrics]
+            bar.set_postfix_str(", ".join([*words, f"{metrics['tokens_per_second']:.0f} tokens/s"]), refresh=False)
+            bar.update()
+            yield number
+
+
+def build_objective(config: LossConfig) -> Any:
+    """The objective that `loss.preset` and `loss.options` name; raises UserError for what this trainer cannot give."""
+    presets = [name for name in sk.presets.__dict__ if callable(getattr(sk, name, None)) and name.islower()]
+    if config.preset not in presets:
+        raise UserError(
+            f"loss.preset: expected one of {', '.join(presets)}, found {config.preset!r}"
+            f"{nearest(config.preset, presets)}"
+        )
+    try:
+        objective = getattr(sk, config.preset)(**config.options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"loss.options for {config.preset}: {error}") from error
+    required = objective.requires(GIVEN) if hasattr(objective, "requires") else ()
+    if unknown := [name for name in required if name not in GIVEN]:
+        raise UserError(
+            f"loss.options for {config.preset}: the objective needs {', '.join(unknown)}, which srft train does not "
+            "compute; leave out the option that asks for it (kl_coef, say)"
+        )
+    return objective
+
+
+def parameters(loaded: LoadedModel) -> str:
+    count = sum(p.numel() for p in loaded.model.parameters())
+    return f"{type(loaded.model).__name__} with {count / 1e6:.1f} M parameters in {str(loaded.dtype).split('.')[-1]}"
+
+
+class Trainer:
+    """Model, optimizer and data of a run. `loss_function` has the signature of `srft_kernels.linear_loss`."""
+
+    def __init__(
+        self,
+        config: Config,
+        loaded: LoadedModel,
+        prompter: Prompter,
+        scorer: Scorer,
+        examples: list[Example],
+        objective: Any = None,
+        *,
+        engine: Engine | None = None,
+        loss_function: Callable[..., sk.LossOutput] = sk.linear_loss,
+    ):
+        self.config, self.loaded, self.prompter, self.scorer = config, loaded, prompter, scorer
+        self.objective = build_objective(config.loss) if objective is None else objective
+        self.learns_from_rollouts = not isinstance(self.objective, sk.CrossEntropy)
+        self.learns_from_demos = not isinstance(self.objective, sk.PolicyGradient)
+        self.engine = engine or build_engine(config.rollout.engine, loaded, config.rollout.batch_size)
+        self.loss_function = loss_function
+        self.optimizer = Optimizer(loaded.model, config.train)
+        head = head_of(loaded.model)
+        self.weight = head.weight
+        # logits = cap·tanh(scale·a/cap)/T is the head's cap'·tanh(a/cap')/T' with cap' = cap/scale and T' = T/scale.
+        self.head_options = {
+            "linear_bias": head.bias,
+            "temperature": config.rollout.temperature / head.logit_scale,
+            "softcap": head.softcap and head.softcap / head.logit_scale,
+            "vocab_size": head.vocab_size,
+        }
+        # Encoding everything now finds a prompt that is too long before any time is spent.
+        self.problems = [self._problem(example) for example in examples]
+        if not self.learns_from_rollouts and examples and not any(p.demonstration for p in self.problems):
+            raise UserError(f"loss.preset {config.loss.preset!r} learns from demonstrations, but no example has one")
+
+    def step(self, number: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Step `number`, from 1. Returns the line for metrics.jsonl and some generations."""
+        started = time.perf_counter()
+        problems = self._draw(number)
+        groups = self._roll_out(problems, number) if self.learns_from_rollouts else [[] for _ in problems]
+        sequences, samples, metrics = self._score(problems, groups)
+        generated = time.perf_counter()
+        train = self.config.train
+        microbatches = pack(
+            sequences,
+            token_budget=train.token_budget,
+            average=self.config.loss.average,
+            max_length=self.config.rollout.max_new_tokens,
+            pad_id=self.loaded.pad_id,
+            device=self.loaded.device,
+        )
+        metrics |= self._learn(microbatches, number)
+        ended = time.perf_counter()
+        lengths = {kind: sum(len(s.completion) for s in sequences if s.is_demo == kind) for kind in (True, False)}
+        metrics |= {
+            "demo_tokens": lengths[True],
+            "rollout_tokens": lengths[False],
+            "padded_tokens": sum(m.input_ids.numel() for m in microbatches),
+            "microbatches": len(microbatches),
+            "seconds_rollout": generated - started,
+            "seconds_train": ended - generated,
+            "tokens_per_second": sum(lengths.values()) / (ended - started),
+            "peak_memory_mb": peak_memory_mb(self.loaded.device),
+        }
+        return {"step": number, **metrics}, [{"step": number, **sample} for sample in samples]
+
+    def _problem(self, example: Example) -> Problem:
+        prompt = self.prompter.encode_prompt(example)
+        if not prompt:
+            raise UserError(f"{example.source or example.task}: the prompt is empty; there is nothing to continue")
+        uses_demo = self.learns_from_demos and example.demonstration is not None
+        return Problem(example, prompt, self.prompter.encode_demonstration(example) if uses_demo else None)
+
+    def _draw(self, number: int) -> list[Problem]:
+        """The prompts of a step: every one once, then all of them again in another order."""
+        count, size = self.config.train.prompts_per_step, len(self.problems)
+        drawn = []
+        for position in range((number - 1) * count, number * count):
+            epoch, index = divmod(position, size)
+            if not drawn or not index:
+                order = random.Random(f"{self.config.train.seed}/{epoch}").sample(range(size), size)
+            drawn.append(self.problems[order[index]])
+        return drawn
+
+    def _roll_out(self, problems: list[Problem], number: int) -> list[list[Rollout]]:
+        rollout = self.config.rollout
+        return self.engine.generate(
+            [problem.prompt for problem in problems],
+            rollout.per_prompt,
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            seed=self.config.train.seed * 1_000_003 + number,
+        )
+
+    def _score(
+        self, problems: list[Problem], groups: list[list[Rollout]]
+    ) -> tuple[list[Sequence], list[dict[str, Any]], dict[str, float]]:
+        """Rewards and advantages: what to learn from, some generations to look at, and metrics of the rollouts."""
+        loss = self.config.loss
+        with_demo = [problem for problem in problems if problem.demonstration]
+        texts = [self.prompter.decode(rollout.tokens) for group in groups for rollout in group]
+        owners = [problem.example for problem, group in zip(problems, groups) for _ in group]
+        demos = [problem.example for problem in with_demo]
+        rewards = iter(self.scorer(owners + demos, texts + [example.demonstration for example in demos]))
+        grouped = [[next(rewards) for _ in group] for group in groups]
+        of_demo = [next(rewards) if problem.demonstration else None for problem in problems]
+
+        sequences, samples, text = [], [], iter(texts)
+        for problem, group, scores, demo_score in zip(problems, groups, grouped, of_demo):
+            *advantages, demo_advantage = group_advantages(
+                [*scores, demo_score], std=loss.advantage_std, eps=loss.advantage_eps
+            )
+            for rollout, reward, advantage in zip(group, scores, advantages):
+                sample = {
+                    "task": problem.example.task,
+                    "prompt": problem.example.messages[-1]["content"],
+                    "completion": next(text),
+                    "reward": reward,
+                    "advantage": advantage,
+                    "finished": rollout.finished,
+                }
+                if rollout is group[0]:
+                    samples.append(sample)
+                if reward is not None:  # a rollout that nobody could score teaches nothing
+                    sequences.append(Sequence(problem.prompt, rollout.tokens, False, reward, advantage))
+            if problem.demonstration:
+                # An unscored demonstration is still imitated; with advantage 0 it has no RL term.
+                sequences.append(
+                    Sequence(problem.prompt, problem.demonstration, True, demo_score or 0.0, demo_advantage)
+                )
+        scored = [[r for r in scores if r is not None] for scores in grouped]
+        rollouts = [rollout for group in groups for rollout in group]
+        metrics = {
+            "reward_mean": mean([r for scores in scored for r in scores]),
+            "reward_std": std([r for scores in scored for r in scores]),
+            "reward_demo": mean([r for r in of_demo if r is not None]),
+            "informative": mean([float(min(scores) < max(scores)) for scores in scored if scores]),
+            "response_tokens": mean([float(len(r.tokens)) for r in rollouts]),
+            "finished": mean([float(r.finished) for r in rollouts]),
+        }
+        return sequences, samples[: self.config.run.samples_per_step], metrics
+
+    def _learn(self, microbatches: list[Microbatch], number: int) -> dict[str, float]:
+        """The step's updates; metrics are means over them (one, unless train.updates_per_rollout says more)."""
+        updates = self.config.train.updates_per_rollout
+        known: dict[str, Tensor] = {}
+        if updates > 1:  # from the second update on the rollouts are no longer the policy's own
+            known["old_logprobs"] = self._statistics(microbatches)[0]
+        lines = [self._update(microbatches, number, known) for _ in range(updates)]
+        return {name: mean([line[name] for line in lines]) for name in lines[0]}
+
+    def _update(self, microbatches: list[Microbatch], number: int, known: dict[str, Tensor]) -> dict[str, float]:
+        objective = self.objective
+        if getattr(objective, "level", "token") == "batch" and objective.reads_entropy:
+            # The mean entropy of the whole step has to be known before its first microbatch.
+            entropy, is_demo = self._statistics(microbatches)[1], self._gather(microbatches, "is_demo")
+            means = [entropy[kind].mean() if kind.any() else entropy.new_zeros(()) for kind in (is_demo, ~is_demo)]
+            known = known | {"weight_entropy": torch.where(is_demo, *means)}
+        loss = torch.zeros((), device=self.loaded.device)
+        outputs = []
+        for microbatch in microbatches:
+            annotations = microbatch.annotations | {name: row[microbatch.step_rows] for name, row in known.items()}
+            out = self.loss_function(
+                self._hidden(microbatch),
+                self.weight,
+                microbatch.target,
+                objective,
+                **self.head_options,
+                **annotations,
+            )
+            out.loss.backward()
+            loss += out.loss.detach()
+            outputs.append((out.logprobs, out.entropy))
+        metrics = {"loss": float(loss), **self._token_metrics(microbatches, outputs, known)}
+        return metrics | self.optimizer.step(number - 1)
+
+    def _token_metrics(
+        self, microbatches: list[Microbatch], outputs: list[tuple[Tensor, Tensor]], known: dict[str, Tensor]
+    ) -> dict[str, float]:
+        """Token means over the whole step.
+
+        They are formed once, from the log-probs and entropies of all tokens of the step, and not from the microbatches'
+        means: to put those together, a mean over, say, positive rollout tokens needs another weight than one over all.
+        """
+        if not microbatches:
+            return {}
+        logprobs, entropy = (self._in_step_order(microbatches, list(column)).float() for column in zip(*outputs))
+        names = [*microbatches[0].annotations, "target"]
+        tokens = sk.Tokens(**{name: self._gather(microbatches, name) for name in names}, **known)
+        is_demo = tokens.is_demo
+        weighing = known.get("weight_entropy", entropy)
+        values = {
+            "demo_entropy": entropy[is_demo].mean(),
+            "rollout_entropy": entropy[~is_demo].mean(),
+            "demo_entropy_weight": (getattr(self.objective, "entropy_sign", -1) * weighing[is_demo]).exp().mean(),
+            "rollout_entropy_weight": weighing[~is_demo].exp().mean(),
+        }
+        if hasattr(self.objective, "metrics"):
+            unknown = torch.full_like(entropy, torch.nan)  # no metric reads the log-sum-exp
+            of_objective = self.objective.metrics(sk.TokenStats(logprobs, entropy, unknown), tokens)
+            values = of_objective | values
+        return {name: float(value) for name, value in values.items()}
+
+    def _hidden(self, microbatch: Microbatch) -> Tensor:
+        """(n, H): the hidden states that predict the microbatch's targets; prompts and padding stay behind."""
+        hidden = hidden_states(self.loaded.model, microbatch.input_ids, microbatch.attention_mask)
+        return hidden.flatten(0, 1)[microbatch.hidden_rows]
+
+    @torch.no_grad()
+    def _statistics(self, microbatches: list[Microbatch]) -> tuple[Tensor, Tensor]:
+        """(log-probs, entropies) of the step's N tokens under the model as it is now."""
+        stats = [sk.linear_logprobs(self._hidden(m), self.weight, m.target, **self.head_options) for m in microbatches]
+        return (
+            self._in_step_order(microbatches, [s.logprobs for s in stats]),
+            self._in_step_order(microbatches, [s.entropy for s in stats]),
+        )
+
+    def _gather(self, microbatches: list[Microbatch], name: str) -> Tensor:
+        parts = [m.target if name == "target" else m.annotations[name] for m in microbatches]
+        return self._in_step_order(microbatches, parts)
+
+    @staticmethod
+    def _in_step_order(microbatches: list[Microbatch], parts: list[Tensor]) -> Tensor:
+        """(N,): one tensor per microbatch, put together in the order of the step's tokens."""
+        if not parts:
+            return torch.zeros(0)
+        order = torch.cat([m.step_rows for m in microbatches])
+        values = torch.cat(parts)
+        return torch.empty_like(values).index_copy_(0, order, values)
