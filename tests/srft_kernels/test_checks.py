@@ -1,0 +1,139 @@
+"""What callers get wrong is told before any work: the argument, what was found, what was expected."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import srft_kernels as sk
+
+from .counting import Recorder
+
+X, W, Y, B = torch.randn(6, 4), torch.randn(9, 4), torch.arange(6), torch.randn(9)
+META = torch.device("meta")
+
+COMMON = [
+    # shapes
+    ({"input": X[:, :3]}, ValueError, r"input must be .* H = 4 as in linear_weight \(9, 4\), found shape \(6, 3\)"),
+    ({"input": torch.tensor(1.0)}, ValueError, r"input must be \(\.\.\., H\).*found shape \(\)"),
+    ({"linear_weight": W[0]}, ValueError, r"linear_weight must be \(V, H\) and not empty, found shape \(4,\)"),
+    ({"linear_weight": W[:0]}, ValueError, r"linear_weight must be \(V, H\) and not empty, found shape \(0, 4\)"),
+    ({"linear_weight": W.t()}, ValueError, r"H = 9 as in linear_weight \(4, 9\), found shape \(6, 4\)"),
+    ({"target": Y[:5]}, ValueError, r"target must be shaped like input .* \(6,\), found \(5,\)"),
+    ({"target": Y[:, None]}, ValueError, r"target must be shaped like input .* \(6,\), found \(6, 1\)"),
+    ({"linear_bias": B[:8]}, ValueError, r"linear_bias must be \(V,\) = \(9,\), found shape \(8,\)"),
+    # types
+    ({"input": X.tolist()}, TypeError, "input must be a tensor, found list"),
+    ({"linear_weight": None}, TypeError, "linear_weight must be a tensor, found NoneType"),
+    ({"target": [1, 2]}, TypeError, "target must be a tensor, found list"),
+    ({"linear_bias": 0.0}, TypeError, "linear_bias must be a tensor, found float"),
+    ({"input": X.long()}, TypeError, "input must be fp32, bf16, fp16 or fp64, found torch.int64"),
+    ({"input": X.to(torch.complex64)}, TypeError, "input must be fp32, bf16, fp16 or fp64, found torch.complex64"),
+    ({"target": Y.float()}, TypeError, "target must hold integer class indices, found torch.float32"),
+    ({"target": Y.bool()}, TypeError, "target must hold integer class indices, found torch.bool"),
+    ({"target": torch.rand(6, 9)}, TypeError, "target holds class probabilities, .*: pass class indices"),
+    ({"linear_weight": W.bfloat16()}, TypeError, "linear_weight is torch.bfloat16 but input is torch.float32"),
+    ({"linear_bias": B.double()}, TypeError, "linear_bias is torch.float64 but input is torch.float32: cast one"),
+    # devices
+    ({"linear_weight": W.to(META)}, ValueError, "linear_weight is on meta but input is on cpu: move it there"),
+    ({"target": Y.to(META)}, ValueError, "target is on meta but input is on cpu: move it there"),
+    ({"linear_bias": B.to(META)}, ValueError, "linear_bias is on meta but input is on cpu: move it there"),
+    # values
+    ({"target": Y + 4}, ValueError, r"target\[5\] = 9 lies outside \[0, 9\) .*; 1 of 6 targets do"),
+    ({"target": -Y}, ValueError, r"target\[1\] = -1 lies outside \[0, 9\) and is not ignore_index; 5 of 6 targets do"),
+    ({"target": Y, "vocab_size": 5}, ValueError, r"target\[5\] = 5 lies outside \[0, 5\)"),
+    ({"vocab_size": 10}, ValueError, r"vocab_size must be an integer in \[1, 9\], the rows of linear_weight, found 10"),
+    ({"vocab_size": 0}, ValueError, r"vocab_size must be an integer in \[1, 9\].*found 0"),
+    ({"vocab_size": 8.0}, ValueError, r"vocab_size must be an integer in \[1, 9\].*found 8.0"),
+    ({"temperature": 0.0}, ValueError, "temperature must be a positive number, found 0.0"),
+    ({"temperature": float("nan")}, ValueError, "temperature must be a positive number, found nan"),
+    ({"temperature": float("inf")}, ValueError, "temperature must be a positive number, found inf"),
+    ({"temperature": torch.ones(6)}, ValueError, "temperature must be a positive number, found tensor"),
+    ({"temperature": "1"}, ValueError, "temperature must be a positive number, found '1'"),
+    ({"softcap": -30.0}, ValueError, "softcap must be a positive number, found -30.0"),
+    ({"plan": "one pass"}, TypeError, "plan must be a Plan, found 'one pass': see Plan.choose"),
+]  # fmt: skip
+
+LOSS = [
+    ({"advantages": 1.0}, TypeError, r"advantages must be a tensor shaped like target \(6,\), found float"),
+    ({"advantages": torch.ones(5)}, ValueError, r"advantages must be shaped like target \(6,\), found \(5,\)"),
+    ({"rewards": torch.ones(6, 1)}, ValueError, r"rewards must be shaped like target \(6,\), found \(6, 1\)"),
+    ({"is_demo": torch.ones(6, device=META)}, ValueError, "is_demo is on meta but target is on cpu: move it there"),
+    ({"token_weight": torch.ones(3)}, ValueError, r"token_weight must be shaped like target \(6,\), found \(3,\)"),
+    ({"token_weight": 0.5}, TypeError, r"token_weight must be a tensor shaped like target \(6,\), found float"),
+    ({"objective": "srft"}, TypeError, "objective must be CrossEntropy.*or a callable .*found 'srft'"),
+    ({"objective": None}, TypeError, "objective must be CrossEntropy.*found None"),
+    ({"objective": sk.grpo()}, ValueError, r"PolicyGradient\(.*needs the annotation advantages"),
+    ({"objective": sk.grpo(), "old_logprob": torch.ones(6)}, TypeError, r"old_logprob: did you mean old_logprobs\?"),
+    ({"rows": torch.ones(6)}, ValueError, "an annotation cannot be called rows, which is a method of Tokens"),
+]  # fmt: skip
+
+CROSS_ENTROPY = [
+    ({"reduction": "avg"}, ValueError, "reduction must be 'none', 'mean' or 'sum', found 'avg'"),
+    ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must lie in \[0, 1\], found 1.5"),
+    ({"weight": torch.ones(8)}, ValueError, r"weight must hold one number per class, \(9,\), found shape \(8,\)"),
+    ({"weight": [1.0] * 9}, TypeError, "weight must be a tensor, found list"),
+    ({"weight": torch.ones(9, device=META)}, ValueError, "weight is on meta but input is on cpu: move it there"),
+    ({"options": object(), "plan": sk.Plan()}, ValueError, "options and plan were both given: options is ignored"),
+]  # fmt: skip
+
+
+def refused(function, changes, error, message):
+    arguments = {"input": X, "linear_weight": W, "target": Y, **changes}
+    with Recorder() as work, pytest.raises(error, match=message):
+        function(**arguments)
+    assert work.flops == 0
+
+
+@pytest.mark.parametrize("changes, error, message", COMMON)
+@pytest.mark.parametrize("function", ["linear_loss", "linear_logprobs", "linear_cross_entropy"])
+def test_every_function(function, changes, error, message):
+    more = {"objective": sk.sft()} if function == "linear_loss" else {}
+    refused(getattr(sk, function), {**more, **changes}, error, message)
+
+
+@pytest.mark.parametrize("changes, error, message", LOSS)
+def test_linear_loss(changes, error, message):
+    refused(sk.linear_loss, {"objective": sk.sft(), **changes}, error, message)
+
+
+@pytest.mark.parametrize("changes, error, message", CROSS_ENTROPY)
+def test_linear_cross_entropy(changes, error, message):
+    refused(sk.linear_cross_entropy, changes, error, message)
+
+
+def test_position_of_a_bad_target_in_a_batch():
+    target = torch.zeros(2, 3, dtype=torch.long)
+    target[1, 2] = 99
+    with pytest.raises(ValueError, match=r"target\[1, 2\] = 99 lies outside \[0, 9\).*1 of 6 targets do"):
+        sk.linear_logprobs(X.reshape(2, 3, 4), W, target)
+
+
+def test_ignored_targets_may_be_anything():
+    target = torch.tensor([0, 1, 2, 77, 77, 77])
+    assert sk.linear_loss(X, W, target, sk.sft(), ignore_index=77).loss.isfinite()
+
+
+def test_no_ignored_targets():
+    with pytest.raises(ValueError, match=r"target\[0\] = -100 lies outside"):
+        sk.linear_loss(X, W, torch.full((6,), -100), sk.sft(), ignore_index=None)
+
+
+def test_user_callables_may_take_annotations_of_any_name():
+    """A name close to a built-in one is a slip only for objectives that say what they read."""
+    out = sk.linear_loss(X, W, Y, lambda stats, tokens: -stats.logprobs * tokens.reward, reward=torch.ones(6))
+    assert out.loss > 0
+
+
+def test_missing_triton_is_told(monkeypatch):
+    import sys
+
+    from srft_kernels import rows
+
+    monkeypatch.delitem(sys.modules, "srft_kernels.rows.triton_rows", raising=False)
+    monkeypatch.delattr(rows, "triton_rows", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ImportError, match=r"the triton row backend needs triton ≥ 3\.6: pip install triton"):
+        rows.backend("triton")
+    with pytest.raises(ValueError, match=r"unknown row backend 'cuda': expected one of torch, triton"):
+        rows.backend("cuda")

@@ -1,0 +1,427 @@
+"""Every preset against a formula written out here from the papers, values and gradients; and users' own callables."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+import srft_kernels as sk
+
+from .cases import BACKENDS, IGNORED, full_statistics, problem
+
+backends = pytest.mark.parametrize("backend", BACKENDS)
+passes_of = pytest.mark.parametrize("passes", [None, 2])
+
+
+# Formulas: t has l, H, lse, A, R, o (old), q (reference), demo, seq of each live token.
+
+
+def sequence_mean(values: Tensor, seq: Tensor) -> Tensor:
+    return torch.stack([values[seq == i].mean() for i in seq.tolist()])
+
+
+def kind_mean(values: Tensor, demo: Tensor) -> Tensor:
+    return torch.stack([values[demo == kind].mean() for kind in demo.tolist()])
+
+
+def ppo(t, low=0.2, high=0.2):
+    r = (t.l - t.o).exp()
+    return -torch.minimum(r * t.A, r.clamp(1 - low, 1 + high) * t.A)
+
+
+def dual_clip(t):
+    return torch.where(t.A < 0, torch.minimum(ppo(t), -3 * t.A), ppo(t))
+
+
+def k3(t):
+    return (t.q - t.l).exp() - (t.q - t.l) - 1
+
+
+def gspo(t):
+    s = sequence_mean(t.l - t.o, t.seq).exp().detach() * (t.l - t.l.detach()).exp()
+    return -torch.minimum(s * t.A, s.clamp(1 - 3e-4, 1 + 4e-4) * t.A)
+
+
+def srft_paper(t, entropy=None, sign=-1):
+    H = (t.H if entropy is None else entropy).detach()
+    demo = 0.5 * (sign * H).exp() * -t.l - t.A * t.l.exp()
+    return torch.where(t.demo, demo, torch.where(t.R > 0, 0.1 * H.exp() * -t.l, t.l))
+
+
+def srft_official(t):
+    H, p, r = t.H.detach(), t.l.exp(), (t.l - t.o).exp()
+    demo = 0.5 * H.exp() * -t.l - t.A * p / (p + 0.1)
+    return torch.where(t.demo, demo, -t.A * r * torch.where(t.A > 0, 0.1 * H.exp(), 1.0)) - 0.001 * t.H
+
+
+def srft_hpt(t):
+    H, p = sequence_mean(t.H, t.seq).detach(), t.l.exp()
+    demo = 0.5 * (-H).exp() * -t.l - t.A * p / (p + 0.1)
+    return torch.where(t.demo, demo, torch.where(t.R > 0, 0.1 * H.exp() * -t.l, t.l))
+
+
+def srft_by_advantage(t):
+    """Paper's weights, sign of the advantage as the signal (0: silent), PPO's clip as the factor."""
+    H, r = t.H.detach(), (t.l - t.o).exp()
+    demo = 0.5 * (-H).exp() * -t.l - t.A * t.l.exp()
+    clipped = -torch.minimum(r * t.A.sign(), r.clamp(0.9, 1.3) * t.A.sign())
+    return torch.where(t.demo, demo, clipped * torch.where(t.A > 0, 0.1 * H.exp(), 1.0))
+
+
+def luffy(t):
+    p = t.l.exp()
+    return torch.where(t.demo, -t.A * p / (p + 0.1), -t.A * (t.l - t.o).exp())
+
+
+def chord(t):
+    return torch.where(t.demo, 0.3 * -t.l, 0.7 * ppo(t))
+
+
+def chord_phi(t):
+    p = t.l.exp().detach()
+    return torch.where(t.demo, 0.5 * p * (1 - p) * -t.l, 0.5 * ppo(t))
+
+
+FORMULAS = {
+    "sft": (sk.sft(), lambda t: -t.l),
+    "dft": (sk.dft(), lambda t: -t.l.exp().detach() * t.l),
+    "z_loss": (sk.sft(z_loss=0.01), lambda t: -t.l + 0.01 * t.lse**2),
+    "reinforce": (sk.reinforce(), lambda t: -t.A * t.l),
+    "grpo": (sk.grpo(), ppo),
+    "grpo_kl": (sk.grpo(kl_coef=0.04), lambda t: ppo(t) + 0.04 * k3(t)),
+    "grpo_entropy": (sk.grpo(entropy_coef=0.01), lambda t: ppo(t) - 0.01 * t.H),
+    "dual_clip": (sk.grpo(dual_clip=3.0), dual_clip),
+    "unclipped": (sk.grpo(clip_low=None, clip_high=None), lambda t: -t.A * (t.l - t.o).exp()),
+    "clipped_above": (sk.grpo(clip_low=None), lambda t: ppo(t, low=1e9)),
+    "dr_grpo": (sk.dr_grpo(), ppo),
+    "dapo": (sk.dapo(), lambda t: ppo(t, 0.2, 0.28)),
+    "cispo": (sk.cispo(clip_high=0.1), lambda t: -(t.l - t.o).exp().clamp(max=1.1).detach() * t.A * t.l),
+    "cispo_two_sided": (sk.cispo(clip_low=0.1, clip_high=0.1),
+                        lambda t: -(t.l - t.o).exp().clamp(0.9, 1.1).detach() * t.A * t.l),
+    "gspo": (sk.gspo(), gspo),
+    "gspo_wide": (sk.gspo(clip_low=3e-4, clip_high=4e-4, kl_coef=0.1), lambda t: gspo(t) + 0.1 * k3(t)),
+    "srft_paper": (sk.srft_paper(), srft_paper),
+    "srft_paper_sequence": (sk.srft_paper(level="sequence"), lambda t: srft_paper(t, sequence_mean(t.H, t.seq))),
+    "srft_paper_batch": (sk.srft_paper(level="batch"), lambda t: srft_paper(t, kind_mean(t.H, t.demo))),
+    "srft_paper_other_sign": (sk.srft_paper(entropy_sign=1), lambda t: srft_paper(t, sign=1)),
+    "srft_official": (sk.srft_official(), srft_official),
+    "srft_hpt": (sk.srft_hpt(), srft_hpt),
+    "srft_by_advantage": (sk.SRFT(rollout_factor="clipped_ratio", clip_low=0.1, clip_high=0.3), srft_by_advantage),
+    "luffy": (sk.luffy(), luffy),
+    "chord": (sk.chord(mu=0.3), chord),
+    "chord_phi": (sk.chord(token_weighted=True), chord_phi),
+}  # fmt: skip
+
+
+def batch(backend: str, tokens: int = 24):
+    """(problem, annotations): four sequences, half of them demonstrations; some advantages 0, ratios on all sides."""
+    dtype = torch.float64 if backend == "torch" else torch.float32
+    p = problem("everything", tokens=tokens, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    stats = full_statistics(p.input.double(), p.weight.double(), p.bias.double(), p)
+    logprobs = torch.zeros(tokens, dtype=torch.float64)
+    logprobs[p.live] = stats.logprobs
+    n = torch.arange(tokens)
+    noise = torch.randn(2, tokens, generator=generator, dtype=torch.float64) * 0.4
+    return p, {
+        "advantages": ((n * 7 % 5) - 2).to(dtype) / 2,
+        "rewards": (n // 3 % 2).to(dtype),
+        "old_logprobs": (logprobs + noise[0]).to(dtype),
+        "ref_logprobs": (logprobs + noise[1]).to(dtype),
+        "is_demo": n * 4 // tokens % 2 == 0,
+        "sequence_ids": n * 4 // tokens * 10 + 3,
+    }
+
+
+def expected(p, columns, formula, weight=None):
+    """(loss, dx, dW, db, metrics' ingredients) in fp64 from full logits."""
+    leaves = p.leaves(torch.float64)
+    stats = full_statistics(*leaves, p)
+    rows = {name: c[p.live].double() if c.is_floating_point() else c[p.live] for name, c in columns.items()}
+    t = SimpleNamespace(
+        l=stats.logprobs, H=stats.entropy, lse=stats.logsumexp, A=rows["advantages"], R=rows["rewards"],
+        o=rows["old_logprobs"], q=rows["ref_logprobs"], demo=rows["is_demo"], seq=rows["sequence_ids"],
+    )  # fmt: skip
+    per_token = formula(t)
+    loss = per_token.mean() if weight is None else (per_token * weight[p.live].double()).sum()
+    return loss, torch.autograd.grad(loss, leaves), t
+
+
+def found(p, columns, objective, **options):
+    x, w, b = p.leaves()
+    out = sk.linear_loss(x, w, p.target, objective, linear_bias=b, **p.head, **columns, **options)
+    return out, torch.autograd.grad(out.loss, (x, w, b))
+
+
+def assert_same(ours, reference, dtype):
+    for value, want in zip(ours, reference):
+        allowed = 100 * torch.finfo(dtype).eps * want.abs().amax().clamp(min=1e-3)
+        assert (value.double() - want).abs().amax() <= allowed
+
+
+@backends
+@passes_of
+@pytest.mark.parametrize("name", FORMULAS)
+def test_formula(backend, name, passes):
+    objective, formula = FORMULAS[name]
+    p, columns = batch(backend)
+    plan = sk.Plan(backend=backend, chunk_rows=5, block_rows=2, passes=passes)
+    for weight in (None, torch.rand(24).to(p.input.dtype)):
+        loss, gradients, _ = expected(p, columns, formula, weight)
+        out, ours = found(p, columns, objective, plan=plan, token_weight=weight)
+        assert_same((out.loss, *ours), (loss, *gradients), p.input.dtype)
+        # the package's own specification says the same
+        x, w, b = p.leaves()
+        spec = sk.reference.linear_loss(
+            x, w, p.target, objective, linear_bias=b, token_weight=weight, **p.head, **columns
+        )
+        assert_same((spec.loss, *torch.autograd.grad(spec.loss, (x, w, b))), (loss, *gradients), p.input.dtype)
+
+
+@backends
+@pytest.mark.parametrize("name", ["grpo", "srft_official", "luffy", "gspo"])
+def test_fresh_rollouts_need_no_old_logprobs(backend, name):
+    """Without them r = 1, and its gradient is that of ℓ."""
+    objective, formula = FORMULAS[name]
+    p, columns = batch(backend)
+
+    def on_policy(t):
+        return formula(SimpleNamespace(**{**vars(t), "o": t.l.detach()}))
+
+    loss, gradients, _ = expected(p, columns, on_policy)
+    columns.pop("old_logprobs")
+    out, ours = found(p, columns, objective, plan=sk.Plan(backend=backend))
+    assert_same((out.loss, *ours), (loss, *gradients), p.input.dtype)
+
+
+@backends
+@pytest.mark.parametrize("level", ["sequence", "batch"])
+def test_weight_entropy_makes_one_pass_of_two(backend, level):
+    """The trainer's way: a scoring pass gives the mean entropies, then one pass uses them."""
+    p, columns = batch(backend)
+    objective = sk.srft_paper(level=level)
+    assert not objective.token_local(columns) and objective.token_local((*columns, "weight_entropy"))
+    two, expected_gradients = found(p, columns, objective, plan=sk.Plan(backend=backend, chunk_rows=5))
+    with torch.no_grad():
+        entropy = sk.linear_logprobs(p.input, p.weight, p.target, linear_bias=p.bias, **p.head).entropy
+    group = columns["sequence_ids"] if level == "sequence" else columns["is_demo"].long()
+    mean = torch.zeros_like(entropy)
+    for i in group.unique():
+        mean[(group == i) & p.live] = entropy[(group == i) & p.live].mean()
+    one, gradients = found(
+        p, {**columns, "weight_entropy": mean}, objective, plan=sk.Plan(backend=backend, chunk_rows=5, passes=1)
+    )
+    assert_same((one.loss, *gradients), (two.loss.double(), *(g.double() for g in expected_gradients)), p.input.dtype)
+
+
+def test_one_pass_is_refused_where_tokens_depend_on_each_other():
+    p, columns = batch("torch")
+    with pytest.raises(ValueError, match=r"Plan\(passes=1\), but a token's loss depends on other tokens in SRFT"):
+        found(p, columns, sk.srft_hpt(), plan=sk.Plan(passes=1))
+
+
+@backends
+@passes_of
+def test_callable_equals_built_in(backend, passes):
+    """A user's function is another way to write what a built-in does, with the same result."""
+    p, columns = batch(backend)
+    plan = sk.Plan(backend=backend, chunk_rows=7, block_rows=3, passes=passes)
+    built_in = sk.srft_official(entropy_coef=0.1)
+    a, a_gradients = found(p, columns, built_in, plan=plan)
+    b, b_gradients = found(p, columns, lambda stats, tokens: built_in(stats, tokens), plan=plan)
+    assert_same((b.loss, *b_gradients), (a.loss.double(), *(g.double() for g in a_gradients)), p.input.dtype)
+    assert set(b.metrics) == set() and "clip_fraction" in a.metrics
+
+
+def test_callable_sees_slices_or_everything():
+    p, columns = batch("torch")
+    seen = []
+
+    def local(stats, tokens):
+        seen.append(len(stats.logprobs))
+        return -stats.logprobs * tokens.advantages
+
+    class Centred:
+        token_local = False
+
+        def __call__(self, stats, tokens):
+            seen.append(len(stats.logprobs))
+            return -((stats.logprobs - stats.logprobs.mean()) ** 2)
+
+    plan = sk.Plan(chunk_rows=4, block_rows=2)
+    found(p, columns, local, plan=plan)
+    assert max(seen) <= 4 and sum(seen) == p.live.sum()
+    seen.clear()
+    out, gradients = found(p, columns, Centred(), plan=plan)
+    assert seen == [p.live.sum()]
+    loss, reference, _ = expected(p, columns, lambda t: -((t.l - t.l.mean()) ** 2))
+    assert_same((out.loss, *gradients), (loss, *reference), torch.float64)
+
+
+def test_weight_zero_still_matters_to_other_tokens():
+    """token_local=False: a token of weight 0 can carry gradient through the losses of others."""
+    p, columns = batch("torch")
+
+    def total(stats, tokens):
+        return stats.logprobs.sum().expand(len(stats.logprobs))
+
+    total.token_local = False
+    weight = torch.zeros(24, dtype=torch.float64)
+    weight[0] = 1
+    out, gradients = found(p, columns, total, token_weight=weight)
+    loss, reference, _ = expected(p, columns, lambda t: t.l.sum().expand(len(t.l)), weight)
+    assert_same((out.loss, *gradients), (loss, *reference), torch.float64)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize(
+    "returned, found_text",
+    [
+        (lambda stats: stats.logprobs.sum(), r"shape \(\)"),
+        (lambda stats: stats.logprobs[:, None], r"shape \(4, 1\)"),
+        (lambda stats: 1.0, "float"),
+        (lambda stats: None, "NoneType"),
+    ],
+)
+def test_callable_of_wrong_shape(passes, returned, found_text):
+    x, w, y = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3), torch.arange(4)
+    message = rf"the objective returned {found_text}, expected one loss per token: a tensor of shape \(4,\)"
+    with pytest.raises(ValueError, match=message):
+        sk.linear_loss(x, w, y, lambda stats, tokens: returned(stats), plan=sk.Plan(passes=passes))
+
+
+def test_callable_may_return_a_constant():
+    """A loss that depends on no statistic has no gradient, and is not an error."""
+    for passes in (1, 2):
+        p = problem("random")
+        x, w = p.leaves()
+        out = sk.linear_loss(x, w, p.target, lambda s, t: torch.ones_like(s.logprobs), plan=sk.Plan(passes=passes))
+        torch.testing.assert_close(out.loss.detach(), torch.tensor(1.0))
+        if out.loss.requires_grad:
+            out.loss.backward()
+            assert (x.grad == 0).all() and (w.grad == 0).all()
+
+
+def test_missing_annotation_is_named():
+    p, columns = batch("torch")
+    message = r"reads the annotation `margin`, which was not given \(given: advantages, .*pass margin="
+    with pytest.raises(ValueError, match=message):
+        found(p, columns, lambda stats, tokens: stats.logprobs * tokens.margin)
+    tokens = sk.Tokens(torch.zeros(2), advantages=None)
+    assert tokens.get("advantages") is None and "advantages" not in tokens and "target" in tokens
+
+
+@pytest.mark.parametrize(
+    "objective, given, missing",
+    [
+        (sk.grpo(), {}, "advantages"),
+        (sk.grpo(kl_coef=0.1), {"advantages"}, "ref_logprobs"),
+        (sk.gspo(), {"advantages"}, "sequence_ids"),
+        (sk.srft_paper(), {"advantages", "rewards"}, "is_demo"),
+        (sk.srft_paper(), {"advantages", "is_demo"}, "rewards"),
+        (sk.srft_hpt(), {"advantages", "is_demo", "rewards"}, "sequence_ids"),
+        (sk.srft_paper(level="batch"), {"advantages", "is_demo"}, "rewards"),
+    ],
+)
+def test_requirements_are_checked_before_any_work(objective, given, missing):
+    p, columns = batch("torch")
+    columns = {name: c for name, c in columns.items() if name in given}
+    with pytest.raises(ValueError, match=rf"needs the annotation {missing}: pass {missing}=... shaped like target"):
+        found(p, columns, objective)
+
+
+def test_two_missing_annotations_are_both_named():
+    p, _ = batch("torch")
+    with pytest.raises(
+        ValueError, match=r"needs the annotations is_demo, advantages: pass is_demo=, advantages=\.\.\."
+    ):
+        found(p, {}, sk.SRFT())
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("garbage", [torch.nan, -1e9, -torch.inf])
+def test_old_logprobs_of_demonstrations_are_never_read(garbage, passes):
+    """Nobody sampled a demonstration, so callers have nothing to put there."""
+    p, columns = batch("torch")
+    for objective in (sk.srft_official(), sk.SRFT(rollout_factor="clipped_ratio"), sk.luffy()):
+        want, gradients = found(p, columns, objective, plan=sk.Plan(passes=passes))
+        old = torch.where(columns["is_demo"], garbage, columns["old_logprobs"])
+        out, ours = found(p, {**columns, "old_logprobs": old}, objective, plan=sk.Plan(passes=passes))
+        assert_same((out.loss, *ours), (want.loss, *gradients), torch.float64)
+        assert all(value.isfinite() for value in out.metrics.values())
+
+
+@backends
+def test_srft_metrics(backend):
+    """Token means of each part, over the live tokens of its kind."""
+    p, columns = batch(backend)
+    out, _ = found(p, columns, sk.srft_official(), plan=sk.Plan(backend=backend))
+    _, _, t = expected(p, columns, srft_official)
+    H, pr, r, demo, roll = t.H, t.l.exp(), (t.l - t.o).exp(), t.demo, ~t.demo
+    weight = torch.where(t.A > 0, 0.1 * H.exp(), 1.0)
+    want = {
+        "demo_sft_loss": (0.5 * H.exp() * -t.l)[demo].mean(),
+        "demo_rl_loss": (-t.A * pr / (pr + 0.1))[demo].mean(),
+        "rollout_loss": (-t.A * r * weight)[roll].mean(),
+        "demo_entropy": H[demo].mean(),
+        "rollout_entropy": H[roll].mean(),
+        "demo_weight": (0.5 * H.exp())[demo].mean(),
+        "rollout_weight": weight[roll & (t.A > 0)].mean(),
+        "clip_fraction": (((r > 1.2) & (t.A > 0)) | ((r < 0.8) & (t.A < 0)))[roll].double().mean(),
+        "approx_kl": (r - 1 - (t.l - t.o))[roll].mean(),
+    }
+    assert set(out.metrics) == set(want)
+    for name, value in want.items():
+        assert out.metrics[name].dim() == 0 and not out.metrics[name].requires_grad
+        torch.testing.assert_close(out.metrics[name].double(), value.detach(), rtol=1e-4, atol=1e-6, msg=name)
+    assert 0 < out.metrics["clip_fraction"] < 1
+
+
+def test_policy_gradient_metrics():
+    p, columns = batch("torch")
+    out, _ = found(p, columns, sk.grpo(kl_coef=0.1))
+    _, _, t = expected(p, columns, ppo)
+    r = (t.l - t.o).exp()
+    torch.testing.assert_close(out.metrics["entropy"], t.H.mean())
+    torch.testing.assert_close(out.metrics["ref_kl"], k3(t).mean())
+    torch.testing.assert_close(out.metrics["approx_kl"], (r - 1 - r.log()).mean())
+    beyond = ((r > 1.2) & (t.A > 0)) | ((r < 0.8) & (t.A < 0))
+    torch.testing.assert_close(out.metrics["clip_fraction"].double(), beyond.double().mean(), atol=1e-6, rtol=1e-6)
+    assert set(found(p, columns, sk.reinforce())[0].metrics) == {"entropy"}
+
+
+def test_no_metrics_of_no_tokens():
+    p, columns = batch("torch")
+    out = sk.linear_loss(p.input, p.weight, torch.full_like(p.target, IGNORED), sk.srft_paper(), **columns)
+    assert out.metrics == {}
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: sk.PolicyGradient(surrogate="trpo"), r"PolicyGradient\(surrogate='trpo'\): expected one of 'rei"),
+        (lambda: sk.PolicyGradient(ratio_level="batch"), r"ratio_level='batch'\): expected one of 'token', 'sequence'"),
+        (lambda: sk.PolicyGradient(dual_clip=0.5), "dual_clip must be greater than 1, found 0.5"),
+        (lambda: sk.PolicyGradient(clip_low=-0.2), r"PolicyGradient\(clip_low=-0.2\): expected a number ≥ 0 or None"),
+        (lambda: sk.SRFT(clip_high=None), r"SRFT\(clip_high=None\): expected a number ≥ 0$"),
+        (lambda: sk.SRFT(level="word"), r"SRFT\(level='word'\): expected one of 'token', 'sequence', 'batch'"),
+        (lambda: sk.SRFT(entropy_sign=0), r"SRFT\(entropy_sign=0\): expected -1"),
+        (lambda: sk.SRFT(demo_shaping=0.0), r"SRFT\(demo_shaping=0.0\): expected None or a positive"),
+        (lambda: sk.chord(mu=1.5), r"chord\(mu=1.5\): expected a number in \[0, 1\]"),
+        (lambda: sk.CrossEntropy(label_smoothing=-0.1), r"label_smoothing must lie in \[0, 1\], found -0.1"),
+    ],
+)  # fmt: skip
+def test_impossible_options(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_presets_take_overrides_of_any_field():
+    assert sk.srft_paper(demo_sft_coef=0.7).demo_sft_coef == 0.7
+    assert sk.srft_official(entropy_sign=-1).entropy_sign == -1
+    assert sk.dapo(clip_high=0.3).clip_high == 0.3 and sk.dapo().clip_high == 0.28
+    with pytest.raises(TypeError, match="nonsense"):
+        sk.srft_hpt(nonsense=1)

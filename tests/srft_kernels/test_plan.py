@@ -1,0 +1,79 @@
+"""Plans: what `choose` promises, what a plan made by hand refuses, and that results do not depend on them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import srft_kernels as sk
+
+from .cases import problem
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "tokens, hidden, vocab", [(0, 8, 5), (1, 1, 1), (7, 16, 1021), (2048, 576, 49152), (10**6, 4096, 151936)]
+)
+@pytest.mark.parametrize("budget", [None, 1, 10**6, 10**9])
+def test_choose(tokens, hidden, vocab, dtype, budget):
+    plan = sk.Plan.choose(tokens, hidden, vocab, dtype, "cpu", workspace_bytes=budget)
+    assert plan.backend == "torch" and plan.passes is None
+    assert 1 <= plan.block_rows <= plan.chunk_rows <= max(tokens, 1)
+    numbers = 8 if dtype == torch.float64 else 4
+    if budget and plan.chunk_rows > 1:
+        assert plan.chunk_rows * vocab * numbers <= budget
+    assert plan.workspace_bytes >= plan.chunk_rows * vocab * numbers
+
+
+def test_bar_of_the_default_on_cpu():
+    """N = 2048, H = 576, V = 49152 in fp32: at most 80 MB beside the gradients."""
+    assert sk.Plan.choose(2048, 576, 49152, torch.float32, "cpu").workspace_bytes <= 80e6
+
+
+def test_16_bit_heads_count_their_accumulator():
+    narrow, wide = (sk.Plan.choose(64, 512, 1000, t, "cpu").workspace_bytes for t in (torch.bfloat16, torch.float32))
+    assert narrow - wide == 2 * 512 * 1000 * 4  # the fp32 gradient, and the head widened
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5, 8, 9, 100])
+@pytest.mark.parametrize("chunk_rows", [1, 3, 8, 1000])
+def test_chunks_cover_every_row_once(rows, chunk_rows):
+    chunks = list(sk.Plan(chunk_rows=chunk_rows).chunks(rows))
+    assert [i for chunk in chunks for i in range(rows)[chunk]] == list(range(rows))
+    sizes = {chunk.stop - chunk.start for chunk in chunks}
+    assert all(0 < size <= chunk_rows for size in sizes) and (not sizes or max(sizes) - min(sizes) <= 1)
+    assert len(chunks) == -(-rows // chunk_rows)
+
+
+def test_printed():
+    plan = sk.Plan(chunk_rows=64, passes=1, workspace_bytes=12_300_000)
+    assert str(plan) == "torch rows, chunks of 64 tokens, one pass, 12.3 MB of workspace"
+    assert str(sk.Plan(passes=2)) == "torch rows, chunks of 256 tokens, two passes"
+    assert "one pass where the objective allows" in str(sk.Plan.choose(8, 8, 8, torch.float32, "cpu"))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"backend": "cuda"}, r"Plan\(backend='cuda'\): expected 'torch' or 'triton'"),
+        ({"passes": 3}, r"Plan\(passes=3\): expected 1, 2 or None"),
+        ({"chunk_rows": 0}, r"Plan\(chunk_rows=0\): expected a positive integer"),
+        ({"chunk_rows": 2.5}, r"Plan\(chunk_rows=2.5\): expected a positive integer"),
+        ({"block_rows": -1}, r"Plan\(block_rows=-1\): expected a positive integer"),
+    ],
+)
+def test_impossible_plans(options, message):
+    with pytest.raises(ValueError, match=message):
+        sk.Plan(**options)
+
+
+def test_no_result_depends_on_the_plan():
+    p = problem("everything", tokens=40, dtype=torch.float64)
+    results = []
+    for plan in [None, *(sk.Plan(chunk_rows=c, block_rows=b, passes=k) for c, b, k in
+                         [(1, 1, 1), (7, 3, 1), (64, 64, 1), (1, 4, 2), (13, 5, 2), (64, 1, 2)])]:  # fmt: skip
+        x, w, b = p.leaves()
+        out = sk.linear_loss(x, w, p.target, sk.sft(), linear_bias=b, plan=plan, **p.head)
+        results.append((out.loss.detach(), out.logprobs, out.entropy, *torch.autograd.grad(out.loss, (x, w, b))))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], equal_nan=True)
