@@ -69,12 +69,13 @@ class Plan:
         row_bytes = max(vocab, 1) * itemsize
         block_rows = max(1, min(BLOCK_BYTES // row_bytes, 64))
         triton = device.type == "cuda" and dtype != torch.float64 and _has_triton()
-        scratch = 0 if triton else block_rows * row_bytes
         if workspace_bytes is None:
-            budget = WORKSPACE["cpu" if device.type == "cpu" else "cuda"]
-            rows = max((budget - scratch) // row_bytes, MIN_CHUNK_ROWS)
+            budget, least = WORKSPACE["cpu" if device.type == "cpu" else "cuda"], MIN_CHUNK_ROWS
         else:
-            rows = max((workspace_bytes - scratch) // row_bytes, 1)
+            budget, least = workspace_bytes, 1
+            block_rows = max(1, min(block_rows, budget // (4 * row_bytes)))
+        scratch = 0 if triton else block_rows * row_bytes
+        rows = max((budget - scratch) // row_bytes, least)
         step = 128 if rows >= 256 else 8 if rows >= 16 else 1
         rows = max(1, min(rows // step * step, tokens))
         narrow = dtype.itemsize < itemsize
