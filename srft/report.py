@@ -139,7 +139,7 @@ def svg(title: str, lines: dict[str, list[tuple[float, float]]], unit: str) -> s
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel(unit, color=INK)
         if len(lines) > 1:
-            axes.legend(frameon=False, labelcolor=INK, fontsize=8)
+            figure.legend(loc="outside upper left", ncols=len(lines), frameon=False, labelcolor=INK, fontsize=8)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     drawing = re.sub(r"<metadata>.*?</metadata>", "", out.getvalue(), flags=re.DOTALL)

@@ -1,0 +1,98 @@
+import pytest
+import torch
+
+from srft.packing import Sequence, pack, split_by_budget, token_weights
+
+
+def sequences(*shapes: tuple[int, int, bool]) -> list[Sequence]:
+    """(prompt length, completion length, is_demo) each; every token id occurs once."""
+    ids = iter(range(1, 10_000))
+    return [
+        Sequence(
+            [next(ids) for _ in range(p)], [next(ids) for _ in range(c)], demo, reward=float(i), advantage=-float(i)
+        )
+        for i, (p, c, demo) in enumerate(shapes)
+    ]
+
+
+MIXED = ((3, 2, False), (1, 5, True), (4, 1, False), (2, 7, False), (6, 3, True))
+
+
+@pytest.mark.parametrize("budget", [1, 7, 16, 1000])
+def test_groups_hold_every_sequence_once_within_the_budget(budget):
+    lengths = [3, 9, 1, 1, 7, 5, 5, 8]
+    groups = split_by_budget(lengths, budget)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    for group in groups:
+        assert len(group) * max(lengths[i] for i in group) <= budget or len(group) == 1
+
+
+def test_a_sequence_longer_than_the_budget_is_alone():
+    assert split_by_budget([10, 2, 2], 4) == [[0], [1, 2]]
+
+
+@pytest.mark.parametrize("budget", [1, 12, 1000])
+def test_every_completion_token_is_predicted_from_the_position_before_it(budget):
+    everything = sequences(*MIXED)
+    seen = {}
+    for m in pack(everything, token_budget=budget, pad_id=0):
+        width = m.input_ids.shape[1]
+        for row, at, target in zip(m.hidden_rows.tolist(), m.step_rows.tolist(), m.target.tolist()):
+            line, column = divmod(row, width)
+            assert m.attention_mask[line, column] == 1
+            assert m.input_ids[line, column] == target - 1  # ids count upwards through each prompt and completion
+            seen[at] = target
+        assert (m.input_ids[m.attention_mask == 0] == 0).all()
+    assert [seen[i] for i in range(len(seen))] == [token for s in everything for token in s.completion]
+
+
+def test_annotations_belong_to_their_tokens():
+    everything = sequences(*MIXED)
+    for m in pack(everything, token_budget=14):
+        for i, target in enumerate(m.target.tolist()):
+            number = next(n for n, s in enumerate(everything) if target in s.completion)
+            row = {name: values[i].item() for name, values in m.annotations.items()}
+            assert row["sequence_ids"] == number
+            assert row["rewards"] == everything[number].reward
+            assert row["advantages"] == everything[number].advantage
+            assert row["is_demo"] == everything[number].is_demo
+
+
+@pytest.mark.parametrize("average", ["token", "sequence", "constant"])
+def test_weights_do_not_depend_on_the_cut(average):
+    def weights(budget):
+        parts = pack(sequences(*MIXED), token_budget=budget, average=average, max_length=9)
+        return dict(
+            zip(
+                torch.cat([m.step_rows for m in parts]).tolist(),
+                torch.cat([m.annotations["token_weight"] for m in parts]),
+            )
+        )
+
+    assert weights(1) == weights(13) == weights(1000)
+
+
+@pytest.mark.parametrize("average", ["token", "sequence"])
+def test_each_part_is_an_average_of_its_own(average):
+    is_demo = torch.tensor([True] * 3 + [False] * 5)
+    ids = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
+    weights = token_weights(is_demo, ids, average, 1)
+    assert weights[is_demo].sum() == pytest.approx(1) and weights[~is_demo].sum() == pytest.approx(1)
+    if average == "sequence":
+        assert weights[3:6].sum() == pytest.approx(weights[6:].sum())
+
+
+def test_constant_average_divides_by_sequences_and_the_length_limit():
+    is_demo = torch.tensor([False] * 5)
+    weights = token_weights(is_demo, torch.tensor([0, 0, 0, 1, 1]), "constant", 10)
+    assert weights.tolist() == pytest.approx([1 / 20] * 5)
+
+
+@pytest.mark.parametrize("demo", [True, False])
+def test_one_kind_alone(demo):
+    (m,) = pack(sequences((2, 3, demo), (2, 1, demo)), token_budget=100)
+    assert m.annotations["token_weight"].tolist() == pytest.approx([1 / 4] * 4)
+
+
+def test_nothing_packs_to_nothing():
+    assert pack([], token_budget=10) == []
