@@ -3,6 +3,7 @@
 Curves are SVG drawn by matplotlib, written into the page; nothing is fetched when it is opened.
 """
 
+import importlib.util
 import io
 import re
 from pathlib import Path
@@ -34,10 +35,9 @@ def build(run_dir: Path) -> Path:
     run_dir = Path(run_dir)
     if not (run_dir / "config.toml").is_file():
         raise UserError(f"{run_dir}: there is no config.toml in it, so it is not the directory of a run")
-    try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-    except ImportError as error:
-        raise missing("jinja2", "report.html") from error
+    require_packages()
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     steps = read_jsonl(run_dir / "metrics.jsonl")
     evaluations = read_jsonl(run_dir / "evaluation.jsonl")
     environment = Environment(
@@ -63,6 +63,13 @@ def build(run_dir: Path) -> Path:
     partial = run_dir / ".report.html.partial"
     partial.write_text(page, encoding="utf-8")
     return partial.rename(run_dir / "report.html")
+
+
+def require_packages() -> None:
+    """Raise UserError, with what to install, if a package that the page needs is not there."""
+    for package in ("jinja2", "matplotlib"):
+        if importlib.util.find_spec(package) is None:
+            raise missing(package, "report.html")
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -115,12 +122,10 @@ def curves(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> li
 
 def svg(title: str, lines: dict[str, list[tuple[float, float]]], unit: str) -> str:
     """One small figure as an <svg> element whose text takes the colour and the font of the page."""
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise missing("matplotlib", "the curves of report.html") from error
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
     # hashsalt: ids of clip paths are hashes, and must differ between the figures of one page
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9}):
         figure = Figure(figsize=(4.2, 2.3), layout="constrained")

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import srft_kernels as sk
 from srft import checkpoint, report
@@ -76,6 +77,7 @@ def run(config: Config) -> RunResult:
     Everything is written as soon as it is known: an interruption or an error loses nothing that was there before it.
     """
     started = time.perf_counter()
+    report.require_packages()  # a run of hours must not fail on its last page
     objective = build_objective(config.loss)
     scorer = build_reward(config.reward, config.data)
     needed = config.train.steps * config.train.prompts_per_step
@@ -91,11 +93,12 @@ def run(config: Config) -> RunResult:
     (directory / "config.toml").write_text(to_toml(config), encoding="utf-8")
     log = RunLog(directory, config.run.tensorboard)
     print(f"{parameters(loaded)} on {loaded.device}; writing to {directory}")
+    print(f"evaluating {len(held_out)} held-out prompts × {config.eval.samples} samples before training …", flush=True)
 
     def measure(step: int) -> Evaluation:
         result = evaluate(eval_engine, held_out, prompter, scorer, config.eval, config.rollout.max_new_tokens)
         log.evaluation(step, result)
-        print(f"held-out after {step} of {config.train.steps} steps\n{table(result)}", flush=True)
+        tqdm.write(f"held-out after {step} of {config.train.steps} steps\n{table(result)}")
         return result
 
     done = 0
@@ -125,8 +128,6 @@ def run(config: Config) -> RunResult:
 
 def steps_with_bar(trainer: "Trainer", log: RunLog, config: Config):
     """Do the steps, log each, show the bar; yields the number of steps done."""
-    from tqdm import tqdm
-
     with tqdm(total=config.train.steps, unit="step", dynamic_ncols=True) as bar:
         for number in range(1, config.train.steps + 1):
             metrics, samples = trainer.step(number)

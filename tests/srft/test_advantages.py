@@ -20,7 +20,7 @@ def test_without_deviation_only_centred():
 @pytest.mark.parametrize("count", [1, 3, 7])
 @pytest.mark.parametrize("std", [True, False])
 def test_equal_rewards_give_exactly_zero(reward, count, std):
-    # 0.1 + 0.1 + 0.1 is not 0.3: the mean must not leave a sign behind, which is all that the paper's rollout term reads
+    # 0.1 + 0.1 + 0.1 is not 0.3: the mean must not leave a sign behind, and a sign is all that some objectives read
     assert group_advantages([reward] * count, std=std, eps=0.0) == [0.0] * count
 
 

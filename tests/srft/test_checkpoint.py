@@ -1,0 +1,36 @@
+import pytest
+import torch
+
+from srft import checkpoint
+from srft.config import ModelConfig
+from srft.errors import UserError
+from srft.model import load_model
+
+
+def test_a_checkpoint_loads_as_the_same_model(tiny, tmp_path):
+    with torch.no_grad():
+        tiny.model.get_output_embeddings().weight.mul_(1.5)
+    path = checkpoint.save(tiny, tmp_path / "run" / "checkpoint-3")
+    again = load_model(ModelConfig(path=str(path), device="cpu"))
+    assert {n: p.tolist() for n, p in again.model.named_parameters()} == {
+        n: p.tolist() for n, p in tiny.model.named_parameters()
+    }
+    assert again.tokenizer.encode("2 + 3") == tiny.tokenizer.encode("2 + 3")
+    assert again.tokenizer.chat_template == tiny.tokenizer.chat_template
+    assert (path / "model.safetensors").is_file()
+    assert [entry.name for entry in path.parent.iterdir()] == ["checkpoint-3"]
+
+
+def test_an_interrupted_save_leaves_no_checkpoint_and_does_not_disturb_the_next(tiny, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tiny.tokenizer), "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError):
+            checkpoint.save(tiny, tmp_path / "final")
+    assert not (tmp_path / "final").exists()
+    assert checkpoint.save(tiny, tmp_path / "final").is_dir()
+
+
+def test_an_existing_checkpoint_is_not_overwritten(tiny, tmp_path):
+    (tmp_path / "final").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        checkpoint.save(tiny, tmp_path / "final")

@@ -1,0 +1,58 @@
+import json
+import math
+
+import pytest
+import torch
+
+from srft.config import RunConfig
+from srft.errors import UserError
+from srft.metrics import RunLog, create_run_dir, mean, peak_memory_mb, read_jsonl, std
+
+
+def test_time_in_the_name_makes_a_new_directory_every_time(tmp_path):
+    config = RunConfig(dir=str(tmp_path / "runs" / "{time}"))
+    made = {create_run_dir(config) for _ in range(3)}
+    assert len(made) == 3 and all(path.is_dir() and path.parent == tmp_path / "runs" for path in made)
+
+
+def test_a_directory_with_something_in_it_is_refused(tmp_path):
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(UserError, match=r"run\.dir.*not empty"):
+        create_run_dir(RunConfig(dir=str(tmp_path)))
+    (tmp_path / "empty").mkdir()
+    assert create_run_dir(RunConfig(dir=str(tmp_path / "empty"))) == tmp_path / "empty"
+    with pytest.raises(UserError, match="is a file"):
+        create_run_dir(RunConfig(dir=str(tmp_path / "mine.txt")))
+
+
+def test_overwriting_moves_the_earlier_run_aside_and_touches_nothing_else(tmp_path):
+    config = RunConfig(dir=str(tmp_path), overwrite=True)
+    (tmp_path / "mine.txt").write_text("precious")
+    for number in (1, 2):
+        (tmp_path / "metrics.jsonl").write_text(f"run {number}")
+        (tmp_path / "final").mkdir()
+        create_run_dir(config)
+        assert (tmp_path / f"previous-{number}" / "metrics.jsonl").read_text() == f"run {number}"
+        assert (tmp_path / f"previous-{number}" / "final").is_dir()
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_lines_are_there_as_soon_as_they_are_written(tmp_path):
+    log = RunLog(tmp_path)
+    log.metrics({"step": 1, "loss": 0.5, "clip_fraction": math.nan})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.5, "clip_fraction": None}
+    log.samples([{"completion": "π\n####"}, {"completion": ""}])
+    assert read_jsonl(tmp_path / "samples.jsonl") == [{"completion": "π\n####"}, {"completion": ""}]
+
+
+def test_a_line_that_was_cut_off_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1}]
+    assert read_jsonl(tmp_path / "none.jsonl") == []
+
+
+def test_means():
+    assert mean([1.0, 2.0]) == 1.5 and std([1.0, 3.0]) == 1.0 and std([2.0]) == 0.0
+    assert math.isnan(mean([])) and math.isnan(std([]))
+    assert 10 < peak_memory_mb(torch.device("cpu")) < 1e6

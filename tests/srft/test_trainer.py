@@ -1,0 +1,381 @@
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import srft_kernels as sk
+from srft import trainer as trainer_module
+from srft.config import Config, DataConfig, LossConfig, load
+from srft.data import Example
+from srft.errors import UserError
+from srft.model import LoadedModel
+from srft.packing import Sequence, pack
+from srft.prompts import build_prompter
+from srft.rewards import Scorer
+from srft.rollout import Rollout
+from srft.trainer import Trainer, build_objective, run
+from tests.srft.conftest import byte_tokenizer, tiny_model
+
+QUESTIONS = ["2 + 3", "7 - 4", "1 + 1", "9 - 9", "4 + 8"]
+
+
+def examples(demonstrations: bool = True) -> list[Example]:
+    return [
+        Example([{"role": "user", "content": q}], f"#### {eval(q)}" if demonstrations else None, str(eval(q)), "sums")
+        for q in QUESTIONS
+    ]
+
+
+def length_reward(prompts, completions, **columns):
+    """Something that differs between completions of a random model: how many bytes are even."""
+    return [sum(ord(c) % 2 == 0 for c in text) / (len(text) or 1) for text in completions]
+
+
+def make(loaded: LoadedModel, *overrides: str, data=None, reward=length_reward, **options) -> Trainer:
+    small = "--train.prompts_per_step=3 --rollout.per_prompt=3 --rollout.max_new_tokens=8 --train.lr=1e-3"
+    config = load(None, [*small.split(), *overrides])
+    prompter = build_prompter(loaded.tokenizer, DataConfig(system_prompt=""))
+    return Trainer(config, loaded, prompter, Scorer("test", reward), examples() if data is None else data, **options)
+
+
+def fresh(dtype: torch.dtype = torch.float32) -> LoadedModel:
+    return LoadedModel(tiny_model().to(dtype).train(), byte_tokenizer(), torch.device("cpu"), dtype, {0}, 0)
+
+
+def gradients(trainer: Trainer, microbatches) -> tuple[float, list[torch.Tensor]]:
+    """Loss and gradients of one update that is not taken."""
+    trainer.optimizer.step = lambda number: {}
+    trainer.loaded.model.zero_grad()
+    loss = trainer._update(microbatches, 1, {})["loss"]
+    return loss, [p.grad.clone() for p in trainer.loaded.model.parameters()]
+
+
+def some_sequences() -> list[Sequence]:
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(n: int) -> list[int]:
+        return torch.randint(1, 258, (n,), generator=generator).tolist()
+
+    shapes = [
+        (4, 6, False, 1.0),
+        (4, 3, False, 0.0),
+        (4, 5, True, 1.0),
+        (9, 2, False, 1.0),
+        (9, 7, True, 1.0),
+        (2, 9, False, 0),
+    ]
+    return [
+        Sequence(ids(p), ids(c), demo, reward, advantage=reward - 0.4 + 0.1 * i)
+        for i, (p, c, demo, reward) in enumerate(shapes)
+    ]
+
+
+@pytest.mark.parametrize("average", ["token", "sequence", "constant"])
+@pytest.mark.parametrize(
+    "preset",
+    ["srft_paper", "srft_official", "srft_hpt", "srft_paper level=batch", "gspo", "chord", "luffy", "grpo", "sft"],
+)
+def test_gradient_does_not_depend_on_the_cut_into_microbatches(preset, average):
+    loaded = fresh(torch.float64)
+    name, *options = preset.split()
+    trainer = make(loaded, "--loss.preset", name, *(f"--loss.options.{o}" for o in options))
+    results = {}
+    for budget in (1, 20, 30, 10_000):
+        parts = pack(some_sequences(), token_budget=budget, average=average, max_length=9)
+        results[len(parts)] = gradients(trainer, parts)
+    assert len(results) >= 3 and 1 in results
+    loss, whole = results[1]
+    for other_loss, other in results.values():
+        # token weights are fp32, everything else fp64
+        assert other_loss == pytest.approx(loss, rel=1e-6)
+        for a, b in zip(other, whole):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+def test_step_metrics_do_not_depend_on_the_cut():
+    trainer = make(fresh())
+    trainer.optimizer.step = lambda number: trainer.loaded.model.zero_grad() or {}
+    lines = [trainer._update(pack(some_sequences(), token_budget=b), 1, {}) for b in (1, 25, 10_000)]
+    for line in lines[1:]:
+        assert line == pytest.approx(lines[0], rel=1e-4, abs=1e-6)
+
+
+def test_ten_steps_with_the_fused_loss_and_with_full_logits_agree():
+    losses = {}
+    for name, function in {"fused": sk.linear_loss, "full": sk.reference.linear_loss}.items():
+        trainer = make(fresh(), "--train.token_budget", "200", loss_function=function)
+        losses[name] = [trainer.step(number)[0]["loss"] for number in range(1, 11)]
+    assert len(set(losses["fused"])) == 10  # it learns
+    assert losses["fused"] == pytest.approx(losses["full"], rel=1e-4)
+
+
+def test_training_makes_demonstrations_likelier(tiny):
+    trainer = make(tiny, "--train.lr", "1e-2", "--loss.preset", "sft", "--train.prompts_per_step", "5")
+    demos = pack([Sequence(p.prompt, p.demonstration, True) for p in trainer.problems], token_budget=1000)
+    before = trainer._statistics(demos)[0].mean()
+    for number in range(1, 6):
+        trainer.step(number)
+    assert trainer._statistics(demos)[0].mean() > before + 1
+
+
+def test_a_step_reports_every_key_of_the_issue(tiny):
+    line, samples = make(tiny, "--run.samples_per_step", "2").step(1)
+    expected = """step loss demo_sft_loss demo_rl_loss rollout_loss demo_entropy rollout_entropy demo_entropy_weight
+    rollout_entropy_weight reward_mean reward_std response_tokens clip_fraction approx_kl grad_norm learning_rate
+    demo_tokens rollout_tokens seconds_rollout seconds_train tokens_per_second peak_memory_mb"""
+    assert set(expected.split()) <= set(line)
+    assert set(line) <= set(trainer_module.report.DESCRIPTIONS)
+    assert all(math.isfinite(line[name]) for name in expected.split())
+    assert [set(s) for s in samples] == [
+        {"step", "task", "prompt", "completion", "reward", "advantage", "finished"}
+    ] * 2
+    json.dumps([line, samples])
+
+
+def test_entropy_weights_are_means_of_exponentials(tiny):
+    trainer = make(tiny)
+    parts = pack(some_sequences(), token_budget=30)
+    entropy = trainer._statistics(parts)[1]
+    is_demo = trainer._gather(parts, "is_demo")
+    line = trainer._update(parts, 1, {})
+    assert line["demo_entropy_weight"] == pytest.approx(float((-entropy[is_demo]).exp().mean()), rel=1e-4)
+    assert line["rollout_entropy_weight"] == pytest.approx(float(entropy[~is_demo].exp().mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [["--loss.preset", "grpo"], ["--loss.options.positive", "advantage"]])
+def test_equal_rewards_leave_no_gradient_of_the_rollouts(tiny, options):
+    trainer = make(
+        tiny,
+        *options,
+        data=examples(demonstrations=False),
+        reward=lambda prompts, completions, **_: [0.1] * len(completions),
+    )
+    before = [p.detach().clone() for p in tiny.model.parameters()]
+    line, _ = trainer.step(1)
+    assert line["grad_norm"] == 0 and line["reward_std"] == pytest.approx(0) and line["informative"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, tiny.model.parameters()))
+
+
+def test_equal_rewards_still_learn_from_the_demonstration(tiny):
+    line, _ = make(tiny, reward=lambda prompts, completions, **_: [1.0] * len(completions)).step(1)
+    assert line["grad_norm"] > 0 and line["demo_rl_loss"] == 0 and math.isfinite(line["loss"])
+
+
+def test_rewards_of_none_are_left_out(tiny):
+    def reward(prompts, completions, **columns):
+        return [None if i % 2 else 1.0 for i in range(len(completions))]
+
+    line, _ = make(tiny, reward=reward).step(1)
+    assert line["reward_mean"] == 1.0 and 0 < line["rollout_tokens"] < 9 * 8
+    assert math.isfinite(line["loss"])
+
+
+@pytest.mark.parametrize("demonstrations", [True, False])
+def test_a_step_in_which_nothing_was_scored(tiny, demonstrations):
+    trainer = make(
+        tiny, data=examples(demonstrations), reward=lambda prompts, completions, **_: [None] * len(completions)
+    )
+    line, _ = trainer.step(1)
+    assert math.isnan(line["reward_mean"]) and line["rollout_tokens"] == 0
+    assert line["loss"] == 0 if not demonstrations else line["demo_tokens"] > 0
+    assert math.isfinite(line["loss"]) and all(p.isfinite().all() for p in tiny.model.parameters())
+
+
+def test_prompts_without_a_demonstration_learn_from_their_rollouts(tiny):
+    mixed = [*examples()[:2], *examples(demonstrations=False)[2:]]
+    trainer = make(tiny, "--train.prompts_per_step", "5", data=mixed)
+    line, _ = trainer.step(1)
+    assert line["demo_tokens"] == sum(len("#### 5") + 1 for _ in range(2))
+    assert line["rollout_tokens"] > 0 and math.isfinite(line["loss"])
+
+
+def test_the_end_of_sequence_is_trained_on_in_demonstrations_and_rollouts(tiny):
+    class Scripted:
+        def generate(self, prompts, samples, **_):
+            return [[Rollout([70, 71, 0], True), Rollout([72, 73], False)] for _ in prompts]
+
+    trainer = make(tiny, engine=Scripted())
+    problems = trainer._draw(1)
+    sequences, _, metrics = trainer._score(problems, trainer._roll_out(problems, 1))
+    (m,) = pack(sequences, token_budget=10_000)
+    ends = m.target == 0
+    assert ends.sum() == 2 * len(problems)  # one in each demonstration, one in each finished rollout
+    assert metrics["finished"] == 0.5 and metrics["response_tokens"] == 2.5
+    assert all(s.completion[-1] == 0 for s in sequences if s.is_demo)
+
+
+@pytest.mark.parametrize(
+    "preset, rollouts, demos", [("sft", 0, 1), ("dft", 0, 1), ("grpo", 1, 0), ("srft_paper", 1, 1), ("luffy", 1, 1)]
+)
+def test_each_kind_of_objective_learns_from_its_kind_of_data(tiny, preset, rollouts, demos):
+    line, _ = make(tiny, "--loss.preset", preset).step(1)
+    assert (line["rollout_tokens"] > 0, line["demo_tokens"] > 0) == (bool(rollouts), bool(demos))
+    assert line["grad_norm"] > 0
+
+
+def test_supervised_training_without_demonstrations_is_refused(tiny):
+    with pytest.raises(UserError, match="demonstration"):
+        make(tiny, "--loss.preset", "sft", data=examples(demonstrations=False))
+
+
+def test_several_updates_on_the_same_rollouts_drift_from_them(tiny):
+    line, _ = make(tiny, "--train.updates_per_rollout", "3", "--train.lr", "1e-2", "--loss.preset", "grpo").step(1)
+    assert line["approx_kl"] > 0
+    assert make(fresh(), "--loss.preset", "grpo").step(1)[0]["approx_kl"] == pytest.approx(0, abs=1e-7)
+
+
+def test_prompts_are_drawn_once_per_epoch_and_reproducibly(tiny):
+    trainer = make(tiny, "--train.prompts_per_step", "2")
+    drawn = [p.example.messages[-1]["content"] for step in range(1, 6) for p in trainer._draw(step)]
+    assert sorted(drawn[:5]) == sorted(drawn[5:]) == sorted(QUESTIONS)
+    assert drawn[:5] != drawn[5:]
+    assert drawn[4:6] == [p.example.messages[-1]["content"] for p in trainer._draw(3)]
+
+
+def other_model(kind: str):
+    from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
+
+    common = {
+        "vocab_size": 258,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "initializer_range": 0.3,  # logits large enough for the cap and the scale to matter
+    }
+    configs = {
+        "soft cap": lambda: Gemma2Config(**common, head_dim=8, final_logit_softcapping=2.0),
+        "logit scale": lambda: CohereConfig(**common, logit_scale=0.25),
+        "logits scaling": lambda: GraniteConfig(**common, logits_scaling=4.0),
+        "tied": lambda: tiny_model().config,
+        "untied": lambda: tiny_model(tie_word_embeddings=False).config,
+    }
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(configs[kind]())
+
+
+@pytest.mark.parametrize("kind", ["soft cap", "logit scale", "logits scaling", "tied", "untied"])
+def test_training_log_probs_are_those_of_the_models_own_logits(kind):
+    model = other_model(kind)
+    loaded = LoadedModel(model.train(), byte_tokenizer(), torch.device("cpu"), torch.float32, {0}, 0)
+    trainer = make(loaded, "--rollout.temperature", "0.8")
+    everything = some_sequences()
+    ours, entropy = trainer._statistics(pack(everything, token_budget=30))
+    model.eval()
+    expected = []
+    for s in everything:
+        with torch.no_grad():
+            logits = model(torch.tensor([s.prompt + s.completion])).logits[0, len(s.prompt) - 1 : -1]
+        expected.append((logits / 0.8).log_softmax(-1))
+    logp = torch.cat(expected)
+    targets = torch.tensor([token for s in everything for token in s.completion])
+    torch.testing.assert_close(ours, logp.gather(1, targets[:, None])[:, 0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(entropy, -(logp.exp() * logp).sum(-1), rtol=1e-4, atol=1e-5)
+    assert trainer.step(1)[0]["grad_norm"] > 0
+
+
+def test_unknown_preset_and_option_are_named():
+    with pytest.raises(UserError, match=r"loss\.preset.*'srft_papr'.*srft_paper"):
+        build_objective(LossConfig(preset="srft_papr"))
+    with pytest.raises(UserError, match=r"loss\.options.*entropy_sgn"):
+        build_objective(LossConfig(options={"entropy_sgn": 1}))
+    with pytest.raises(UserError, match=r"loss\.options.*level"):
+        build_objective(LossConfig(options={"level": "word"}))
+    with pytest.raises(UserError, match="ref_logprobs"):
+        build_objective(LossConfig(preset="grpo", options={"kl_coef": 0.1}))
+
+
+def test_the_loop_imports_with_torch_and_transformers_alone():
+    optional = "reasoning_gym math_verify pyarrow tensorboard jsonargparse matplotlib gguf vllm"
+    code = (
+        f"import sys\nfor name in {optional.split()!r}: sys.modules[name] = None\n"
+        "import srft.config, srft.trainer, srft.packing, srft.advantages, srft.evaluate, srft.report"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# The whole of `srft train`.
+
+
+def small_run(tiny_dir, directory, *overrides: str) -> Config:
+    small = {
+        "model.path": tiny_dir,
+        "model.device": "cpu",
+        "run.dir": directory,
+        "train.steps": 2,
+        "train.prompts_per_step": 2,
+        "rollout.per_prompt": 2,
+        "rollout.max_new_tokens": 6,
+        "eval.prompts": 3,
+        "eval.samples": 2,
+    }
+    return load(None, [word for key, value in small.items() for word in (f"--{key}", str(value))] + list(overrides))
+
+
+def lines_of(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_writes_everything_and_ends_with_its_result(tiny_dir, tmp_path, capsys):
+    directory = tmp_path / "run"
+    extra = ["--run.checkpoint_every", "1", "--eval.every", "1", "--run.tensorboard", "true"]
+    result = run(small_run(tiny_dir, directory, *extra))
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last == str(result) and last.startswith("held-out reward 0.000 → ")
+    assert "3 prompts × 2 samples, seed 17" in last and last.endswith(str(directory / "report.html"))
+    assert [line["step"] for line in lines_of(directory / "metrics.jsonl")] == [1, 2]
+    assert [line["step"] for line in lines_of(directory / "evaluation.jsonl")] == [0, 1, 2]
+    assert {line["step"] for line in lines_of(directory / "samples.jsonl")} == {1, 2}
+    for name in ("checkpoint-1", "checkpoint-2", "final"):
+        assert (directory / name / "model.safetensors").is_file() and (directory / name / "tokenizer.json").is_file()
+    assert list((directory / "tensorboard").iterdir())
+    assert load(str(directory / "config.toml"), []) == small_run(tiny_dir, directory, *extra)
+    prompts = [[g["prompt"] for g in line["generations"]] for line in lines_of(directory / "evaluation.jsonl")]
+    assert prompts[0] == prompts[1] == prompts[2]
+
+
+def test_the_same_seed_gives_the_same_run(tiny_dir, tmp_path):
+    for name in ("a", "b"):
+        run(small_run(tiny_dir, tmp_path / name))
+    a, b = (lines_of(tmp_path / name / "metrics.jsonl") for name in ("a", "b"))
+    for x, y in zip(a, b):
+        assert {k: v for k, v in x.items() if k[:7] not in ("seconds", "tokens_", "peak_me")} == {
+            k: v for k, v in y.items() if k[:7] not in ("seconds", "tokens_", "peak_me")
+        }
+
+
+def test_no_steps_only_evaluates(tiny_dir, tmp_path):
+    result = run(small_run(tiny_dir, tmp_path / "run", "--train.steps", "0"))
+    assert result.before == result.after and result.report.is_file()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()])
+def test_what_was_written_survives_an_exception(tiny_dir, tmp_path, monkeypatch, capsys, error):
+    step = Trainer.step
+
+    def failing(self, number):
+        if number == 2:
+            raise error
+        return step(self, number)
+
+    monkeypatch.setattr(Trainer, "step", failing)
+    with pytest.raises(type(error)):
+        run(small_run(tiny_dir, tmp_path / "run"))
+    assert len(lines_of(tmp_path / "run" / "metrics.jsonl")) == 1
+    assert lines_of(tmp_path / "run" / "samples.jsonl") and lines_of(tmp_path / "run" / "evaluation.jsonl")
+    assert "after step 1 of 2" in capsys.readouterr().err
+    assert trainer_module.report.build(tmp_path / "run").is_file()
+
+
+def test_a_wrong_input_leaves_no_run_directory(tiny_dir, tmp_path):
+    for wrong in (["--data.max_prompt_tokens", "3"], ["--loss.preset", "nonsense"], ["--reward.name", "nonsense"]):
+        with pytest.raises(UserError):
+            run(small_run(tiny_dir, tmp_path / "run", *wrong))
+        assert not (tmp_path / "run").exists()
