@@ -15,7 +15,7 @@ from .gemm import accumulation_dtype
 MIB = 2**20
 # Enough rows for the products to run at full rate, in memory that nobody misses. Measured for CPU; on GPUs the
 # weight-gradient product reads and writes its V·H accumulator once per chunk, so chunks there are larger.
-WORKSPACE = {"cpu": 48 * MIB, "cuda": 1024 * MIB}
+WORKSPACE = {"cpu": 40_000_000, "cuda": 1024 * MIB}
 MIN_CHUNK_ROWS = 64
 BLOCK_BYTES = 2 * MIB  # of logits per block of the torch row backend: an L2 cache
 
@@ -60,7 +60,7 @@ class Plan:
     ) -> Plan:
         """The plan for `tokens` rows of size `hidden` against a head of `vocab` entries.
 
-        `workspace_bytes` bounds the logits that exist at one time (and their scratch); by default 48 MiB on CPU and
+        `workspace_bytes` bounds the logits that exist at one time (and their scratch); by default 40 MB on CPU and
         1 GiB on GPU, but no fewer than 64 rows. The accumulator of a 16-bit head's gradient comes on top, and is
         counted in the plan's `workspace_bytes`.
         """
