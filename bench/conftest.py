@@ -25,9 +25,8 @@ def pytest_terminal_summary(terminalreporter, config):
     for row in sorted(rows, key=lambda row: row.group):
         extra = row.extra_info
         name = row.name.partition("[")[2].removesuffix("]").removeprefix(f"{row.group}-")
-        terminalreporter.write_line(
-            f"{row.group:<20} {name:<28} {row.stats.median:>9.3f} {extra['ratio_to_products']:>11.2f} {extra['tflops']:>8.3f}"
-        )
+        numbers = f"{row.stats.median:>9.3f} {extra['ratio_to_products']:>11.2f} {extra['tflops']:>8.3f}"
+        terminalreporter.write_line(f"{row.group:<20} {name:<28} {numbers}")
 
 
 @pytest.fixture(autouse=True)

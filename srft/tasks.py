@@ -15,7 +15,7 @@ from srft.config import DataConfig
 from srft.data import HELD_OUT, Example, Split, prompt_hash
 from srft.errors import UserError, missing, nearest
 
-SYSTEM_PROMPT = 'Solve the problem step by step. Then write "####" and the answer.'
+SYSTEM_PROMPT = "Work step by step; answer after ####."
 DEFAULT_SIZE = 4096  # train prompts, where no size is given
 
 

@@ -48,15 +48,17 @@ def _tanh(x):
 
 @triton.jit
 def _logits(row_ptr, bias_ptr, columns, vocab, stride, softcap, temperature):
-    """z of some columns of a row, −inf past the vocabulary."""
+    """(z, tanh of the soft cap) of some columns of a row; z is −inf past the vocabulary."""
     a = tl.load(row_ptr + columns, mask=columns < stride, other=0.0)
     if bias_ptr is not None:
         a += tl.load(bias_ptr + columns, mask=columns < stride, other=0.0)
+    level = a
     if softcap is not None:
-        a = softcap * _tanh(tl.div_rn(a, softcap))
+        level = _tanh(tl.div_rn(a, softcap))
+        a = softcap * level
     if temperature is not None:
         a = tl.div_rn(a, temperature)
-    return tl.where(columns < vocab, a, -float("inf"))  # after the cap, which would make it finite
+    return tl.where(columns < vocab, a, -float("inf")), level  # after the cap, which would make it finite
 
 
 @triton.jit
@@ -85,7 +87,7 @@ def _statistics(row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, softcap, t
     smooth_shift = tl.where(tl.abs(at_target) < float("inf"), at_target, 0.0)
     for start in range(0, vocab, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        z = _logits(row_ptr, bias_ptr, columns, vocab, stride, softcap, temperature)
+        z, _ = _logits(row_ptr, bias_ptr, columns, vocab, stride, softcap, temperature)
         top = tl.maximum(m, tl.max(z, 0))
         finite_top = tl.where(top == -float("inf"), 0.0, top)  # −inf − (−inf) is not a number
         d = z - finite_top
@@ -112,12 +114,13 @@ def _write_gradient(
     ALIASED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """∂L/∂a of a row: g(1[v=y] − p_v) − h p_v(log p_v + H) + k p_v + u(ω_v − Σω·p_v), through temperature and cap."""
+    g = tl.where((target >= 0) & (target < vocab), g, float("nan"))  # no such column: no gradient that is right
     s = tl.exp(log_s)
     alpha = (k - g - u * smooth_total - h * (entropy - log_s)) / s
     beta = -h / s
     for start in range(0, vocab, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        z = _logits(row_ptr, bias_ptr, columns, vocab, stride, softcap, temperature)
+        z, level = _logits(row_ptr, bias_ptr, columns, vocab, stride, softcap, temperature)
         d = z - m
         e = tl.exp(d)
         dz = tl.where(e == 0, 0.0, e * (alpha + beta * d))  # 0 · (−inf) is 0 here
@@ -126,9 +129,7 @@ def _write_gradient(
             dz += u * tl.load(smooth_ptr + columns, mask=columns < stride, other=0.0)
         if temperature is not None:
             dz = tl.div_rn(dz, temperature)
-            z = z * temperature
         if softcap is not None:
-            level = tl.div_rn(z, softcap)
             dz = dz * (1 - level * level)
         dz = tl.where(columns < vocab, dz, 0.0)
         if ALIASED:

@@ -153,7 +153,9 @@ def test_rows_past_two_to_the_31():
 def test_target_outside_the_vocabulary_is_nan_and_stays_in_its_row():
     logits = buffer(torch.randn(3, 40))
     tokens = sk.Tokens(torch.tensor([1, 40, -7]))
-    stats, loss, _ = triton_rows.loss_and_gradient(logits, tokens, torch.ones(3), sk.sft(), Head(), 1, torch.float32)
+    run = triton_rows.loss_and_gradient(logits, tokens, torch.ones(3), sk.sft(), Head(), 1, torch.float32)
+    stats, loss, gradient = run
+    assert gradient.isnan().all(-1).tolist() == gradient.isnan().any(-1).tolist() == [False, True, True]
     assert loss.isnan().tolist() == [False, True, True]
     assert stats.logprobs.isnan().tolist() == [False, True, True]
     assert stats.entropy.isfinite().all()
