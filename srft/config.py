@@ -120,6 +120,9 @@ class TrainConfig(Section):
     weight_decay: float = option(0.0, "decoupled weight decay of matrices", low=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", above=0)
     token_budget: int = option(4096, "tokens per microbatch, padding included", low=1)
+    share_prompts: bool = option(
+        True, "a prompt's tokens are computed once for all of its completions, where the attention allows"
+    )
     optimizer: Literal["adamw"] = option("adamw", "optimizer")
     seed: int = option(0, "seed of everything random in training", low=0)
 

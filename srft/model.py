@@ -152,10 +152,19 @@ def head_of(model: "PreTrainedModel") -> Head:
     return Head(layer.weight, getattr(layer, "bias", None), softcap, float(scale), vocab_size)
 
 
-def hidden_states(model: "PreTrainedModel", input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The last hidden states (B, L, H), after the final norm, for ids and mask (B, L); no logits are made."""
+def hidden_states(
+    model: "PreTrainedModel", input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
+) -> Tensor:
+    """The last hidden states (B, L, H), after the final norm, for ids (B, L); no logits are made.
+
+    attention_mask: (B, L), or (B, 1, L, L) bool, true where a query (row) sees a key (column).   position_ids: (B, L).
+    """
+    if attention_mask.ndim == 4:  # sdpa and eager attention both add a mask of the model's type
+        added = torch.zeros_like(attention_mask, dtype=model.dtype)
+        attention_mask = added.masked_fill_(~attention_mask, torch.finfo(model.dtype).min)
+    positions = {} if position_ids is None else {"position_ids": position_ids}  # not every backbone takes them
     backbone = model.get_decoder()
-    return backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    return backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions).last_hidden_state
 
 
 @torch.no_grad()

@@ -3,6 +3,9 @@
 Only completion tokens reach the loss head: the hidden state at position t predicts token t + 1, so `hidden_rows` picks
 the position before each completion token, and prompts and padding never meet the vocabulary.
 
+Where the model allows it (see sharing.py), completions of one prompt share a row, [prompt | completion | completion …]:
+each attends to the prompt and to itself and continues the prompt's positions, as if it stood there alone.
+
 Token weights are computed over the WHOLE step before it is cut, so that summing the microbatches' losses gives the same
 loss and gradient whatever the token budget is.
 """
@@ -31,8 +34,9 @@ class Sequence:
 class Microbatch:
     """Some sequences of a step. B rows of L padded tokens; n completion tokens of the step's N."""
 
-    input_ids: Tensor  # (B, L) prompt + completion without its last token, padded right
-    attention_mask: Tensor  # (B, L)
+    input_ids: Tensor  # (B, L) prompt + completions, each without its last token, padded right
+    attention_mask: Tensor  # (B, L), or (B, 1, L, L) bool where completions share a prompt
+    position_ids: Tensor | None  # (B, L); None: 0, 1, 2, …
     hidden_rows: Tensor  # (n,) row of hidden.view(B·L, H) that predicts the target
     step_rows: Tensor  # (n,) where the token stands among the N tokens of the step
     target: Tensor  # (n,)
@@ -70,6 +74,51 @@ def split_by_budget(lengths: SequenceOf[int], token_budget: int) -> list[list[in
     return groups
 
 
+def rows_by_prompt(sequences: SequenceOf[Sequence], longest: int) -> tuple[list[list[int]], list[int]]:
+    """Indices of the sequences that share a row, and the rows' lengths; shared rows have at most `longest` tokens."""
+    rows: list[list[int]] = []
+    lengths: list[int] = []
+    latest: dict[tuple[int, ...], int] = {}  # the row in progress of each prompt
+    for index, s in enumerate(sequences):
+        prompt, own = len(s.prompt), len(s.completion) - 1
+        row = latest.get(tuple(s.prompt))
+        if row is not None and lengths[row] + own <= longest and pays(prompt, lengths[row] - prompt, own):
+            rows[row].append(index)
+            lengths[row] += own
+        else:
+            latest[tuple(s.prompt)] = len(rows)
+            rows.append([index])
+            lengths.append(prompt + own)
+    return rows, lengths
+
+
+def pays(prompt: int, others: int, own: int) -> bool:
+    """Is a completion of `own` tokens cheaper behind a prompt and `others` tokens than behind a prompt of its own?
+
+    Attention computes the whole square of a row and masks it, so what sharing saves on a prompt it may lose on the
+    other completions. The matmuls of a token cost what its attention to 6 · hidden size others does, some 4000.
+    """
+    return 2 * own * others <= prompt * (prompt + 4000)
+
+
+def lay_out(row: SequenceOf[Sequence]) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Ids, positions and parts (0: the prompt, k: completion k) of a row's tokens; where each target is predicted."""
+    start = len(row[0].prompt)
+    ids, positions, parts, predictors = [*row[0].prompt], [*range(start)], [0] * start, []
+    for part, s in enumerate(row, 1):
+        own = len(s.completion) - 1  # the last token is a target only
+        predictors += [start - 1, *range(len(ids), len(ids) + own)]
+        ids += s.completion[:-1]
+        positions += range(start, start + own)
+        parts += [part] * own
+    return ids, positions, parts, predictors
+
+
+def padded(rows: SequenceOf[list[int]], fill: int = 0) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
+
+
 def pack(
     sequences: SequenceOf[Sequence],
     *,
@@ -78,8 +127,12 @@ def pack(
     max_length: int = 1,
     pad_id: int = 0,
     device: torch.device | str = "cpu",
+    share_up_to: int = 0,
 ) -> list[Microbatch]:
-    """The step's sequences as microbatches of at most `token_budget` padded tokens; no sequences, no microbatches."""
+    """The step's sequences as microbatches of at most `token_budget` padded tokens; no sequences, no microbatches.
+
+    share_up_to: the longest row (tokens) in which completions may share their prompt; 0: they never do.
+    """
     if not sequences:
         return []
     lengths = torch.tensor([len(s.completion) for s in sequences])
@@ -97,21 +150,32 @@ def pack(
     step["token_weight"] = token_weights(step["is_demo"], step["sequence_ids"], average, max_length)
     target = torch.tensor([token for s in sequences for token in s.completion])
 
-    def microbatch(members: list[int]) -> Microbatch:
-        inputs = [sequences[i].prompt + sequences[i].completion[:-1] for i in members]
-        width = max(map(len, inputs))
-        firsts = [row * width + len(sequences[i].prompt) - 1 for row, i in enumerate(members)]
-        counts = [len(sequences[i].completion) for i in members]
-        hidden_rows = torch.cat([torch.arange(first, first + n) for first, n in zip(firsts, counts)])
-        step_rows = torch.cat([torch.arange(starts[i], starts[i] + n) for i, n in zip(members, counts)])
+    def microbatch(rows: list[list[int]]) -> Microbatch:
+        ids, positions, parts, predictors = zip(*(lay_out([sequences[i] for i in row]) for row in rows))
+        input_ids, part = padded(ids, pad_id), padded(parts)
+        if shared := any(len(row) > 1 for row in rows):
+            # Padding needs no masking: it stands behind everything that is causal.
+            mask = ((part[:, :, None] == part[:, None]) | (part[:, None] == 0)).tril()[:, None]
+        else:
+            mask = padded([[1] * len(row) for row in ids])
+        width = input_ids.shape[1]
+        step_rows = torch.cat([torch.arange(starts[i], starts[i] + lengths[i]) for row in rows for i in row])
         return Microbatch(
-            input_ids=torch.tensor([ids + [pad_id] * (width - len(ids)) for ids in inputs]).to(device),
-            attention_mask=torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in inputs]).to(device),
-            hidden_rows=hidden_rows.to(device),
+            input_ids=input_ids.to(device),
+            attention_mask=mask.to(device),
+            position_ids=padded(positions).to(device) if shared else None,
+            hidden_rows=torch.cat([torch.tensor(at) + line * width for line, at in enumerate(predictors)]).to(device),
             step_rows=step_rows.to(device),
             target=target[step_rows].to(device),
             annotations={name: values[step_rows].to(device) for name, values in step.items()},
         )
 
-    lengths_in = [len(s.prompt) + len(s.completion) - 1 for s in sequences]
-    return [microbatch(members) for members in split_by_budget(lengths_in, token_budget)]
+    rows, row_lengths = rows_by_prompt(sequences, min(token_budget, share_up_to))
+    # A longer row may need the model's own mask (of a sliding window): it never meets rows with the mask from here.
+    within = [i for i, length in enumerate(row_lengths) if length <= share_up_to]
+    beyond = [i for i, length in enumerate(row_lengths) if length > share_up_to]
+    return [
+        microbatch([rows[kind[i]] for i in members])
+        for kind in (within, beyond)
+        for members in split_by_budget([row_lengths[i] for i in kind], token_budget)
+    ]

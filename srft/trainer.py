@@ -39,6 +39,7 @@ from srft.packing import Microbatch, Sequence, pack
 from srft.prompts import Prompter, build_prompter
 from srft.rewards import Scorer, build_reward
 from srft.rollout import Engine, Rollout, build_engine
+from srft.sharing import sharing_limit
 
 GIVEN = ("advantages", "rewards", "is_demo", "sequence_ids")  # what the trainer tells the loss about every token
 
@@ -188,6 +189,7 @@ class Trainer:
         self.engine = engine or build_engine(config.rollout.engine, loaded, config.rollout.batch_size)
         self.loss_function = loss_function
         self.optimizer = Optimizer(loaded.model, config.train)
+        self.share_up_to = sharing_limit(loaded.model) if config.train.share_prompts else 0
         head = head_of(loaded.model)
         self.weight = head.weight
         # logits = cap·tanh(scale·a/cap)/T is the head's cap'·tanh(a/cap')/T' with cap' = cap/scale and T' = T/scale.
@@ -217,6 +219,7 @@ class Trainer:
             max_length=self.config.rollout.max_new_tokens,
             pad_id=self.loaded.pad_id,
             device=self.loaded.device,
+            share_up_to=self.share_up_to,
         )
         metrics |= self._learn(microbatches, number)
         ended = time.perf_counter()
@@ -373,7 +376,8 @@ class Trainer:
 
     def _hidden(self, microbatch: Microbatch) -> Tensor:
         """(n, H): the hidden states that predict the microbatch's targets; prompts and padding stay behind."""
-        hidden = hidden_states(self.loaded.model, microbatch.input_ids, microbatch.attention_mask)
+        inputs = microbatch.input_ids, microbatch.attention_mask, microbatch.position_ids
+        hidden = hidden_states(self.loaded.model, *inputs)
         return hidden.flatten(0, 1)[microbatch.hidden_rows]
 
     @torch.no_grad()

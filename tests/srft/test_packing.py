@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from srft.packing import Sequence, pack, split_by_budget, token_weights
+from srft.packing import Sequence, pack, pays, rows_by_prompt, split_by_budget, token_weights
 
 
 def sequences(*shapes: tuple[int, int, bool]) -> list[Sequence]:
@@ -92,6 +92,54 @@ def test_constant_average_divides_by_sequences_and_the_length_limit():
 def test_one_kind_alone(demo):
     (m,) = pack(sequences((2, 3, demo), (2, 1, demo)), token_budget=100)
     assert m.annotations["token_weight"].tolist() == pytest.approx([1 / 4] * 4)
+
+
+def test_completions_share_a_row_of_their_prompt():
+    prompt, other = [1, 2, 3], [4, 5]
+    mixed = [Sequence(prompt, [6, 7]), Sequence(other, [8]), Sequence(prompt, [9, 10, 11]), Sequence(prompt, [12])]
+    assert rows_by_prompt(mixed, 100) == ([[0, 2, 3], [1]], [6, 2])
+    (m,) = pack(mixed, token_budget=100, share_up_to=100)
+    assert m.input_ids.tolist() == [[1, 2, 3, 6, 9, 10], [4, 5, 0, 0, 0, 0]]
+    assert m.position_ids.tolist() == [[0, 1, 2, 3, 3, 4], [0, 1, 0, 0, 0, 0]]
+    assert m.target.tolist() == [6, 7, 9, 10, 11, 12, 8]
+    assert m.hidden_rows.tolist() == [2, 3, 2, 4, 5, 2, 7]
+    assert m.step_rows.tolist() == [0, 1, 3, 4, 5, 6, 2]
+    assert m.attention_mask[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 0, 1, 0],
+        [1, 1, 1, 0, 1, 1],
+    ]
+    assert m.attention_mask[1, 0, :2].int().tolist() == [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]]
+
+
+def test_a_group_longer_than_the_budget_becomes_several_rows():
+    group = [Sequence([1, 2, 3], [4] * n) for n in (4, 3, 5, 1, 9)]
+    for budget in (1, 6, 8, 12, 100):
+        rows, lengths = rows_by_prompt(group, budget)
+        assert [i for row in rows for i in row] == list(range(5))
+        for row, length in zip(rows, lengths):
+            assert length == 3 + sum(len(group[i].completion) - 1 for i in row)
+            assert length <= budget or len(row) == 1
+    assert rows == [[0, 1, 2, 3, 4]]
+
+
+def test_without_a_common_prompt_the_model_makes_its_own_mask():
+    (m,) = pack(sequences(*MIXED), token_budget=1000, share_up_to=1000)
+    assert m.attention_mask.ndim == 2 and m.position_ids is None
+
+
+def test_rows_beyond_the_limit_never_meet_shared_ones():
+    long = Sequence([7, 8], [9] * 30)
+    parts = pack([Sequence([1, 2], [3, 4]), long, Sequence([1, 2], [5, 6])], token_budget=1000, share_up_to=16)
+    assert [m.attention_mask.ndim for m in parts] == [4, 2]
+
+
+def test_long_completions_do_not_share_a_short_prompt():
+    assert pays(100, 300, 30) and pays(1000, 4000, 500)
+    assert not pays(100, 500, 500)
 
 
 def test_nothing_packs_to_nothing():
