@@ -85,8 +85,8 @@ class DataConfig(Section):
 @dataclass
 class RolloutConfig(Section):
     engine: Literal["transformers"] = option("transformers", "what generates")
-    per_prompt: int = option(4, "rollouts of each prompt (G)", low=1)
-    max_new_tokens: int = option(40, "tokens after which a rollout is cut", low=1)
+    per_prompt: int = option(2, "rollouts of each prompt (G)", low=1)
+    max_new_tokens: int = option(32, "tokens after which a rollout is cut", low=1)
     temperature: float = option(1.0, "sampling temperature, also of the log-probs in the loss", above=0)
     top_p: float = option(1.0, "nucleus sampling", above=0, high=1)
     batch_size: int = option(64, "sequences per call of generate", low=1)
@@ -111,15 +111,15 @@ class LossConfig(Section):
 
 @dataclass
 class TrainConfig(Section):
-    steps: int = option(16, "optimizer steps are steps × updates_per_rollout; 0: only evaluate", low=0)
-    prompts_per_step: int = option(16, "prompts sampled in each step", low=1)
+    steps: int = option(24, "optimizer steps are steps × updates_per_rollout; 0: only evaluate", low=0)
+    prompts_per_step: int = option(24, "prompts sampled in each step", low=1)
     updates_per_rollout: int = option(1, "optimizer steps on the same rollouts", low=1)
-    lr: float = option(3e-5, "learning rate after warm-up", low=0)
+    lr: float = option(5e-5, "learning rate after warm-up", low=0)
     warmup_steps: int = option(2, "steps of linear warm-up", low=0)
-    schedule: Literal["constant", "cosine", "linear"] = option("constant", "learning rate after the warm-up")
+    schedule: Literal["constant", "cosine", "linear"] = option("linear", "after the warm-up: constant, or down to 0")
     weight_decay: float = option(0.0, "decoupled weight decay of matrices", low=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", above=0)
-    token_budget: int = option(4096, "tokens per microbatch, padding included", low=1)
+    token_budget: int = option(2048, "tokens per microbatch, padding included", low=1)
     share_prompts: bool = option(
         True, "a prompt's tokens are computed once for all of its completions, where the attention allows"
     )
@@ -144,7 +144,7 @@ class RunConfig(Section):
     tensorboard: bool = option(False, "write TensorBoard events too")
     checkpoint_every: int = option(0, "keep a checkpoint every so many steps; 0: only the final one", low=0)
     samples_per_step: int = option(2, "generations kept in samples.jsonl at each step", low=0)
-    overwrite: bool = option(False, "write into a run directory that is not empty")
+    overwrite: bool = option(False, "write into a run directory that is not empty; what is in it moves to previous-N")
 
 
 @dataclass
