@@ -1,4 +1,4 @@
-"""Peak memory of a call above what it returns.
+"""Peak memory of a call above what the process held before it.
 
     python -m bench.memory           the SRFT loss with all gradients, N=2048 H=576 V=49152, and eager cross-entropy
 
@@ -7,6 +7,8 @@ On CUDA the peak of the allocator; on CPU the resident size of the process, samp
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import subprocess
 import sys
 import threading
@@ -15,10 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-import srft_kernels as sk
+from .cases import Case, Shape
+from .inputs import make
+from .peers import eager
+from .providers import ours
 
 PAGE = 4096
 
@@ -32,6 +35,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    return_free_memory()
     before, peak, done = resident_bytes(), 0, threading.Event()
 
     def watch() -> None:
@@ -50,39 +54,30 @@ def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -
     return max(peak, resident_bytes()) - before
 
 
+def return_free_memory() -> None:
+    """Give freed heap back to the system: a call that fills it again would seem to take nothing."""
+    with contextlib.suppress(AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
 
 
-def loss_and_gradients(name: str, tokens: int, hidden: int, vocab: int) -> Callable[[], list[Tensor]]:
-    """A call that returns (dx, dW): "srft" is this package with its default plan, "eager" PyTorch with full logits."""
-    x = torch.randn(tokens, hidden).requires_grad_()
-    weight = (torch.randn(vocab, hidden) / 20).requires_grad_()
-    target = torch.randint(vocab, (tokens,))
-    advantages, is_demo = torch.randn(tokens), torch.rand(tokens) < 0.3
-    columns = {"advantages": advantages, "is_demo": is_demo, "rewards": (advantages > 0).float()}
-
-    def run() -> list[Tensor]:
-        if name == "srft":
-            loss = sk.linear_loss(x, weight, target, sk.srft_paper(), **columns).loss
-        else:
-            loss = F.cross_entropy(F.linear(x, weight), target)
-        return list(torch.autograd.grad(loss, (x, weight)))
-
-    return run
-
-
 def main() -> None:
-    if len(sys.argv) == 1:  # each in a process of its own: what one leaves behind in the allocator hides the other
-        for name in ("srft", "eager"):
+    providers = {"srft": (ours, "srft"), "eager": (eager, "cross entropy")}
+    if len(sys.argv) == 1:  # each in a process of its own, as in a user's program
+        for name in providers:
             subprocess.run([sys.executable, "-m", "bench.memory", name], check=True)
         return
-    torch.manual_seed(0)
     torch.set_num_threads(2)
-    loss_and_gradients(sys.argv[1], 64, 64, 512)()  # threads and library buffers
-    call, returned = loss_and_gradients(sys.argv[1], 2048, 576, 49152), []
-    peak = peak_bytes(lambda: returned.extend(call()))
-    size = sum(gradient.numel() * gradient.element_size() for gradient in returned)
+    provider, task = providers[sys.argv[1]]
+    call = provider("cpu").call(task)
+    call(make(Case("", task, Shape(64, 64, 512)), "cpu", torch.float32))  # threads and library buffers
+    inputs = make(Case("", task, Shape(2048, 576, 49152)), "cpu", torch.float32)
+    returned: list[dict] = []
+    peak = peak_bytes(lambda: returned.append(call(inputs)))
+    size = sum(returned[0][name].nbytes for name in ("dx", "dW"))
     print(f"{sys.argv[1]:<6} peak {peak / 1e6:7.1f} MB, {(peak - size) / 1e6:7.1f} MB above the returned gradients")
 
 

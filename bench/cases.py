@@ -1,0 +1,139 @@
+"""What is timed: tasks (what a call computes), shapes, and the groups they form, most important first.
+
+cases("cpu")      small shapes: everything in minutes on two cores
+cases("cuda")     the shapes of models that people train
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import srft_kernels as sk
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a provider has to compute from (x, W, target, annotations).
+
+    products    matrix products of 2NHV flops that it cannot do without: its floor
+    objective   the loss; None: ℓ and H of each token, without gradients
+    frozen      W wants no gradient
+    """
+
+    products: int
+    objective: Any = None
+    frozen: bool = False
+
+
+SFT, SRFT, GRPO, SRFT_SEQUENCE = sk.sft(), sk.srft_paper(), sk.dapo(clip_high=0.2), sk.srft_hpt()
+TASKS = {
+    "cross entropy": Task(3, SFT),
+    "srft": Task(3, SRFT),
+    "grpo": Task(3, GRPO),
+    "scoring": Task(1),
+    "two pass": Task(4, SRFT_SEQUENCE),
+    "frozen head": Task(2, SFT, frozen=True),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """N tokens of size H against a vocabulary of V. N = 0: as many as there happen to be."""
+
+    tokens: int
+    hidden: int
+    vocab: int
+
+    def __str__(self) -> str:
+        return "×".join(str(size) for size in (self.tokens, self.hidden, self.vocab) if size)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row group of the tables: a task on one set of inputs, for every provider that can do it.
+
+    inputs   "random", "peaked" (0.1–0.5 nats of entropy), "model" (hidden states and head of the embedded model)
+    live     the part of the tokens that is not ignored
+    ours     only this package and eager PyTorch: a question about cost, not about rank
+    note     what a reader must know about the choice of shape
+    """
+
+    group: str
+    task: str
+    shape: Shape
+    inputs: str = "random"
+    live: float = 1.0
+    ours: bool = False
+    note: str = ""
+
+    def __str__(self) -> str:
+        live = "" if self.live == 1 else f" {self.live:.0%} live"
+        return f"{self.group}: {self.task} {self.shape} {self.inputs}{live}"
+
+    @property
+    def live_tokens(self) -> int:
+        return max(1, round(self.shape.tokens * self.live))
+
+    @property
+    def flops(self) -> int:
+        """Of the products that the task cannot do without, on live tokens."""
+        return 2 * TASKS[self.task].products * self.live_tokens * self.shape.hidden * self.shape.vocab
+
+
+LIVE = (0.1, 0.25, 0.5, 0.75, 1.0)
+HEADS = {  # H, V
+    "Llama-3 8B": (4096, 128256),
+    "Qwen2.5-7B": (3584, 152064),
+    "Qwen3-8B": (4096, 151936),
+    "Qwen3-1.7B": (2048, 151936),
+    "Qwen2.5-0.5B": (896, 151936),
+    "Gemma-2-2B": (2304, 256000),
+    "DeepSeek-V3": (7168, 129280),
+}
+
+
+def cases(device: str) -> list[Case]:
+    return cuda_cases() if device.startswith("cuda") else cpu_cases()
+
+
+def cpu_cases() -> list[Case]:
+    model = (576, 49152)  # SmolLM2-135M
+    head, small = Shape(512, *model), Shape(256, 256, 16384)
+    scaled = "1,048,576 tokens scaled down to 8,192 for a CPU"
+    return [
+        Case("full loss", "cross entropy", head),
+        Case("full loss", "srft", head, "peaked"),
+        Case("full loss", "srft", Shape(256, *model), "model"),
+        Case("full loss", "cross entropy", small, "peaked"),
+        Case("full loss", "grpo", small, "peaked"),
+        Case("scoring", "scoring", head),
+        Case("two pass", "two pass", small, "peaked"),
+        Case("frozen head", "frozen head", small),
+        *(Case("masked batches", "cross entropy", small, live=live, ours=True) for live in LIVE),
+        *(Case("cost against N", "srft", Shape(n, 256, 16384), ours=True) for n in (64, 256, 1024, 2048)),
+        *(Case("cost against V", "srft", Shape(256, 256, v), ours=True) for v in (4096, 16384, 65536)),
+        *(Case("peak memory", "srft", Shape(n, 128, 32768), ours=True) for n in (256, 512, 1024, 2048)),
+        Case("1 M tokens", "srft", Shape(8192, 64, 4096), ours=True, note=scaled),
+    ]
+
+
+def cuda_cases() -> list[Case]:
+    qwen = HEADS["Qwen3-8B"]
+    main = Shape(8192, *qwen)
+    return [
+        Case("full loss", "srft", main, "peaked"),
+        Case("full loss", "cross entropy", main),
+        Case("scoring", "scoring", main),
+        Case("two pass", "two pass", main, "peaked"),
+        Case("frozen head", "frozen head", main),
+        *(Case("masked batches", "srft", main, "peaked", live=live, ours=True) for live in LIVE),
+        *(Case("cost against N", "srft", Shape(n, *qwen), ours=True) for n in (1024, 4096, 16384, 32768)),
+        *(Case("peak memory", "srft", Shape(n, 896, 151936), ours=True) for n in (1024, 4096, 16384, 65536)),
+        Case("1 M tokens", "srft", Shape(2**20, 896, 151936), ours=True),
+        *(Case("cost against V", "srft", Shape(8192, 2048, v), ours=True) for v in (32000, 65536, 128256, 256000)),
+        Case("full loss", "cross entropy", Shape(4096, *HEADS["Llama-3 8B"])),
+        Case("full loss", "cross entropy", main, "peaked"),
+        Case("full loss", "grpo", main, "peaked"),
+        *(Case("full loss", "srft", Shape(8192, *size)) for size in HEADS.values() if size != qwen),
+    ]

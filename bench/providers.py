@@ -1,0 +1,122 @@
+"""Who can do a task: this package, and its peers (peers.py), behind one face.
+
+A provider gives token statistics, from which any task's loss follows by a formula on n-long vectors, or a loss of its
+own for some tasks, or both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import srft_kernels as sk
+
+from .cases import TASKS, Task
+from .inputs import Inputs
+
+Statistics = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]  # x, W, target → ℓ, H (or None)
+
+
+@dataclass(frozen=True)
+class Provider:
+    """`load(device)` returns what it can do, or raises: Unavailable (not installed, not on this device), Changed."""
+
+    name: str
+    load: Callable[[str], Abilities]
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """losses: by task, (inputs, task) → scalar, or (scalar, ℓ, H).   statistics: None where only losses are given.
+
+    entropy      whether the statistics have H
+    """
+
+    losses: dict[str, Callable[[Inputs, Task], Any]] = field(default_factory=dict)
+    statistics: Statistics | None = None
+    entropy: bool = True
+
+    def call(self, name: str) -> Callable[[Inputs], dict[str, Tensor | None]] | None:
+        """What computes a task: results by name (loss, logprobs, entropy, dx, dW); None where this cannot."""
+        task = TASKS[name]
+        if task.objective is None:
+            return None if self.statistics is None or not self.entropy else self._score
+        loss = self.losses.get(name)
+        if loss is None:
+            reads_entropy = isinstance(task.objective, sk.SRFT)
+            if self.statistics is None or (reads_entropy and not self.entropy):
+                return None
+            loss = self._loss_of_statistics
+
+        def run(inputs: Inputs) -> dict[str, Tensor | None]:
+            inputs = inputs.leaves(task.frozen)
+            found = loss(inputs, task)
+            value, logprobs, entropy = found if isinstance(found, tuple) else (found, None, None)
+            dx, *dw = torch.autograd.grad(value, [inputs.input] if task.frozen else [inputs.input, inputs.weight])
+            return {"loss": value, "logprobs": logprobs, "entropy": entropy, "dx": dx, "dW": dw[0] if dw else None}
+
+        return run
+
+    def _score(self, inputs: Inputs) -> dict[str, Tensor | None]:
+        with torch.no_grad():
+            logprobs, entropy = self.statistics(inputs.input, inputs.weight, inputs.target.clamp(min=0))
+        return {"logprobs": logprobs, "entropy": entropy}
+
+    def _loss_of_statistics(self, inputs: Inputs, task: Task) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The mean of the objective over the live tokens. Peers know no ignored ones: they get target 0 there."""
+        live = inputs.live
+        logprobs, entropy = self.statistics(inputs.input, inputs.weight, inputs.target.clamp(min=0))
+        h = torch.zeros_like(logprobs) if entropy is None else entropy
+        stats = sk.TokenStats(logprobs.float(), h.float(), torch.zeros_like(logprobs))  # nobody reads lse
+        tokens = sk.Tokens(inputs.target[live], **{name: column[live] for name, column in inputs.columns.items()})
+        return task.objective(stats.map(lambda field: field[live]), tokens).mean(), logprobs, entropy
+
+
+def ours(device: str) -> Abilities:
+    def loss(inputs: Inputs, task: Task):
+        out = sk.linear_loss(inputs.input, inputs.weight, inputs.target, task.objective, **inputs.columns)
+        return out.loss, out.logprobs, out.entropy
+
+    def statistics(x: Tensor, weight: Tensor, target: Tensor):
+        stats = sk.linear_logprobs(x, weight, target)
+        return stats.logprobs, stats.entropy
+
+    return Abilities({name: loss for name, task in TASKS.items() if task.objective is not None}, statistics)
+
+
+OURS = Provider("srft_kernels", ours)
+
+
+def bare_products(inputs: Inputs, task: Task) -> Callable[[Inputs], None]:
+    """The floor: the task's matrix products on the live tokens and nothing else, in the inputs' type.
+
+    In chunks only where the logits would not fit: 2³¹ numbers on a GPU, 512 rows on a CPU. Operands are the case's own,
+    since products of zeros run faster. dW accumulates in the inputs' type when there is more than one chunk.
+    """
+    vocab = len(inputs.weight)
+    cuda = inputs.input.is_cuda
+    live = inputs.live.nonzero()[:, 0]
+    rows = min(len(live), max(1, 2**31 // vocab) if cuda else 512)
+    logits = inputs.input.new_empty(rows, vocab)
+
+    @torch.no_grad()
+    def run(inputs: Inputs) -> None:
+        x, w = inputs.input.detach(), inputs.weight.detach()
+        x = x if len(live) == len(x) else x[live]
+        dx, dw = torch.empty_like(x), torch.empty_like(w) if task.products >= 3 else None
+        for start in range(0, len(x), rows):
+            chunk = x[start : start + rows]
+            z = logits[: len(chunk)]
+            torch.mm(chunk, w.t(), out=z)
+            if task.products == 4:
+                torch.mm(chunk, w.t(), out=z)
+            if task.products >= 2:
+                torch.mm(z, w, out=dx[start : start + rows])
+            if dw is not None:
+                torch.mm(z.t(), chunk, out=dw) if start == 0 else dw.addmm_(z.t(), chunk)
+
+    return run

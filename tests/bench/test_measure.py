@@ -1,0 +1,123 @@
+"""A small case from inputs to rows: errors, wrong and absent providers, noise."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import timing
+from bench.cases import TASKS, Case, Shape, cases
+from bench.inputs import ENTROPY, Unavailable, make
+from bench.measure import Row, everyone, measure
+from bench.providers import OURS, Abilities, Provider, bare_products
+from bench.table import table
+from bench.truth import truth
+
+SMALL = Case("full loss", "srft", Shape(128, 32, 512), "peaked")
+
+
+def scaled(device: str) -> Abilities:
+    """Gradients 1 % too large, the loss right: what a wrong 1/N does."""
+
+    def loss(inputs, task):
+        value, logprobs, entropy = OURS.load(device).losses["srft"](inputs, task)
+        return value.detach() + 1.01 * (value - value.detach()), logprobs, entropy
+
+    return Abilities(dict.fromkeys(TASKS, loss))
+
+
+def absent(device: str) -> Abilities:
+    raise Unavailable("never-written is not installed")
+
+
+def broken(device: str) -> Abilities:
+    raise RuntimeError("out of luck")
+
+
+STRANGE = [Provider("scaled", scaled), Provider("absent", absent), Provider("broken", broken)]
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, Row]:
+    return {row.provider: row for row in measure(SMALL, [OURS, *STRANGE], "cpu", rounds=3)}
+
+
+def test_ours_is_right_and_carries_its_evidence(rows):
+    row = rows["srft_kernels"]
+    assert row.status == "ok" and len(row.seconds) == 3
+    assert row.extra["error"] < 1e-4 and set(row.extra["errors"]) == {"loss", "logprobs", "entropy", "dx", "dW"}
+    assert row.extra["returned_bytes"] == 4 * (128 * 32 + 512 * 32)
+    assert {"tflops", "ratio_to_products", "peak_bytes", "spread", "noisy"} <= set(row.extra)
+
+
+def test_a_wrong_provider_is_wrong_and_not_fast(rows):
+    row = rows["scaled"]
+    assert row.status == "wrong" and "dx" in row.reason and not row.seconds
+    assert "tflops" not in row.extra and "ratio_to_products" not in row.extra
+    shown = next(line for line in table(rows.values()).splitlines() if "scaled" in line)
+    assert "WRONG" in shown and "0.01" in shown
+
+
+def test_who_is_not_there_is_listed(rows):
+    text = table(rows.values())
+    assert "never-written is not installed" in text and "RuntimeError: out of luck" in text
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_is_right_against_fp64(task):
+    case = replace(SMALL, task=task, live=0.5)
+    found = {row.provider: row for row in measure(case, everyone()[:2], "cpu", rounds=1)}
+    for name in ("srft_kernels", "eager"):
+        assert found[name].status == "ok", found[name].reason
+        assert found[name].extra["error"] < 1e-4
+
+
+def test_truth_is_autograd_in_fp64():
+    """The sampled gradients against plain autograd through full logits."""
+    inputs = make(SMALL, "cpu", torch.float64)
+    for task in ("srft", "two pass"):
+        found = truth(inputs, TASKS[task]).errors(Abilities(statistics=statistics).call(task)(inputs))
+        assert set(found) == {"loss", "logprobs", "entropy", "dx", "dW"}
+        assert max(found.values()) < 1e-6  # objectives are given fp32 statistics
+
+
+def statistics(x, weight, target):
+    logp = (x @ weight.t()).log_softmax(-1)
+    return logp.gather(1, target[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+def test_peaked_rows_have_the_entropy_of_a_policy():
+    inputs = make(replace(SMALL, shape=Shape(128, 128, 2048)), "cpu", torch.float32)
+    _, entropy = statistics(inputs.input, inputs.weight, inputs.target)
+    assert ENTROPY[0] - 0.01 <= entropy.min() and entropy.max() <= ENTROPY[1] + 0.01
+
+
+def test_masked_inputs_have_the_live_tokens_they_say():
+    case = replace(SMALL, live=0.25)
+    inputs = make(case, "cpu", torch.float32)
+    assert int(inputs.live.sum()) == case.live_tokens == 32
+    task = TASKS["cross entropy"]
+    assert case.flops == 2 * 3 * 32 * 32 * 512
+    bare_products(inputs, task)(inputs)
+
+
+def test_every_group_is_there_for_every_device():
+    groups = {"full loss", "scoring", "two pass", "frozen head", "masked batches", "cost against N", "cost against V",
+              "peak memory", "1 M tokens"}  # fmt: skip
+    for device in ("cpu", "cuda"):
+        made = cases(device)
+        assert {case.group for case in made} == groups and len(set(made)) == len(made)
+    assert any(case.shape.tokens == 2**20 for case in cases("cuda"))
+    assert all("scaled down" in case.note for case in cases("cpu") if case.group == "1 M tokens")
+
+
+def test_noise_is_the_spread_of_ratios():
+    assert timing.ratio([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == (2.0, 0.0)  # the machine slowed down for both
+    assert timing.ratio([2.0, 2.0, 8.0, 8.0], [1.0] * 4)[1] > 0.5
+
+
+def test_calls_take_turns():
+    order = []
+    calls = {name: lambda _, name=name: order.append(name) for name in "ab"}
+    times = timing.take_turns(calls, [None], "cpu", rounds=2, most=10)
+    assert order == list("abba") and [len(t) for t in times.values()] == [2, 2]
