@@ -255,11 +255,10 @@ class SRFT:
     def inactive(self, tokens: Tokens) -> Tensor | None:
         if self.entropy_coef:
             return None
-        demo = tokens.is_demo.bool()
-        no_demo_loss = (
-            (tokens.advantages == 0) | (self.demo_rl_coef == 0) if self.demo_sft_coef == 0 else demo.new_zeros(())
-        )
-        return torch.where(demo, no_demo_loss, self._signal(tokens, self._positive(tokens)) == 0)
+        positive = self._positive(tokens)
+        demo = (tokens.advantages * self.demo_rl_coef == 0) & (self.demo_sft_coef == 0)
+        coefficient = torch.where(positive, self.rollout_coef, self.negative_coef)
+        return torch.where(tokens.is_demo.bool(), demo, self._signal(tokens, positive) * coefficient == 0)
 
     def _positive(self, tokens: Tokens) -> Tensor:
         return (tokens.rewards if self.positive == "reward" else tokens.advantages) > 0

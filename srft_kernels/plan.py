@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .gemm import accumulation_dtype
+from .rows import aligned_size
 
 MIB = 2**20
 # Enough rows for the products to run at full rate, in memory that nobody misses. Measured for CPU; on GPUs the
@@ -66,7 +67,7 @@ class Plan:
         """
         device = torch.device(device)
         itemsize = accumulation_dtype(dtype).itemsize
-        row_bytes = max(vocab, 1) * itemsize
+        row_bytes = aligned_size(max(vocab, 1)) * itemsize
         block_rows = max(1, min(BLOCK_BYTES // row_bytes, 64))
         triton = device.type == "cuda" and dtype != torch.float64 and _has_triton()
         if workspace_bytes is None:

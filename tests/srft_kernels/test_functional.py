@@ -382,6 +382,12 @@ def test_demonstrations_without_an_rl_term_are_idle_only_without_an_sft_term():
     assert cost(sk.luffy(), 1, **columns)[0] == PRODUCT
 
 
+def test_rollouts_whose_coefficient_is_zero_are_idle():
+    columns = {"advantages": torch.ones(N), "is_demo": torch.arange(N) % 4 == 0}
+    assert cost(sk.chord(1.0), 1, **columns)[0] == PRODUCT + 2 * PRODUCT // 4
+    assert cost(sk.chord(0.5), 1, **columns)[0] == 3 * PRODUCT
+
+
 # ---------------------------------------------------------------------------------------------------------- autograd
 
 
