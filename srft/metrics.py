@@ -131,15 +131,15 @@ class RunLog:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that `RunLog` wrote; [] if there is none. A last line that was cut off is left out."""
+    """The rows of a file that `RunLog` wrote; [] if there is none. A line that was cut off is left out."""
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().split(b"\n"):  # str.splitlines would also cut at U+2028, which JSON allows in a text
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+        except ValueError:  # not JSON, or cut within a character
+            continue
     return rows
 
 

@@ -52,6 +52,17 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path):
     assert read_jsonl(tmp_path / "none.jsonl") == []
 
 
+def test_a_broken_line_does_not_cost_the_others(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes('{"step": 1}\n{"te\n{"step": 2}\n{"text": "π'.encode()[:-1])
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
+
+
+def test_a_row_ends_at_a_newline_only(tmp_path):
+    rows = [{"completion": f"a{end}b"} for end in ("\u2028", "\u2029", "\x85", "\x0b", "\x1c", "\r\n")]
+    RunLog(tmp_path).samples(rows)
+    assert read_jsonl(tmp_path / "samples.jsonl") == rows
+
+
 def test_means():
     assert mean([1.0, 2.0]) == 1.5 and std([1.0, 3.0]) == 1.0 and std([2.0]) == 0.0
     assert math.isnan(mean([])) and math.isnan(std([]))
