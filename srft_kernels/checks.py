@@ -98,6 +98,19 @@ def plan(value: Any) -> None:
         raise TypeError(f"plan must be a Plan, found {value!r}: see Plan.choose")
 
 
+def backend(plan: Plan, input: Tensor, compute: torch.dtype) -> None:
+    """A plan made by hand may ask for Triton where it cannot run."""
+    if plan.backend != "triton":
+        return
+    if compute == torch.float64:
+        raise TypeError("Plan(backend='triton') works in fp32, but input is fp64: use backend='torch'")
+    if not input.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"Plan(backend='triton'), but input is on {input.device}: move it to a GPU, use backend='torch', or set "
+            "TRITON_INTERPRET=1 before importing triton, to run its interpreter"
+        )
+
+
 def objective(value: Any) -> None:
     if not callable(value):
         raise TypeError(

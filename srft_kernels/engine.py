@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .gemm import HeadProducts
+from .gemm import HeadProducts, accumulation_dtype
 from .head import Head
 from .plan import Plan
-from .rows import Normalizer, aligned_size, backend
+from .rows import Normalizer, aligned_size, backend, has_triton
 from .tokens import Tokens, TokenStats, per_token_loss
 
 
@@ -272,10 +272,9 @@ def _fp16_scale(token_weight: Tensor) -> Tensor:
 
 def _scaled_(gradient: Tensor, factor: Tensor) -> Tensor:
     """gradient · factor, in place; in most training factor is exactly 1 and nothing is read or written."""
-    if gradient.is_cuda:
-        from .rows.triton_rows import scale_
-
-        return scale_(gradient, factor)
-    if factor.item() == 1:
-        return gradient
-    return gradient.mul_(factor.item())
+    if not gradient.is_cuda:
+        return gradient if factor.item() == 1 else gradient.mul_(factor.item())
+    if gradient.dtype != torch.float64 and has_triton():
+        return backend("triton").scale_(gradient, factor)
+    # not mul_(factor), which would first round the factor to a 16-bit gradient's type
+    return gradient.copy_(gradient.to(accumulation_dtype(gradient.dtype)) * factor)

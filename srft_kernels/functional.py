@@ -88,7 +88,7 @@ def linear_loss(
         objective: `CrossEntropy`, `PolicyGradient`, `SRFT`, a preset, or any callable (stats, tokens) -> losses (n,).
             A callable is shown a slice of the tokens at a time; give it an attribute `token_local = False` if a token's
             loss depends on other tokens.
-        linear_bias: (V,), or None.
+        linear_bias: (V,), or None; −inf bans a token (not under a soft cap, which comes after it).
         temperature: T > 0 of softmax(z / T).
         softcap: cap > 0 of cap · tanh(z / cap), before the temperature; or None.
         ignore_index: targets with this value take no part and cost nothing; None: there are none.
@@ -276,9 +276,12 @@ def _prepare(
     checks.target_range(target, live, vocab)
 
     shape = target.shape
-    tokens = Tokens(target.reshape(-1), **{name: column.reshape(-1) for name, column in columns.items()})
+    # kernels read their columns one number after the other, whatever view the caller passed
+    flat = {name: column.reshape(-1).contiguous() for name, column in {"target": target, **columns}.items()}
+    tokens = Tokens(**flat)
     if token_weight is not None:
-        token_weight = checks.shaped_like_target("token_weight", token_weight, target).reshape(-1).to(dtype)
+        token_weight = checks.shaped_like_target("token_weight", token_weight, target)
+        token_weight = token_weight.reshape(-1).to(dtype).contiguous()
     rows = _pack(tokens, None if live is None else live.reshape(-1), token_weight, objective, dtype)
 
     def spread(packed: Tensor) -> Tensor:
@@ -287,12 +290,13 @@ def _prepare(
         return packed.new_zeros(shape.numel()).index_copy(0, rows.index, packed).reshape(shape)
 
     plan = plan or Plan.choose(len(rows), input.shape[-1], vocab, compute, input.device)
+    checks.backend(plan, input, compute)
     bias = None if linear_bias is None else aligned(linear_bias.detach()[:vocab], dtype)
     smooth = None
     if getattr(objective, "label_smoothing", 0):
         smooth_weight = input.new_ones(vocab, dtype=dtype) if smooth_weight is None else smooth_weight
         smooth = aligned(smooth_weight / vocab, dtype)
-    head = Head(bias, softcap, temperature, smooth)
+    head = Head(bias, None if softcap is None else float(softcap), float(temperature), smooth)
     call = Call(vocab, head, rows, objective, _with_passes(plan, objective, tokens), compute)
     return (input.reshape(-1, input.shape[-1]), linear_weight, linear_bias), call, spread
 

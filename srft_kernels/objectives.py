@@ -177,7 +177,9 @@ class PolicyGradient:
         result = {"entropy": stats.entropy.mean()}
         if self.surrogate != "reinforce":
             ratio = self._ratio(stats, tokens)
-            result |= _drift(ratio, tokens.advantages, *self.clip_bounds, everywhere)
+            # CISPO's clip stops a ratio on either side, whatever the advantage
+            signal = torch.sign(ratio - 1) if self.surrogate == "cispo" else tokens.advantages
+            result |= _drift(ratio, signal, *self.clip_bounds, everywhere)
         if self.kl_coef:
             gap = tokens.ref_logprobs - stats.logprobs
             result["ref_kl"] = (torch.expm1(gap) - gap).mean()

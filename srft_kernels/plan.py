@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .gemm import accumulation_dtype
-from .rows import aligned_size
+from .rows import aligned_size, has_triton
 
 MIB = 2**20
 # Enough rows for the products to run at full rate, in memory that nobody misses. Measured for CPU; on GPUs the
@@ -69,7 +69,7 @@ class Plan:
         itemsize = accumulation_dtype(dtype).itemsize
         row_bytes = aligned_size(max(vocab, 1)) * itemsize
         block_rows = max(1, min(BLOCK_BYTES // row_bytes, 64))
-        triton = device.type == "cuda" and dtype != torch.float64 and _has_triton()
+        triton = device.type == "cuda" and dtype != torch.float64 and has_triton()
         if workspace_bytes is None:
             budget, least = WORKSPACE["cpu" if device.type == "cpu" else "cuda"], MIN_CHUNK_ROWS
         else:
@@ -100,11 +100,3 @@ class Plan:
         passes = {None: "one pass where the objective allows", 1: "one pass", 2: "two passes"}[self.passes]
         memory = f", {self.workspace_bytes / 1e6:.1f} MB of workspace" if self.workspace_bytes else ""
         return f"{self.backend} rows, chunks of {self.chunk_rows} tokens, {passes}{memory}"
-
-
-def _has_triton() -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from types import ModuleType
 from typing import NamedTuple
 
@@ -33,6 +34,10 @@ class Normalizer(NamedTuple):
 
     shift: Tensor
     log_total: Tensor
+
+
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def backend(name: str) -> ModuleType:

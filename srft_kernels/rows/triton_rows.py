@@ -111,7 +111,7 @@ def _statistics(row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, softcap, t
 def _write_gradient(
     row_ptr, out_ptr, target, m, log_s, entropy, g, h, k, u,
     bias_ptr, smooth_ptr, smooth_total, vocab, stride, softcap, temperature,
-    ALIASED: tl.constexpr, BLOCK: tl.constexpr,
+    ORDER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """∂L/∂a of a row: g(1[v=y] − p_v) − h p_v(log p_v + H) + k p_v + u(ω_v − Σω·p_v), through temperature and cap."""
     g = tl.where((target >= 0) & (target < vocab), g, float("nan"))  # no such column: no gradient that is right
@@ -132,10 +132,13 @@ def _write_gradient(
         if softcap is not None:
             dz = dz * (1 - level * level)
         dz = tl.where(columns < vocab, dz, 0.0)
-        if ALIASED:
-            # The narrow gradient lands on bytes of this block or of earlier ones: every thread must have read its part.
+        written = columns < stride
+        # A narrow gradient lands on bytes of this block or of earlier ones: every thread must have read its part first.
+        if ORDER == "barrier":
             tl.debug_barrier()
-        tl.store(out_ptr + columns, dz.to(out_ptr.dtype.element_ty), mask=columns < stride)
+        if ORDER == "reduction":
+            written &= tl.max(e, 0) != -1.0  # always so, but known only when every thread's loads are there
+        tl.store(out_ptr + columns, dz.to(out_ptr.dtype.element_ty), mask=written)
 
 
 @triton.jit
@@ -165,7 +168,7 @@ def _gradient_kernel(
     target_ptr, entropy_ptr, m_ptr, log_s_ptr,  # (n,)
     g_ptr, h_ptr, k_ptr, u_ptr,  # (n,) fp32 or None
     bias_ptr, smooth_ptr, smooth_total_ptr,  # (V,), (V,), () fp32 or None
-    vocab, stride, dstride, softcap, temperature, ALIASED: tl.constexpr, BLOCK: tl.constexpr,
+    vocab, stride, dstride, softcap, temperature, ORDER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     log_s = tl.load(log_s_ptr + row)
@@ -178,7 +181,7 @@ def _gradient_kernel(
     _write_gradient(
         logits_ptr + row * stride, dlogits_ptr + row * dstride, tl.load(target_ptr + row),
         tl.load(m_ptr + row), log_s, tl.load(entropy_ptr + row), g, h, k, u,
-        bias_ptr, smooth_ptr, smooth_total, vocab, stride, softcap, temperature, ALIASED, BLOCK,
+        bias_ptr, smooth_ptr, smooth_total, vocab, stride, softcap, temperature, ORDER, BLOCK,
     )  # fmt: skip
 
 
@@ -191,7 +194,7 @@ def _loss_gradient_kernel(
     bias_ptr, smooth_ptr, smooth_total_ptr,  # (V,), (V,), () fp32 or None
     out_ptr,  # (4, n) fp32: loss, ℓ, H, lse
     rows, vocab, stride, dstride, softcap, temperature,
-    OBJECTIVE: tl.constexpr, ALIASED: tl.constexpr, BLOCK: tl.constexpr,
+    OBJECTIVE: tl.constexpr, ORDER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
@@ -216,7 +219,7 @@ def _loss_gradient_kernel(
     smooth_total = m * 0.0 if smooth_total_ptr is None else tl.load(smooth_total_ptr)
     _write_gradient(
         row_ptr, dlogits_ptr + row * dstride, target, m, log_s, entropy, g, h, k, u,
-        bias_ptr, smooth_ptr, smooth_total, vocab, stride, softcap, temperature, ALIASED, BLOCK,
+        bias_ptr, smooth_ptr, smooth_total, vocab, stride, softcap, temperature, ORDER, BLOCK,
     )  # fmt: skip
 
 
@@ -261,7 +264,7 @@ def loss_and_gradient(
         _loss_gradient_kernel[(n,)](
             logits, dlogits, tokens.target, weight, *_columns(tokens, structure), numbers,
             head.bias, head.smooth, _total(head), out, n, vocab, logits.stride(0), dlogits.stride(0),
-            head.softcap, _temperature(head), structure, dlogits.dtype != logits.dtype, **_block(vocab),
+            head.softcap, _temperature(head), structure, _order(logits, dlogits), **_block(vocab),
         )  # fmt: skip
     return TokenStats(out[1], out[2], out[3]), out[0], dlogits
 
@@ -284,7 +287,7 @@ def gradient(
         _gradient_kernel[(n,)](
             logits, dlogits, target, entropy, *normalizer, g, h, k, u, head.bias, head.smooth, _total(head),
             vocab, logits.stride(0), dlogits.stride(0), head.softcap, _temperature(head),
-            dlogits.dtype != logits.dtype, **_block(vocab),
+            _order(logits, dlogits), **_block(vocab),
         )  # fmt: skip
     return dlogits
 
@@ -304,6 +307,13 @@ def _over(logits: Tensor, dtype: torch.dtype) -> Tensor:
     n, vocab = logits.shape
     rows = logits.as_strided((n, logits.stride(0)), (logits.stride(0), 1))
     return rows.view(dtype)[:, :vocab]
+
+
+def _order(logits: Tensor, dlogits: Tensor) -> str:
+    """How a row's reads are kept before its writes where they overlap: on AMD a barrier does not wait for loads."""
+    if dlogits.dtype == logits.dtype:  # each thread overwrites what it has read itself
+        return "none"
+    return "reduction" if torch.version.hip else "barrier"
 
 
 def _columns(tokens: Tokens, structure: Structure) -> list[Tensor | None]:

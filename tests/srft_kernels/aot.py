@@ -52,7 +52,7 @@ POINTERS = {
 ANNOTATION_POINTERS = dict(zip(COLUMNS, triton_rows._loss_gradient_kernel.arg_names[4 : 4 + len(COLUMNS)], strict=True))
 
 
-def variants():
+def variants(order: str = "barrier"):
     """(kernel, name, {argument: Triton type, or a compile-time value}) of everything that is launched."""
     block = triton_rows._block(VOCAB)
     for name, head in (("plain", PLAIN), ("bias+smooth+cap+temperature", RICH)):
@@ -60,12 +60,25 @@ def variants():
         for out, pointer in (("fp32", F32), ("bf16", BF16)):
             coefs = {"g_ptr": F32, "h_ptr": F32, "k_ptr": F32, "u_ptr": F32 if head is RICH else None}
             coefs["smooth_total_ptr"] = coefs["u_ptr"]
-            arguments = {**head, **coefs, "dlogits_ptr": pointer, "ALIASED": out != "fp32", "BLOCK": block["BLOCK"]}
+            arguments = {
+                **head,
+                **coefs,
+                "dlogits_ptr": pointer,
+                "ORDER": "none" if out == "fp32" else order,
+                "BLOCK": block["BLOCK"],
+            }
             yield triton_rows._gradient_kernel, f"{name} {out}", arguments
     objectives = {
         "sft": (sk.CrossEntropy(), {}),
         "smoothed": (sk.CrossEntropy(label_smoothing=0.1, z_loss=1e-4), {"class_weight"}),
         "grpo": (sk.grpo(kl_coef=0.1, entropy_coef=0.1, dual_clip=3.0), {"advantages", "old_logprobs", "ref_logprobs"}),
+        "grpo on fresh data, clipped on one side": (sk.grpo(clip_low=None), {"advantages"}),
+        "reinforce": (sk.reinforce(), {"advantages"}),
+        "cispo": (sk.cispo(), {"advantages", "old_logprobs"}),
+        "dft": (sk.dft(), set()),
+        "luffy": (sk.luffy(), {"advantages", "is_demo", "old_logprobs"}),
+        "chord": (sk.chord(0.5, token_weighted=True), {"advantages", "is_demo", "old_logprobs"}),
+        "srft_hpt": (sk.srft_hpt(), {"advantages", "is_demo", "rewards", "weight_entropy"}),
         "srft_paper": (sk.srft_paper(), {"advantages", "is_demo", "rewards"}),
         "srft_official": (sk.srft_official(), {"advantages", "is_demo", "old_logprobs"}),
     }
@@ -84,7 +97,7 @@ def variants():
                 "dlogits_ptr": pointer,
                 "numbers": ("fp32",) * len(numbers),
                 "OBJECTIVE": structure,
-                "ALIASED": out != "fp32",
+                "ORDER": "none" if out == "fp32" else order,
                 "BLOCK": block["BLOCK"],
             }
             yield triton_rows._loss_gradient_kernel, f"{name} {out}", arguments
@@ -131,7 +144,7 @@ def resources(compiled, target: GPUTarget) -> dict:
 def main(names: list[str]) -> None:
     for name in names or list(TARGETS):
         target = TARGETS[name]
-        for kernel, variant, arguments in variants():
+        for kernel, variant, arguments in variants("reduction" if target.backend == "hip" else "barrier"):
             num_warps = triton_rows._block(VOCAB)["num_warps"] if "stride" in kernel.arg_names else 8
             compiled = compile_for(kernel, arguments, target, num_warps)
             found = resources(compiled, target)

@@ -425,3 +425,15 @@ def test_presets_take_overrides_of_any_field():
     assert sk.dapo(clip_high=0.3).clip_high == 0.3 and sk.dapo().clip_high == 0.28
     with pytest.raises(TypeError, match="nonsense"):
         sk.srft_hpt(nonsense=1)
+
+
+def test_clip_fraction_of_cispo_counts_both_sides():
+    """Its clip does not look at the sign of the advantage, PPO's does."""
+    x, w, y = torch.zeros(4, 8), torch.zeros(16, 8), torch.arange(4)  # every log-prob is −log 16
+    old = -torch.tensor(16.0).log() + torch.tensor([1.0, -1.0, 1.0, 0.0])  # ratios e^−1, e, e^−1, 1
+    columns = {"advantages": torch.tensor([1.0, 1.0, -1.0, 1.0]), "old_logprobs": old}
+    fractions = [
+        sk.linear_loss(x, w, y, objective, **columns).metrics["clip_fraction"].item()
+        for objective in (sk.cispo(clip_low=0.2, clip_high=0.2), sk.grpo())
+    ]
+    assert fractions == [0.75, 0.5]

@@ -176,3 +176,49 @@ def buffer(logits: torch.Tensor) -> torch.Tensor:
 def test_aligned_vectors_can_be_read_as_zeros_past_their_end():
     vector = aligned(torch.ones(5), torch.float32)
     assert vector.as_strided((16,), (1,)).tolist() == [1.0] * 5 + [0.0] * 11
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_columns_may_be_any_view(backend, passes):
+    """target, token_weight and annotations that are strided or expanded give what their copies give."""
+    n, vocab = 6, 40
+    x, w = torch.randn(n, 8), torch.randn(vocab, 8)
+    columns = {
+        "target": torch.randint(vocab, (n, 2))[:, 1],
+        "token_weight": torch.rand(n, 3)[:, 0],
+        "advantages": torch.tensor([0.7]).expand(n),
+        "is_demo": (torch.arange(2 * n) % 3 == 0)[::2],
+        "old_logprobs": torch.randn(2, n).t()[:, 0],
+    }
+    results = []
+    for copy in (False, True):
+        given = {name: column.contiguous().clone() if copy else column for name, column in columns.items()}
+        leaves = [x.clone().requires_grad_(), w.clone().requires_grad_()]
+        plan = sk.Plan(backend=backend, chunk_rows=4, passes=passes)
+        out = sk.linear_loss(*leaves, given.pop("target"), sk.srft_official(), plan=plan, **given)
+        results.append((out.loss.detach(), out.logprobs, *torch.autograd.grad(out.loss, leaves)))
+    for view, copied in zip(*results):
+        assert torch.equal(view, copied)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_whole_numbers_for_cap_and_temperature(passes):
+    """softcap=30 is softcap=30.0, though a kernel would be compiled for an integer."""
+    x, w, y = torch.randn(5, 8), torch.randn(40, 8), torch.randint(40, (5,))
+    plan = sk.Plan(backend="triton", passes=passes)
+    whole, real = (
+        sk.linear_loss(x.requires_grad_(), w, y, sk.sft(), softcap=cap, temperature=t, plan=plan).loss
+        for cap, t in ((30, 2), (30.0, 2.0))
+    )
+    assert torch.equal(whole, real)
+
+
+def test_triton_where_it_cannot_run(monkeypatch):
+    x, w, y = torch.randn(2, 8), torch.randn(40, 8), torch.zeros(2, dtype=torch.long)
+    with pytest.raises(TypeError, match=r"backend='triton'.* fp32, but input is fp64: use backend='torch'"):
+        sk.linear_loss(x.double(), w.double(), y, sk.sft(), plan=sk.Plan(backend="triton"))
+    if not x.is_cuda:
+        monkeypatch.delenv("TRITON_INTERPRET")
+        with pytest.raises(ValueError, match="input is on cpu: move it to a GPU, use backend='torch'"):
+            sk.linear_loss(x, w, y, sk.sft(), plan=sk.Plan(backend="triton"))
