@@ -28,20 +28,19 @@ from tqdm import tqdm
 import srft_kernels as sk
 from srft import checkpoint, report
 from srft.advantages import group_advantages
-from srft.config import Config, LossConfig, to_toml
+from srft.config import Config, to_toml
 from srft.data import Example, load_examples
-from srft.errors import UserError, nearest
+from srft.errors import UserError
 from srft.evaluate import Evaluation, evaluate, table
 from srft.metrics import RunLog, create_run_dir, mean, peak_memory_mb, std
 from srft.model import LoadedModel, head_of, hidden_states, load_model
+from srft.objective import build_objective
 from srft.optim import Optimizer
 from srft.packing import Microbatch, Sequence, pack
 from srft.prompts import Prompter, build_prompter
 from srft.rewards import Scorer, build_reward
 from srft.rollout import Engine, Rollout, build_engine
 from srft.sharing import sharing_limit
-
-GIVEN = ("advantages", "rewards", "is_demo", "sequence_ids")  # what the trainer tells the loss about every token
 
 
 @dataclass(frozen=True)
@@ -139,27 +138,6 @@ def steps_with_bar(trainer: "Trainer", log: RunLog, config: Config):
             bar.set_postfix_str(", ".join([*words, f"{metrics['tokens_per_second']:.0f} tokens/s"]), refresh=False)
             bar.update()
             yield number
-
-
-def build_objective(config: LossConfig) -> Any:
-    """The objective that `loss.preset` and `loss.options` name; raises UserError for what this trainer cannot give."""
-    presets = [name for name in sk.presets.__dict__ if callable(getattr(sk, name, None)) and name.islower()]
-    if config.preset not in presets:
-        raise UserError(
-            f"loss.preset: expected one of {', '.join(presets)}, found {config.preset!r}"
-            f"{nearest(config.preset, presets)}"
-        )
-    try:
-        objective = getattr(sk, config.preset)(**config.options)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"loss.options for {config.preset}: {error}") from error
-    required = objective.requires(GIVEN) if hasattr(objective, "requires") else ()
-    if unknown := [name for name in required if name not in GIVEN]:
-        raise UserError(
-            f"loss.options for {config.preset}: the objective needs {', '.join(unknown)}, which srft train does not "
-            "compute; leave out the option that asks for it (kl_coef, say)"
-        )
-    return objective
 
 
 def parameters(loaded: LoadedModel) -> str:
@@ -323,6 +301,8 @@ class Trainer:
         return {name: mean([line[name] for line in lines]) for name in lines[0]}
 
     def _update(self, microbatches: list[Microbatch], number: int, known: dict[str, Tensor]) -> dict[str, float]:
+        if not microbatches:  # nothing was scored, and there are no demonstrations
+            return {"loss": 0.0, **self.optimizer.step(number - 1)}
         objective = self.objective
         if getattr(objective, "level", "token") == "batch" and objective.reads_entropy:
             # The mean entropy of the whole step has to be known before its first microbatch.
@@ -355,13 +335,14 @@ class Trainer:
         They are formed once, from the log-probs and entropies of all tokens of the step, and not from the microbatches'
         means: to put those together, a mean over, say, positive rollout tokens needs another weight than one over all.
         """
-        if not microbatches:
-            return {}
         logprobs, entropy = (self._in_step_order(microbatches, list(column)).float() for column in zip(*outputs))
         names = [*microbatches[0].annotations, "target"]
         tokens = sk.Tokens(**{name: self._gather(microbatches, name) for name in names}, **known)
         is_demo = tokens.is_demo
-        weighing = known.get("weight_entropy", entropy)
+        stats = sk.TokenStats(logprobs, entropy, torch.full_like(entropy, torch.nan))  # no metric reads the log-sum-exp
+        # What stands in the weights may be a mean over the sequence or the step.
+        applied = getattr(self.objective, "_weight_entropy", None)
+        weighing = applied(stats, tokens) if applied else entropy
         values = {
             "demo_entropy": entropy[is_demo].mean(),
             "rollout_entropy": entropy[~is_demo].mean(),
@@ -369,9 +350,7 @@ class Trainer:
             "rollout_entropy_weight": weighing[~is_demo].exp().mean(),
         }
         if hasattr(self.objective, "metrics"):
-            unknown = torch.full_like(entropy, torch.nan)  # no metric reads the log-sum-exp
-            of_objective = self.objective.metrics(sk.TokenStats(logprobs, entropy, unknown), tokens)
-            values = of_objective | values
+            values = self.objective.metrics(stats, tokens) | values
         return {name: float(value) for name, value in values.items()}
 
     def _hidden(self, microbatch: Microbatch) -> Tensor:
