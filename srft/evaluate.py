@@ -15,7 +15,7 @@ from srft.errors import UserError
 from srft.metrics import finite, mean
 from srft.model import load_model
 from srft.prompts import Prompter, build_prompter
-from srft.rewards import Scorer, build_reward
+from srft.rewards import Scorer, build_reward, check_answers
 from srft.rollout import Engine, build_engine
 
 SOLVED = 1 - 1e-6  # a completion is correct from this reward on: scorers give parts of a point for parts of an answer
@@ -23,7 +23,7 @@ SOLVED = 1 - 1e-6  # a completion is correct from this reward on: scorers give p
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over prompts. NaN where nothing was scored."""
+    """Means over prompts. NaN where nothing of a task was scored."""
 
     prompts: int
     reward: float  # avg@k: mean reward of the k samples
@@ -51,7 +51,10 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 def evaluate(
     engine: Engine, examples: list[Example], prompter: Prompter, scorer: Scorer, config: EvalConfig, max_new_tokens: int
 ) -> Evaluation:
-    """Sample `config.samples` completions of every example and score them."""
+    """Sample `config.samples` completions of every example and score them.
+
+    Raises UserError when nothing was scored: there is no number to give then.
+    """
     groups = engine.generate(
         [prompter.encode_prompt(example) for example in examples],
         config.samples,
@@ -78,6 +81,11 @@ def evaluate(
     tasks = sorted({example.task for example in examples})
     per_task = {task: _scores([g for g in generations if g["task"] == task], config.samples) for task in tasks}
     overall = _scores(generations, config.samples)
+    if math.isnan(overall.reward):
+        raise UserError(
+            f"reward.name {scorer.name!r}: none of {len(texts)} completions of {len(examples)} held-out prompts was scored "
+            "(every reward is None); give the data what the reward compares with, or take another reward"
+        )
     return Evaluation(
         **vars(overall), samples=config.samples, seed=config.seed, tasks=per_task, generations=generations
     )
@@ -125,6 +133,7 @@ def main_eval(config: Config, checkpoint: str | None = None) -> Evaluation:
     if not examples:
         raise UserError("eval.prompts: there is no held-out prompt to evaluate on")
     scorer = build_reward(config.reward, config.data)
+    check_answers(scorer, config.data, examples)
     loaded = load_model(model)
     prompter = build_prompter(loaded.tokenizer, config.data)
     engine = build_engine(config.rollout.engine, loaded, config.eval.batch_size)

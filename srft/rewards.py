@@ -4,10 +4,12 @@
     scorer(examples, completions)                        # [1.0, 0.0, None, …], None: not scored
 
 A user's function has the signature `f(prompts, completions, **columns) -> list[float | None]`: lists of one length, one
-entry per completion; `columns` holds answer, demonstration, task and every further column of the data.
+entry per completion; `columns` holds answer, demonstration, task and every further column of the data. A function
+without `**columns` gets those that it names.
 """
 
 import importlib
+import inspect
 import math
 import re
 import sys
@@ -23,23 +25,32 @@ from srft.data import Example
 from srft.errors import UserError, missing, nearest
 
 RewardFunction = Callable[..., list[float | None]]
+SIGNATURE = "def reward(prompts, completions, **columns) -> list[float | None]"
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?")
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """Calls a reward function on whole lists and checks what comes back."""
+    """Calls a reward function on whole lists and checks what comes back.
+
+    columns: the columns that it takes by name; None: all there are.   needs_answer: it compares with `answer`.
+    """
 
     name: str
     function: RewardFunction
+    columns: frozenset[str] | None = None
+    needs_answer: bool = False
 
     def __call__(self, examples: list[Example], completions: list[str]) -> list[float | None]:
         """One finite reward, or None (not scored), per completion; raises UserError naming a function that fails."""
         if not completions:
             return []
         where = f"reward.name {self.name!r}"
+        columns = columns_of(examples)
+        if self.columns is not None:
+            columns = {name: column for name, column in columns.items() if name in self.columns}
         try:
-            rewards = self.function([each.prompt for each in examples], list(completions), **columns_of(examples))
+            rewards = self.function([each.prompt for each in examples], list(completions), **columns)
         except UserError:
             raise
         except Exception as error:
@@ -74,7 +85,8 @@ def build_reward(config: RewardConfig, data: DataConfig) -> Scorer:
     if name == "reasoning_gym" and data.train_file:
         raise UserError("reward.name: 'reasoning_gym' scores generated tasks, not data.train_file; take auto or exact")
     if ":" in name:
-        return Scorer(name, import_function(name))
+        function = import_function(name)
+        return Scorer(name, function, columns_named(name, function))
     makers: dict[str, Callable[[], RewardFunction]] = {
         "exact": lambda: exact,
         "math_verify": math_verify_reward,
@@ -83,7 +95,26 @@ def build_reward(config: RewardConfig, data: DataConfig) -> Scorer:
     if name not in makers:
         known = f"auto, {', '.join(makers)} or package.module:function"
         raise UserError(f"reward.name: expected {known}, found {name!r}{nearest(name, ['auto', *makers])}")
-    return Scorer(name, makers[name]())
+    return Scorer(name, makers[name](), needs_answer=name != "reasoning_gym")
+
+
+def check_answers(scorer: Scorer, data: DataConfig, held_out: list[Example], train: list[Example] = ()) -> None:
+    """Raise UserError where a reward compares with answers and no example has one; warn where some have none."""
+    sides = [(data.train_file, train), (data.eval_file or data.train_file, held_out)]
+    for file, examples in sides:
+        without = sum(each.answer is None for each in examples)
+        if not scorer.needs_answer or not without:
+            continue
+        where = f"{file or 'data.tasks'}: reward.name {scorer.name!r} compares with the column 'answer'"
+        if without == len(examples):
+            found = sorted({name for each in examples for name in each.columns})
+            found += ["demonstration"] * any(each.demonstration is not None for each in examples)
+            raise UserError(
+                f"{where}, which no row has; found besides the prompt: {', '.join(found) or 'no column'}"
+                f"{nearest('answer', found)} (rename it, or take another reward.name)"
+            )
+        missed = f"{without} of {len(examples)} rows drawn lack it and are not scored"
+        print(f"warning: {where}; {missed}", file=sys.stderr)
 
 
 def columns_of(examples: list[Example]) -> dict[str, list[Any]]:
@@ -97,6 +128,8 @@ def columns_of(examples: list[Example]) -> dict[str, list[Any]]:
 def import_function(name: str) -> RewardFunction:
     """`package.module:function`, looked for in the current directory too."""
     module_name, _, function_name = name.partition(":")
+    if not module_name or not function_name:
+        raise UserError(f"reward.name: expected package.module:function, found {name!r}")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)  # a console script does not look there by itself
     try:
@@ -113,6 +146,26 @@ def import_function(name: str) -> RewardFunction:
             f"reward.name {name!r}: {module_name} has no function {function_name!r}{nearest(function_name, known)}"
         )
     return function
+
+
+def columns_named(name: str, function: RewardFunction) -> frozenset[str] | None:
+    """The columns that a user's function names, None if it takes all; UserError if it takes no prompts, completions."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a function written in C may not tell
+        return None
+    parameters = list(signature.parameters.values())
+    names = [each.name for each in parameters]
+    try:
+        signature.bind_partial([], [])
+        misplaced = any(each in names and names.index(each) != at for at, each in enumerate(("prompts", "completions")))
+    except TypeError:
+        misplaced = True
+    by_name = [each for each in parameters[2:] if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    unnamed = [each for each in parameters[2:] if each.kind is each.POSITIONAL_ONLY and each.default is each.empty]
+    if misplaced or unnamed:
+        raise UserError(f"reward.name {name!r}: expected {SIGNATURE}, found the signature {signature}")
+    return None if any(each.kind is each.VAR_KEYWORD for each in parameters) else frozenset(p.name for p in by_name)
 
 
 def number(text: str | None) -> Decimal | None:

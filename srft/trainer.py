@@ -38,7 +38,7 @@ from srft.objective import build_objective
 from srft.optim import Optimizer
 from srft.packing import Microbatch, Sequence, pack
 from srft.prompts import Prompter, build_prompter
-from srft.rewards import Scorer, build_reward
+from srft.rewards import Scorer, build_reward, check_answers
 from srft.rollout import Engine, Rollout, build_engine
 from srft.sharing import sharing_limit
 
@@ -83,6 +83,7 @@ def run(config: Config) -> RunResult:
     needed = config.train.steps * config.train.prompts_per_step
     examples = load_examples(config.data, "train", config.data.size)[:needed]
     held_out = load_examples(config.data, "eval", config.eval.prompts)
+    check_answers(scorer, config.data, held_out, examples if learns_from_rollouts(objective) else [])
     loaded = load_model(config.model)
     prompter = build_prompter(loaded.tokenizer, config.data)
     torch.manual_seed(config.train.seed)
@@ -140,6 +141,10 @@ def steps_with_bar(trainer: "Trainer", log: RunLog, config: Config):
             yield number
 
 
+def learns_from_rollouts(objective: Any) -> bool:
+    return not isinstance(objective, sk.CrossEntropy)
+
+
 def parameters(loaded: LoadedModel) -> str:
     count = sum(p.numel() for p in loaded.model.parameters())
     return f"{type(loaded.model).__name__} with {count / 1e6:.1f} M parameters in {str(loaded.dtype).split('.')[-1]}"
@@ -162,7 +167,7 @@ class Trainer:
     ):
         self.config, self.loaded, self.prompter, self.scorer = config, loaded, prompter, scorer
         self.objective = build_objective(config.loss) if objective is None else objective
-        self.learns_from_rollouts = not isinstance(self.objective, sk.CrossEntropy)
+        self.learns_from_rollouts = learns_from_rollouts(self.objective)
         self.learns_from_demos = not isinstance(self.objective, sk.PolicyGradient)
         self.engine = engine or build_engine(config.rollout.engine, loaded, config.rollout.batch_size)
         self.loss_function = loss_function

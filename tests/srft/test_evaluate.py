@@ -6,6 +6,7 @@ import pytest
 
 from srft.config import DataConfig, EvalConfig, load
 from srft.data import Example
+from srft.errors import UserError
 from srft.evaluate import evaluate, main_eval, pass_at_k, table
 from srft.prompts import build_prompter
 from srft.rewards import Scorer
@@ -57,9 +58,14 @@ def test_unscored_completions_are_left_out(tiny):
     result = scores(tiny, ["a", "a", "a"], [1, None, None, 0, None, None, None, None, 1, 1, 1, 1])
     assert result.reward == pytest.approx((0.5 + 1) / 2)
     assert result.pass_at == pytest.approx({1: 0.75, 2: 1.0, 4: 1.0})
-    nothing = scores(tiny, ["a"], [None] * 4)
-    assert math.isnan(nothing.reward)
-    table(nothing)
+    partly = scores(tiny, ["a", "b"], [1, 1, 1, 1, None, None, None, None])
+    assert partly.reward == 1 and math.isnan(partly.tasks["b"].reward)
+    table(partly)
+
+
+def test_an_evaluation_without_any_reward_is_an_error(tiny):
+    with pytest.raises(UserError, match=r"'test': none of 4 completions of 1 held-out prompts was scored"):
+        scores(tiny, ["a"], [None] * 4)
 
 
 def test_a_sample_count_that_is_no_power_of_two_is_reported_too(tiny):

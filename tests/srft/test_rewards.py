@@ -9,7 +9,7 @@ import torch
 from srft.config import DataConfig, RewardConfig
 from srft.data import Example, load_examples
 from srft.errors import UserError
-from srft.rewards import build_reward, final_answer, same
+from srft.rewards import Scorer, build_reward, check_answers, final_answer, same
 
 FILE = DataConfig(train_file="train.jsonl")
 
@@ -174,9 +174,68 @@ def test_the_traceback_of_a_function_is_kept_for_debug(tmp_path, monkeypatch):
         ),
         ("math:sqroot", FILE, "reward.name 'math:sqroot': math has no function 'sqroot'; did you mean 'sqrt'?"),
         ("math:pi", FILE, "reward.name 'math:pi': math has no function 'pi'"),
+        ("rw:", FILE, "reward.name: expected package.module:function, found 'rw:'"),
+        (":f", FILE, "reward.name: expected package.module:function, found ':f'"),
     ],
 )
 def test_wrong_names(name, data, expected):
     with pytest.raises(UserError) as error:
         build_reward(RewardConfig(name), data)
     assert str(error.value).startswith(expected)
+
+
+def theirs(function, monkeypatch):
+    monkeypatch.setitem(sys.modules, "their", type("module", (), {"reward": staticmethod(function)}))
+    return build_reward(RewardConfig("their:reward"), FILE)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda prompts, completions: [1.0] * len(completions),
+        lambda prompts, completions, answer: [float(a == "4") for a in answer],
+        lambda p, c, *, level: [float(each == 2) for each in level],
+        lambda prompts, completions, /, task, unknown=None: [float(each == "train" and not unknown) for each in task],
+        lambda *given: [float(len(given) == 2)],
+    ],
+)
+def test_a_function_gets_only_the_columns_that_it_names(function, monkeypatch):
+    assert theirs(function, monkeypatch)([example("4", level=2, other=3)], ["a"]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("function", "signature"),
+    [
+        (lambda completions: [], "(completions)"),
+        (lambda completions, answer: [], "(completions, answer)"),
+        (lambda answer, prompts, completions: [], "(answer, prompts, completions)"),
+        (lambda *, prompts, completions: [], "(*, prompts, completions)"),
+        (lambda prompts, completions, answer, /: [], "(prompts, completions, answer, /)"),
+    ],
+)
+def test_a_function_of_another_signature_is_refused_at_once(function, signature, monkeypatch):
+    with pytest.raises(UserError) as error:
+        theirs(function, monkeypatch)
+    expected = "def reward(prompts, completions, **columns) -> list[float | None]"
+    assert str(error.value) == f"reward.name 'their:reward': expected {expected}, found the signature {signature}"
+
+
+def test_a_file_without_answers_is_refused_and_one_with_some_warns(capsys):
+    exact, own = build_reward(RewardConfig("exact"), FILE), Scorer("own", lambda prompts, completions: [])
+    misspelt = [example(answers="4", level=1), example(answers="5", level=1)]
+    expected = (
+        "train.jsonl: reward.name 'exact' compares with the column 'answer', which no row has; found besides the "
+        "prompt: answers, level, demonstration; did you mean 'answers'? (rename it, or take another reward.name)"
+    )
+    for given in ((misspelt, []), ([example("4")], misspelt)):
+        with pytest.raises(UserError) as error:
+            check_answers(exact, FILE, *given)
+        assert str(error.value) == expected
+    with pytest.raises(UserError, match=r"^held\.jsonl: "):
+        check_answers(exact, DataConfig(train_file="train.jsonl", eval_file="held.jsonl"), misspelt)
+    check_answers(own, FILE, misspelt, misspelt)
+    check_answers(exact, FILE, [example("4")], [example("4")] * 3)
+    assert capsys.readouterr().err == ""
+    check_answers(exact, FILE, [example("4")], [example("4"), example(), example()])
+    told = capsys.readouterr().err
+    assert told.startswith("warning: train.jsonl: ") and told.endswith("2 of 3 rows drawn lack it and are not scored\n")

@@ -390,6 +390,15 @@ def test_what_was_written_survives_an_exception(tiny_dir, tmp_path, monkeypatch,
     assert trainer_module.report.build(tmp_path / "run").is_file()
 
 
+def test_a_file_without_answers_is_refused_before_the_model_is_loaded(tmp_path):
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"{i} + 1", "answers": i + 1}) + "\n" for i in range(9)))
+    given = ["--data.train_file", str(file), "--reward.name", "exact"]
+    for objective in ([], ["--loss.preset", "sft"]):
+        with pytest.raises(UserError, match=r"train\.jsonl: .*did you mean 'answers'"):
+            run(small_run(tmp_path / "no model", tmp_path / "run", *given, *objective))
+
+
 def test_a_wrong_input_leaves_no_run_directory(tiny_dir, tmp_path):
     for wrong in (["--data.max_prompt_tokens", "3"], ["--loss.preset", "nonsense"], ["--reward.name", "nonsense"]):
         with pytest.raises(UserError):
