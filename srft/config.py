@@ -58,7 +58,9 @@ class Section:
 @dataclass
 class ModelConfig(Section):
     path: str = option("smollm2", "embedded SmolLM2-135M-Instruct, or a local directory, or a hub name")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "auto: float32 on CPU, bfloat16 on CUDA")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "auto: float32 on CPU, bfloat16 on CUDA; float16 would need loss scaling, which srft does not do"
+    )
     device: str = option("auto", "auto: cuda where there is one, else cpu; or cpu, cuda, cuda:1, …")
     attention: str = option("sdpa", "attention implementation of transformers: sdpa, eager, flash_attention_2, …")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward: less memory, more time")
@@ -140,7 +142,7 @@ class EvalConfig(Section):
 
 @dataclass
 class RunConfig(Section):
-    dir: str = option("runs/{time}", "where the run writes; {time} becomes the start of the run")
+    dir: str = option("runs/{time}", "where the run writes; {time} becomes the start of the run, ~ your home")
     tensorboard: bool = option(False, "write TensorBoard events too")
     checkpoint_every: int = option(0, "keep a checkpoint every so many steps; 0: only the final one", low=0)
     samples_per_step: int = option(2, "generations kept in samples.jsonl at each step", low=0)

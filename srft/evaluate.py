@@ -83,8 +83,8 @@ def evaluate(
     overall = _scores(generations, config.samples)
     if math.isnan(overall.reward):
         raise UserError(
-            f"reward.name {scorer.name!r}: none of {len(texts)} completions of {len(examples)} held-out prompts was scored "
-            "(every reward is None); give the data what the reward compares with, or take another reward"
+            f"reward.name {scorer.name!r}: none of {len(texts)} completions of {len(examples)} held-out prompts was "
+            "scored (every reward is None); give the data what the reward compares with, or take another reward"
         )
     return Evaluation(
         **vars(overall), samples=config.samples, seed=config.seed, tasks=per_task, generations=generations
@@ -134,7 +134,7 @@ def main_eval(config: Config, checkpoint: str | None = None) -> Evaluation:
         raise UserError("eval.prompts: there is no held-out prompt to evaluate on")
     scorer = build_reward(config.reward, config.data)
     check_answers(scorer, config.data, examples)
-    loaded = load_model(model)
+    loaded = load_model(model, "--checkpoint" if checkpoint else "model.path")
     prompter = build_prompter(loaded.tokenizer, config.data)
     engine = build_engine(config.rollout.engine, loaded, config.eval.batch_size)
     evaluation = evaluate(engine, examples, prompter, scorer, config.eval, config.rollout.max_new_tokens)

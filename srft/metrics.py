@@ -11,6 +11,7 @@ import json
 import math
 import resource
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -61,24 +62,25 @@ def create_run_dir(config: RunConfig) -> Path:
     A directory with something in it is refused, unless `run.overwrite`: then what an earlier run wrote there moves to
     `previous-1` (or the next free number) inside of it. Nothing is ever deleted.
     """
-    path = Path(config.dir.replace("{time}", time.strftime("%Y-%m-%dT%H-%M-%S")))
+    path = Path(config.dir.replace("{time}", time.strftime("%Y-%m-%dT%H-%M-%S"))).expanduser()
     if "{time}" in config.dir:  # two runs may start in the same second
         base, number = path, 2
         while path.exists():
             path, number = base.with_name(f"{base.name}-{number}"), number + 1
     if path.exists() and not path.is_dir():
         raise UserError(f"run.dir: {path} is a file; name a directory")
-    if path.is_dir() and any(path.iterdir()):
-        if not config.overwrite:
-            raise UserError(
-                f"run.dir: {path} exists and is not empty; name another directory, or pass --run.overwrite true "
-                "to move what an earlier run wrote there into a subdirectory"
-            )
-        _move_aside(path)
     try:
+        if path.is_dir() and any(path.iterdir()):
+            if not config.overwrite:
+                raise UserError(
+                    f"run.dir: {path} exists and is not empty; name another directory, or pass --run.overwrite true "
+                    "to move what an earlier run wrote there into a subdirectory"
+                )
+            _move_aside(path)
         path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()  # it may be there and not be ours to write into
     except OSError as error:
-        raise UserError(f"run.dir: cannot make {path}: {error.strerror}") from error
+        raise UserError(f"run.dir: cannot write into {path}: {error.strerror}; name another directory") from error
     return path
 
 

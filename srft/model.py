@@ -52,15 +52,16 @@ class Head:
     vocab_size: int | None
 
 
-def load_model(config: ModelConfig) -> LoadedModel:
+def load_model(config: ModelConfig, option: str = "model.path") -> LoadedModel:
     """The model and tokenizer that `config.path` names, on its device and in its type, ready to train.
 
     Raises UserError for a device that is not there, a path that is neither a model directory nor a hub name that can be
     fetched, a directory without tokenizer or without all weights, and a model whose head works in an unknown way.
+    `option`: what messages call the path.
     """
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
-    tokenizer, model = read(config, dtype)
+    tokenizer, model = read(config, dtype, option)
     model.to(device)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -70,19 +71,19 @@ def load_model(config: ModelConfig) -> LoadedModel:
     return LoadedModel(model.train(), tokenizer, device, dtype, eos_ids, pad_id)
 
 
-def read(config: ModelConfig, dtype: torch.dtype) -> tuple["PreTrainedTokenizerBase", "PreTrainedModel"]:
+def read(config: ModelConfig, dtype: torch.dtype, option: str) -> tuple["PreTrainedTokenizerBase", "PreTrainedModel"]:
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
     except ImportError as error:
         raise missing("transformers", "loading models") from error
     logging.disable_progress_bar()  # a bar for half a second of reading
-    where = f"model.path {config.path!r}"
-    path = embedded_model() if config.path == EMBEDDED else check_path(config.path)
+    where = f"{option} {config.path!r}"
+    path = embedded_model() if config.path == EMBEDDED else check_path(config.path, where)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:
-        advice = f"is it a name on the hub that can be reached, or a directory{nearest(config.path, [EMBEDDED])}"
+        advice = f"give a directory, or the name of a model on a hub in reach{nearest(config.path, [EMBEDDED])}"
         if Path(path).is_dir():
             advice = f"save one there: tokenizer.save_pretrained({config.path!r})"
         raise UserError(f"{where}: no tokenizer could be loaded from it ({first_line(error)}); {advice}") from error
@@ -116,18 +117,16 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def check_path(path: str) -> str:
+def check_path(path: str, where: str) -> str:
     """A local directory that looks like a model, or what may be a hub name."""
     directory = Path(path).expanduser()
     if directory.is_dir():
         if not (directory / "config.json").is_file():
             found = ", ".join(sorted(each.name for each in directory.iterdir())[:8]) or "nothing"
-            raise UserError(
-                f"model.path {path!r}: the directory has no config.json, so it is no saved model; found {found}"
-            )
+            raise UserError(f"{where}: the directory has no config.json, so it is no saved model; found {found}")
         return str(directory)
     if directory.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise UserError(f"model.path {path!r}: there is no such directory; give one, a hub name, or {EMBEDDED!r}")
+        raise UserError(f"{where}: there is no such directory; give one, a hub name, or {EMBEDDED!r}")
     return path
 
 

@@ -87,3 +87,8 @@ def test_main_eval_prints_a_table_and_json_and_repeats_itself(tiny_dir, capsys):
     scores = json.loads(text)
     assert scores["model"] == str(tiny_dir) and scores["prompts"] == 3 and set(scores["pass_at"]) == {"1", "2"}
     assert "generations" not in scores
+
+
+def test_a_checkpoint_that_is_none_is_told_as_such(tmp_path):
+    with pytest.raises(UserError, match=r"^--checkpoint '.*none': there is no such directory"):
+        main_eval(load(None, []), str(tmp_path / "none"))

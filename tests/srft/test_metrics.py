@@ -25,6 +25,22 @@ def test_a_directory_with_something_in_it_is_refused(tmp_path):
         create_run_dir(RunConfig(dir=str(tmp_path / "mine.txt")))
 
 
+def test_a_directory_that_cannot_be_written_into_is_refused(tmp_path, monkeypatch):
+    def read_only(dir, **_):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)  # as chmod would, were the tests not run by root
+    with pytest.raises(UserError, match=r"run\.dir: cannot write into .*: Permission denied; name another directory"):
+        create_run_dir(RunConfig(dir=str(tmp_path)))
+
+
+def test_the_home_directory_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert create_run_dir(RunConfig(dir="~/runs/one")) == tmp_path / "runs" / "one"
+    assert [each.name for each in tmp_path.iterdir()] == ["runs"]
+
+
 def test_overwriting_moves_the_earlier_run_aside_and_touches_nothing_else(tmp_path):
     config = RunConfig(dir=str(tmp_path), overwrite=True)
     (tmp_path / "mine.txt").write_text("precious")

@@ -128,7 +128,7 @@ def test_a_name_that_is_not_on_the_hub(monkeypatch):
         load_model(ModelConfig(path="smolm2", device="cpu"))
     assert str(error.value) == (
         "model.path 'smolm2': no tokenizer could be loaded from it (We couldn't connect to the hub); "
-        "is it a name on the hub that can be reached, or a directory; did you mean 'smollm2'?"
+        "give a directory, or the name of a model on a hub in reach; did you mean 'smollm2'?"
     )
 
 
@@ -154,6 +154,9 @@ def test_directories_that_are_no_model(tmp_path):
         with pytest.raises(UserError) as error:
             load_model(ModelConfig(path=path, device="cpu"))
         assert str(error.value) == f"model.path {path!r}: {expected}"
+        with pytest.raises(UserError) as error:
+            load_model(ModelConfig(path=path, device="cpu"), "--checkpoint")
+        assert str(error.value) == f"--checkpoint {path!r}: {expected}"
 
 
 def test_a_directory_with_broken_weights(tiny_dir, tmp_path):
