@@ -108,7 +108,7 @@ def cpu_cases() -> list[Case]:
         Case("full loss", "cross entropy", small, "peaked"),
         Case("full loss", "grpo", small, "peaked"),
         Case("scoring", "scoring", head),
-        Case("two pass", "two pass", small, "peaked"),
+        Case("two pass", "two pass", head, "peaked"),
         Case("frozen head", "frozen head", small),
         *(Case("masked batches", "cross entropy", small, live=live, ours=True) for live in LIVE),
         *(Case("cost against N", "srft", Shape(n, 256, 16384), ours=True) for n in (64, 256, 1024, 2048)),

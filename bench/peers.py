@@ -252,10 +252,13 @@ def trl(device: str) -> Abilities:
     package("trl")
     parameters = "hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale outputs"
     f = function("trl.kernels.chunked_logprob:ChunkedLogProbFunction", parameters)
-    function("trl.trainer.utils:maybe_gather_lm_head_ctx", "")  # its backward imports it
+    function("trl.trainer.utils:maybe_gather_lm_head_ctx", "params")  # its backward imports it
+    chunk = getattr(sys.modules["trl.trainer.utils"], "_CHUNKED_LOGPROB_CHUNK_SIZE", None)
+    if chunk is None:
+        raise Changed("trl.trainer.utils has no _CHUNKED_LOGPROB_CHUNK_SIZE any more")
 
     def statistics(x: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        return f.apply(x, weight, None, target, 1.0, 8192, None, 1.0, ("entropy",))[:2]
+        return f.apply(x, weight, None, target, 1.0, chunk, None, 1.0, ("entropy",))[:2]
 
     return Abilities(statistics=statistics)
 
