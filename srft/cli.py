@@ -1,6 +1,6 @@
 """The command `srft`: finds out what is asked, reads the configuration, calls the room that does it.
 
-A wrong input ends with one message and exit code 2; `--debug` shows the traceback instead.
+A wrong input ends with one message and exit code 2, what nobody foresaw with one and 1; `--debug` shows the traceback.
 """
 
 import importlib.metadata
@@ -70,7 +70,7 @@ Writes RUN_DIR/report.html again: one self-contained page with the curves, the c
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for a wrong input, 130 when interrupted."""
+    """Run one command; returns the exit code: 0, 2 for a wrong input, 1 for another error, 130 when interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     try:
@@ -83,6 +83,12 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("srft: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if debug:
+            raise
+        message = " ".join(str(error).split())
+        print(f"srft: error: unexpected {type(error).__name__}: {message}; --debug shows where", file=sys.stderr)
+        return 1
 
 
 def dispatch(arguments: list[str]) -> int:

@@ -13,10 +13,11 @@ What an objective learns from follows from its kind: SRFT from both, PolicyGradi
 demonstrations (and then nothing is generated).
 """
 
+import math
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ class Problem:
 def run(config: Config) -> RunResult:
     """Evaluate, train, evaluate again, write the report; prints the result as its last line.
 
-    Everything is written as soon as it is known: an interruption or an error loses nothing that was there before it.
+    Everything is written as soon as it is known, and an interruption or an error still saves the model as it is
+    (`interrupted-<step>`) and makes the report.
     """
     started = time.perf_counter()
     report.require_packages()  # a run of hours must not fail on its last page
@@ -114,11 +116,9 @@ def run(config: Config) -> RunResult:
         page = report.build(directory)
     except BaseException as error:
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped by an error"
-        print(
-            f"{reason} after step {done} of {config.train.steps}; what was written stays in {directory} "
-            f"(srft report {directory} makes its page)",
-            file=sys.stderr,
-        )
+        print(f"{reason} after step {done} of {config.train.steps}; what was written stays:", file=sys.stderr)
+        for line in rescued(loaded, directory, done):
+            print(f"  {line}", file=sys.stderr)
         raise
     finally:
         log.close()
@@ -127,8 +127,26 @@ def run(config: Config) -> RunResult:
     return result
 
 
-def steps_with_bar(trainer: "Trainer", log: RunLog, config: Config):
-    """Do the steps, log each, show the bar; yields the number of steps done."""
+def rescued(loaded: LoadedModel, directory: Path, done: int) -> Iterator[str]:
+    """Save the model of an interrupted run and make its report, as far as that works; says what there is."""
+    model = directory / "final"
+    if done and not model.exists():
+        model = directory / f"interrupted-{done}"
+        try:
+            checkpoint.save(loaded, model)
+        except Exception as error:  # must not hide what stopped the run
+            yield f"the model could not be saved: {error}"
+    if model.exists():
+        yield f"the model in {model} (srft eval --checkpoint {model})"
+    try:
+        yield f"the report in {report.build(directory)}"
+    except Exception as error:
+        yield f"{directory} (no report: {error})"
+
+
+def steps_with_bar(trainer: "Trainer", log: RunLog, config: Config) -> Iterator[int]:
+    """Do the steps, log each, show the bar; yields the number of steps done. UserError where no update can be taken."""
+    skipped, patience = 0, min(5, config.train.steps)
     with tqdm(total=config.train.steps, unit="step", dynamic_ncols=True) as bar:
         for number in range(1, config.train.steps + 1):
             metrics, samples = trainer.step(number)
@@ -138,6 +156,12 @@ def steps_with_bar(trainer: "Trainer", log: RunLog, config: Config):
             words = [f"{name} {metrics[key]:.3f}" for name, key in shown.items() if key in metrics]
             bar.set_postfix_str(", ".join([*words, f"{metrics['tokens_per_second']:.0f} tokens/s"]), refresh=False)
             bar.update()
+            skipped = skipped + 1 if metrics["skipped_updates"] == 1 else 0
+            if skipped == patience:
+                raise UserError(
+                    f"training diverged: in {skipped} steps in a row no gradient was finite, so no update was taken; "
+                    "lower train.lr, or take model.dtype float32"
+                )
             yield number
 
 
@@ -186,6 +210,7 @@ class Trainer:
         self.problems = [self._problem(example) for example in examples]
         if not self.learns_from_rollouts and examples and not any(p.demonstration for p in self.problems):
             raise UserError(f"loss.preset {config.loss.preset!r} learns from demonstrations, but no example has one")
+        self._check_lengths()
 
     def step(self, number: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Step `number`, from 1. Returns the line for metrics.jsonl and some generations."""
@@ -225,6 +250,25 @@ class Trainer:
             raise UserError(f"{example.source or example.task}: the prompt is empty; there is nothing to continue")
         uses_demo = self.learns_from_demos and example.demonstration is not None
         return Problem(example, prompt, self.prompter.encode_demonstration(example) if uses_demo else None)
+
+    def _check_lengths(self) -> None:
+        """A sequence cannot be cut: the longest that may come must fit the budget and the model's positions."""
+        generated = self.config.rollout.max_new_tokens if self.learns_from_rollouts else 0
+        lengths = [(len(p.prompt), max(generated, len(p.demonstration or ())), p.example) for p in self.problems]
+        lengths = [each for each in lengths if each[1]]  # nothing follows a prompt that is not learned from
+        if not lengths:
+            return
+        prompt, completion, example = max(lengths, key=lambda each: each[0] + each[1])
+        what = "rollout.max_new_tokens" if completion == generated else "its demonstration"
+        found = f"{prompt + completion} tokens (prompt {prompt} + {what} {completion})"
+        positions = getattr(self.loaded.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        for limit, name, advice in [
+            (self.config.train.token_budget, "train.token_budget is", "raise it or shorten"),
+            (positions, "the model's max_position_embeddings is", "shorten"),
+        ]:
+            if prompt + completion > limit:
+                where = example.source or example.task
+                raise UserError(f"{where}: {found}, but {name} {limit}; {advice} {what} or the prompt")
 
     def _draw(self, number: int) -> list[Problem]:
         """The prompts of a step: every one once, then all of them again in another order."""

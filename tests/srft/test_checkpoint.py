@@ -1,5 +1,6 @@
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from srft import checkpoint
 from srft.config import ModelConfig
@@ -21,12 +22,16 @@ def test_a_checkpoint_loads_as_the_same_model(tiny, tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["checkpoint-3"]
 
 
-def test_an_interrupted_save_leaves_no_checkpoint_and_does_not_disturb_the_next(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_failed_save_is_told_leaves_nothing_and_does_not_disturb_the_next(tiny, tmp_path, monkeypatch, error):
+    def full(*_):
+        raise error
+
     with monkeypatch.context() as patch:
-        patch.setattr(type(tiny.tokenizer), "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-        with pytest.raises(OSError):
+        patch.setattr(type(tiny.tokenizer), "save_pretrained", full)
+        with pytest.raises(UserError, match=r"checkpoint: .*final could not be written: .*No space left on device"):
             checkpoint.save(tiny, tmp_path / "final")
-    assert not (tmp_path / "final").exists()
+    assert not list(tmp_path.iterdir())
     assert checkpoint.save(tiny, tmp_path / "final").is_dir()
 
 

@@ -114,6 +114,17 @@ def test_an_interruption_is_told(monkeypatch, capsys):
     assert capsys.readouterr().err == "srft: interrupted\n"
 
 
+def test_what_nobody_foresaw_is_one_line_too(monkeypatch, capsys):
+    def failing(arguments):
+        raise RuntimeError("out of\n  memory")
+
+    monkeypatch.setattr(srft.cli, "dispatch", failing)
+    assert main(["train"]) == 1
+    assert capsys.readouterr().err == "srft: error: unexpected RuntimeError: out of memory; --debug shows where\n"
+    with pytest.raises(RuntimeError):
+        main(["train", "--debug"])
+
+
 @pytest.mark.parametrize("command", ["train", "eval"])
 def test_bad_data_from_the_real_command(command, tmp_path, tiny_dir):
     """The whole way through the installed command: nothing but the message, and nothing written."""

@@ -8,7 +8,7 @@ import torch
 
 import srft_kernels as sk
 from srft import trainer as trainer_module
-from srft.config import Config, DataConfig, load
+from srft.config import DataConfig, load
 from srft.data import Example
 from srft.errors import UserError
 from srft.model import LoadedModel
@@ -16,7 +16,7 @@ from srft.packing import Sequence, pack
 from srft.prompts import build_prompter
 from srft.rewards import Scorer
 from srft.rollout import Rollout
-from srft.trainer import Trainer, run
+from srft.trainer import Trainer
 from tests.srft.conftest import byte_tokenizer, tiny_model
 
 QUESTIONS = ["2 + 3", "7 - 4", "1 + 1", "9 - 9", "4 + 8"]
@@ -317,90 +317,30 @@ def test_the_loop_imports_with_torch_and_transformers_alone():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# The whole of `srft train`.
-
-
-def small_run(tiny_dir, directory, *overrides: str) -> Config:
-    small = {
-        "model.path": tiny_dir,
-        "model.device": "cpu",
-        "run.dir": directory,
-        "train.steps": 2,
-        "train.prompts_per_step": 2,
-        "rollout.per_prompt": 2,
-        "rollout.max_new_tokens": 6,
-        "eval.prompts": 3,
-        "eval.samples": 2,
-    }
-    return load(None, [word for key, value in small.items() for word in (f"--{key}", str(value))] + list(overrides))
-
-
-def lines_of(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_a_run_writes_everything_and_ends_with_its_result(tiny_dir, tmp_path, capsys):
-    directory = tmp_path / "run"
-    extra = ["--run.checkpoint_every", "1", "--eval.every", "1", "--run.tensorboard", "true"]
-    result = run(small_run(tiny_dir, directory, *extra))
-    last = capsys.readouterr().out.strip().splitlines()[-1]
-    assert last == str(result) and last.startswith("held-out reward 0.000 → ")
-    assert "3 prompts × 2 samples, seed 17" in last and last.endswith(str(directory / "report.html"))
-    assert [line["step"] for line in lines_of(directory / "metrics.jsonl")] == [1, 2]
-    assert [line["step"] for line in lines_of(directory / "evaluation.jsonl")] == [0, 1, 2]
-    assert {line["step"] for line in lines_of(directory / "samples.jsonl")} == {1, 2}
-    for name in ("checkpoint-1", "checkpoint-2", "final"):
-        assert (directory / name / "model.safetensors").is_file() and (directory / name / "tokenizer.json").is_file()
-    assert list((directory / "tensorboard").iterdir())
-    assert load(str(directory / "config.toml"), []) == small_run(tiny_dir, directory, *extra)
-    prompts = [[g["prompt"] for g in line["generations"]] for line in lines_of(directory / "evaluation.jsonl")]
-    assert prompts[0] == prompts[1] == prompts[2]
-
-
-def test_the_same_seed_gives_the_same_run(tiny_dir, tmp_path):
-    for name in ("a", "b"):
-        run(small_run(tiny_dir, tmp_path / name))
-    a, b = (lines_of(tmp_path / name / "metrics.jsonl") for name in ("a", "b"))
-    for x, y in zip(a, b):
-        assert {k: v for k, v in x.items() if k[:7] not in ("seconds", "tokens_", "peak_me")} == {
-            k: v for k, v in y.items() if k[:7] not in ("seconds", "tokens_", "peak_me")
-        }
-
-
-def test_no_steps_only_evaluates(tiny_dir, tmp_path):
-    result = run(small_run(tiny_dir, tmp_path / "run", "--train.steps", "0"))
-    assert result.before == result.after and result.report.is_file()
-
-
-@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()])
-def test_what_was_written_survives_an_exception(tiny_dir, tmp_path, monkeypatch, capsys, error):
-    step = Trainer.step
-
-    def failing(self, number):
-        if number == 2:
-            raise error
-        return step(self, number)
-
-    monkeypatch.setattr(Trainer, "step", failing)
-    with pytest.raises(type(error)):
-        run(small_run(tiny_dir, tmp_path / "run"))
-    assert len(lines_of(tmp_path / "run" / "metrics.jsonl")) == 1
-    assert lines_of(tmp_path / "run" / "samples.jsonl") and lines_of(tmp_path / "run" / "evaluation.jsonl")
-    assert "after step 1 of 2" in capsys.readouterr().err
-    assert trainer_module.report.build(tmp_path / "run").is_file()
-
-
-def test_a_file_without_answers_is_refused_before_the_model_is_loaded(tmp_path):
-    file = tmp_path / "train.jsonl"
-    file.write_text("".join(json.dumps({"prompt": f"{i} + 1", "answers": i + 1}) + "\n" for i in range(9)))
-    given = ["--data.train_file", str(file), "--reward.name", "exact"]
-    for objective in ([], ["--loss.preset", "sft"]):
-        with pytest.raises(UserError, match=r"train\.jsonl: .*did you mean 'answers'"):
-            run(small_run(tmp_path / "no model", tmp_path / "run", *given, *objective))
-
-
-def test_a_wrong_input_leaves_no_run_directory(tiny_dir, tmp_path):
-    for wrong in (["--data.max_prompt_tokens", "3"], ["--loss.preset", "nonsense"], ["--reward.name", "nonsense"]):
-        with pytest.raises(UserError):
-            run(small_run(tiny_dir, tmp_path / "run", *wrong))
-        assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            ["--train.token_budget=60"],
+            r"long: 63 tokens \(prompt 55 \+ rollout.max_new_tokens 8\), but train.token_budget is 60; raise it or "
+            "shorten rollout.max_new_tokens or the prompt",
+        ),
+        (
+            ["--rollout.max_new_tokens=500"],
+            r"long: 555 tokens .*, but the model's max_position_embeddings is 512; shorten rollout.max_new_tokens",
+        ),
+        (
+            ["--train.token_budget=60", "--rollout.max_new_tokens=2"],
+            r"sums: \d+ tokens \(prompt \d+ \+ its demonstration 43\), .* or shorten its demonstration or the prompt",
+        ),
+        (["--train.token_budget=60", "--loss.preset=sft"], "its demonstration 43"),
+    ],
+)
+def test_a_sequence_beyond_the_token_budget_or_the_model_is_refused(tiny, options, expected):
+    long = Example([{"role": "user", "content": "x" * 36}], None, "1", "long")
+    data = [*examples(), long]
+    if "demonstration" in expected:
+        data[0] = Example(data[0].messages, "#" * 42, "5", "sums")
+    with pytest.raises(UserError, match=expected):
+        make(tiny, *options, data=data)
+    make(tiny, "--train.token_budget=90", data=data)

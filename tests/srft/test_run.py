@@ -1,0 +1,140 @@
+"""The whole of `srft train`: what a run writes, and what is left of one that stops."""
+
+import json
+import math
+
+import pytest
+
+from srft import trainer as trainer_module
+from srft.config import Config, ModelConfig, load
+from srft.errors import UserError
+from srft.model import load_model
+from srft.trainer import Trainer, run
+
+
+def small_run(tiny_dir, directory, *overrides: str) -> Config:
+    small = {
+        "model.path": tiny_dir,
+        "model.device": "cpu",
+        "run.dir": directory,
+        "train.steps": 2,
+        "train.prompts_per_step": 2,
+        "rollout.per_prompt": 2,
+        "rollout.max_new_tokens": 6,
+        "eval.prompts": 3,
+        "eval.samples": 2,
+    }
+    return load(None, [word for key, value in small.items() for word in (f"--{key}", str(value))] + list(overrides))
+
+
+def lines_of(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_writes_everything_and_ends_with_its_result(tiny_dir, tmp_path, capsys):
+    directory = tmp_path / "run"
+    extra = ["--run.checkpoint_every", "1", "--eval.every", "1", "--run.tensorboard", "true"]
+    result = run(small_run(tiny_dir, directory, *extra))
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last == str(result) and last.startswith("held-out reward 0.000 → ")
+    assert "3 prompts × 2 samples, seed 17" in last and last.endswith(str(directory / "report.html"))
+    assert [line["step"] for line in lines_of(directory / "metrics.jsonl")] == [1, 2]
+    assert [line["step"] for line in lines_of(directory / "evaluation.jsonl")] == [0, 1, 2]
+    assert {line["step"] for line in lines_of(directory / "samples.jsonl")} == {1, 2}
+    for name in ("checkpoint-1", "checkpoint-2", "final"):
+        assert (directory / name / "model.safetensors").is_file() and (directory / name / "tokenizer.json").is_file()
+    assert list((directory / "tensorboard").iterdir())
+    assert load(str(directory / "config.toml"), []) == small_run(tiny_dir, directory, *extra)
+    prompts = [[g["prompt"] for g in line["generations"]] for line in lines_of(directory / "evaluation.jsonl")]
+    assert prompts[0] == prompts[1] == prompts[2]
+
+
+def test_the_same_seed_gives_the_same_run(tiny_dir, tmp_path):
+    for name in ("a", "b"):
+        run(small_run(tiny_dir, tmp_path / name))
+    a, b = (lines_of(tmp_path / name / "metrics.jsonl") for name in ("a", "b"))
+    for x, y in zip(a, b):
+        assert {k: v for k, v in x.items() if k[:7] not in ("seconds", "tokens_", "peak_me")} == {
+            k: v for k, v in y.items() if k[:7] not in ("seconds", "tokens_", "peak_me")
+        }
+
+
+def test_no_steps_only_evaluates(tiny_dir, tmp_path):
+    result = run(small_run(tiny_dir, tmp_path / "run", "--train.steps", "0"))
+    assert result.before == result.after and result.report.is_file()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()])
+def test_what_was_written_survives_an_exception(tiny_dir, tmp_path, monkeypatch, capsys, error):
+    step = Trainer.step
+
+    def failing(self, number):
+        if number == 2:
+            raise error
+        return step(self, number)
+
+    monkeypatch.setattr(Trainer, "step", failing)
+    with pytest.raises(type(error)):
+        run(small_run(tiny_dir, tmp_path / "run"))
+    assert len(lines_of(tmp_path / "run" / "metrics.jsonl")) == 1
+    assert lines_of(tmp_path / "run" / "samples.jsonl") and lines_of(tmp_path / "run" / "evaluation.jsonl")
+    told = capsys.readouterr().err
+    assert "after step 1 of 2" in told and str(tmp_path / "run" / "interrupted-1") in told
+    assert load_model(ModelConfig(str(tmp_path / "run" / "interrupted-1"), device="cpu"))
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("done", [0, 1])
+def test_an_error_is_not_hidden_by_a_save_that_fails(tiny_dir, tmp_path, monkeypatch, capsys, done):
+    def failing(self, number, step=Trainer.step):
+        if number > done:
+            raise RuntimeError("boom")
+        return step(self, number)
+
+    def full(*_):
+        raise OSError("No space left")
+
+    monkeypatch.setattr(Trainer, "step", failing)
+    monkeypatch.setattr(trainer_module.checkpoint, "save", full)
+    monkeypatch.setattr(trainer_module.report, "build", full)
+    with pytest.raises(RuntimeError, match="boom"):
+        run(small_run(tiny_dir, tmp_path / "run"))
+    assert ("the model could not be saved: No space left" in capsys.readouterr().err) == bool(done)
+
+
+def test_a_disk_that_is_full_at_the_end_still_gives_a_report(tiny_dir, tmp_path, monkeypatch):
+    def full(self, directory):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    with pytest.raises(UserError, match=r"final could not be written: .*No space left"):
+        run(small_run(tiny_dir, tmp_path / "run"))
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("steps, done", [(2, 2), (9, 5)])
+def test_a_run_that_can_take_no_update_stops(tiny_dir, tmp_path, monkeypatch, steps, done):
+    def skipping(self, number):
+        self.adamw.zero_grad()
+        return {"grad_norm": math.nan, "learning_rate": 1.0, "skipped_updates": 1.0}
+
+    monkeypatch.setattr("srft.optim.Optimizer.step", skipping)
+    with pytest.raises(UserError, match=f"in {done} steps in a row no gradient was finite"):
+        run(small_run(tiny_dir, tmp_path / "run", "--train.steps", str(steps)))
+    assert len(lines_of(tmp_path / "run" / "metrics.jsonl")) == done
+
+
+def test_a_file_without_answers_is_refused_before_the_model_is_loaded(tmp_path):
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"{i} + 1", "answers": i + 1}) + "\n" for i in range(9)))
+    given = ["--data.train_file", str(file), "--reward.name", "exact"]
+    for objective in ([], ["--loss.preset", "sft"]):
+        with pytest.raises(UserError, match=r"train\.jsonl: .*did you mean 'answers'"):
+            run(small_run(tmp_path / "no model", tmp_path / "run", *given, *objective))
+
+
+def test_a_wrong_input_leaves_no_run_directory(tiny_dir, tmp_path):
+    for wrong in (["--data.max_prompt_tokens", "3"], ["--loss.preset", "nonsense"], ["--reward.name", "nonsense"]):
+        with pytest.raises(UserError):
+            run(small_run(tiny_dir, tmp_path / "run", *wrong))
+        assert not (tmp_path / "run").exists()
