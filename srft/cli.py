@@ -42,7 +42,7 @@ Lists take several values (--data.tasks chain_sum gsm_symbolic), tables take dot
 (--data.task_args.chain_sum.max_terms 4, --loss.options.entropy_sign 1).
 
 A data file has one row per prompt, .jsonl or .parquet: prompt (text) or messages (a chat), demonstration (a worked
-solution) and/or answer (what is compared); other columns go to the reward function. For example
+solution) and/or answer (what rewards compare with); other columns go to the reward function. For example
   {"prompt": "What is 2 + 3?", "demonstration": "2 + 3 = 5\\n#### 5", "answer": "5"}
 
 A reward function of your own is --reward.name my_module:my_function, with the signature

@@ -4,7 +4,7 @@ config.toml         the resolved configuration
 metrics.jsonl       one line per step; every key is explained in DESCRIPTIONS
 samples.jsonl       some generations of each step
 evaluation.jsonl    one line per evaluation, all of its generations included
-checkpoint-N, final, report.html, tensorboard/
+checkpoint-N, final, interrupted-N, report.html, tensorboard/
 """
 
 import json
@@ -53,7 +53,7 @@ DESCRIPTIONS = {
     "tokens_per_second": "completion tokens generated and trained on, per second of the step",
     "peak_memory_mb": "peak memory so far: of the process on a CPU, of torch on a GPU (MB)",
 }
-OURS = ("config.toml", "*.jsonl", "report.html", "checkpoint-*", "final", "tensorboard")
+OURS = ("config.toml", "*.jsonl", "report.html", "checkpoint-*", "final", "interrupted-*", "tensorboard")
 
 
 def create_run_dir(config: RunConfig) -> Path:

@@ -47,11 +47,12 @@ def test_overwriting_moves_the_earlier_run_aside_and_touches_nothing_else(tmp_pa
     for number in (1, 2):
         (tmp_path / "metrics.jsonl").write_text(f"run {number}")
         (tmp_path / "final").mkdir()
+        (tmp_path / "interrupted-3").mkdir()
         create_run_dir(config)
         assert (tmp_path / f"previous-{number}" / "metrics.jsonl").read_text() == f"run {number}"
         assert (tmp_path / f"previous-{number}" / "final").is_dir()
     assert (tmp_path / "mine.txt").read_text() == "precious"
-    assert not (tmp_path / "metrics.jsonl").exists()
+    assert {each.name for each in tmp_path.iterdir()} == {"mine.txt", "previous-1", "previous-2"}
 
 
 def test_lines_are_there_as_soon_as_they_are_written(tmp_path):
