@@ -37,7 +37,8 @@ Made by `python -m bench.report` from `bench/results/*.json`; not written by han
   the process's).
 - **error**: the largest ‖out − truth‖ / ‖truth‖ of loss, log-probs, entropies and gradients on sampled rows, truth in
   fp64. Past the tolerance a provider is WRONG and has no time.
-- *noisy*: the rounds' ratios spread over more than 5 % (GPU) or 15 % (CPU) between quartiles: read no more into it.
+- *noisy*: the rounds' ratios spread over more than 5 % (GPU) or 15 % (CPU) between quartiles, or other processes took
+  more than a tenth of the CPU meanwhile: read no more into it.
 - Inputs: *random* rows are nearly flat; *peaked* ones have the 0.1–0.5 nats of a policy in training; *model* ones are
   hidden states and head of SmolLM2-135M.
 """

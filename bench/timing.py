@@ -6,15 +6,19 @@ rotate among copies that together pass the L2 cache twice.
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
 from .inputs import Inputs
 
+BUSY = 0.1  # of the processors' time in other processes: every round may be slow alike
 NOISE = {"cuda": 0.05, "cpu": 0.15}  # what two runs may differ by in a ratio to the floor
 
 
@@ -70,6 +74,26 @@ def ratio(times: Sequence[float], floor: Sequence[float]) -> tuple[float, float]
         return middle, float("inf")
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return middle, (high - low) / middle
+
+
+class Others:
+    """How much of the processors' time other processes took since this was made: 0 to 1, and 0 where nobody knows."""
+
+    def __init__(self) -> None:
+        self.start = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        own = os.times()
+        with contextlib.suppress(OSError):
+            user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:8])
+            busy = (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+            return busy, own.user + own.system + own.children_user + own.children_system, own.elapsed
+        return 0.0, 0.0, own.elapsed
+
+    def share(self) -> float:
+        busy, own, wall = (now - before for now, before in zip(self._now(), self.start))
+        return max(0.0, (busy - own) / max(wall, 1e-9) / (os.cpu_count() or 1))
 
 
 class Replay:

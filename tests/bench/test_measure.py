@@ -1,5 +1,9 @@
 """A small case from inputs to rows: errors, wrong and absent providers, noise."""
 
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -114,6 +118,15 @@ def test_every_group_is_there_for_every_device():
 def test_noise_is_the_spread_of_ratios():
     assert timing.ratio([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == (2.0, 0.0)  # the machine slowed down for both
     assert timing.ratio([2.0, 2.0, 8.0, 8.0], [1.0] * 4)[1] > 0.5
+
+
+def test_other_processes_are_noticed():
+    others = timing.Others()
+    burn = "import time; end = time.time() + 0.6\nwhile time.time() < end: pass"
+    child = subprocess.Popen([sys.executable, "-c", burn])
+    time.sleep(0.5)  # its time counts as ours only once it has been waited for
+    assert not os.path.exists("/proc/stat") or others.share() > 0.5 / os.cpu_count() * 0.5
+    child.wait()
 
 
 def test_calls_take_turns():
