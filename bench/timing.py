@@ -86,7 +86,8 @@ class Others:
     def _now() -> tuple[float, float, float]:
         own = os.times()
         with contextlib.suppress(OSError):
-            user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:8])
+            of_all = Path("/proc/stat").read_text().splitlines()[0]
+            user, nice, system, _, _, *interrupts = map(int, of_all.split()[1:8])
             busy = (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
             return busy, own.user + own.system + own.children_user + own.children_system, own.elapsed
         return 0.0, 0.0, own.elapsed
