@@ -103,6 +103,7 @@ def cpu_cases() -> list[Case]:
     scaled = "1,048,576 tokens scaled down to 8,192 for a CPU"
     return [
         Case("full loss", "cross entropy", head),
+        Case("full loss", "srft", Shape(2048, *model), ours=True),
         Case("full loss", "srft", head, "peaked"),
         Case("full loss", "srft", Shape(256, *model), "model"),
         Case("full loss", "cross entropy", small, "peaked"),

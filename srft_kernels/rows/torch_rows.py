@@ -115,14 +115,17 @@ def _at_target(d: Tensor, target: Tensor) -> Tensor:
 
 
 def _statistics(d: Tensor, exp: Tensor, shift: Tensor, target: Tensor, head: Head) -> tuple[TokenStats, Tensor]:
-    """(statistics, Σ e^d) of a block; leaves d floored and e^d in `exp`."""
+    """(statistics, Σ e^d) of a block; leaves e^d in `exp`, and d without −inf where that matters."""
     at_target = _at_target(d, target)
     smooth_sum = None if head.smooth is None else d @ head.smooth
-    d.clamp_(min=FLOOR)
     torch.exp(d, out=exp)
     total = exp.sum(-1)
     log_total = total.log()
-    entropy = log_total - torch.linalg.vecdot(exp, d) / total
+    weighted = torch.linalg.vecdot(exp, d)
+    # 0 · (−inf) is rare, and on a CPU cheaper to find than to forestall
+    if d.device.type != "cpu" or weighted.isnan().any():
+        weighted = torch.linalg.vecdot(exp, d.clamp_(min=FLOOR))
+    entropy = log_total - weighted / total
     smooth = None if smooth_sum is None else smooth_sum - head.smooth.sum() * log_total
     return TokenStats(at_target - log_total, entropy, shift[:, 0] + log_total, smooth), total
 
