@@ -31,16 +31,8 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def call(input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None) -> torch.dtype:
     """Shapes, types and devices of the tensors; returns the type that matrix products run in."""
-    named = {"input": input, "linear_weight": linear_weight, "target": target}
-    for name, value in named.items() if linear_bias is None else {**named, "linear_bias": linear_bias}.items():
-        tensor(name, value)
-    if linear_weight.dim() != 2 or 0 in linear_weight.shape:
-        raise ValueError(f"linear_weight must be (V, H) and not empty, found shape {tuple(linear_weight.shape)}")
-    if input.dim() == 0 or input.shape[-1] != linear_weight.shape[1]:
-        raise ValueError(
-            f"input must be (..., H) with H = {linear_weight.shape[1]} as in linear_weight "
-            f"{tuple(linear_weight.shape)}, found shape {tuple(input.shape)}"
-        )
+    compute = head(input, linear_weight, linear_bias)
+    tensor("target", target)
     if target.is_floating_point() and target.shape[-1:] == linear_weight.shape[:1]:
         raise TypeError("target holds class probabilities, which are not supported: pass class indices (int64)")
     if target.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
@@ -50,15 +42,34 @@ def call(input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tens
             f"target must be shaped like input without its last dimension, {tuple(input.shape[:-1])}, "
             f"found {tuple(target.shape)}"
         )
-    tensors = {"input": input, "linear_weight": linear_weight, "linear_bias": linear_bias}
-    tensors = {name: value for name, value in tensors.items() if value is not None}
-    for name, value in {**tensors, "target": target}.items():
-        if value.device != input.device:
-            raise ValueError(f"{name} is on {value.device} but input is on {input.device}: move it there")
-    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:1]:
+    if target.device != input.device:
+        raise ValueError(f"target is on {target.device} but input is on {input.device}: move it there")
+    return compute
+
+
+def head(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    names: tuple[str, str, str] = ("input", "linear_weight", "linear_bias"),
+) -> torch.dtype:
+    """Hidden states and a head for them; returns the type that their matrix products run in."""
+    of_input, of_weight, of_bias = names
+    tensors = {of_input: input, of_weight: weight, **({} if bias is None else {of_bias: bias})}
+    for name, value in tensors.items():
+        tensor(name, value)
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"{of_weight} must be (V, H) and not empty, found shape {tuple(weight.shape)}")
+    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"linear_bias must be (V,) = ({linear_weight.shape[0]},), found shape {tuple(linear_bias.shape)}"
+            f"{of_input} must be (..., H) with H = {weight.shape[1]} as in {of_weight} {tuple(weight.shape)}, "
+            f"found shape {tuple(input.shape)}"
         )
+    for name, value in tensors.items():
+        if value.device != input.device:
+            raise ValueError(f"{name} is on {value.device} but {of_input} is on {input.device}: move it there")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{of_bias} must be (V,) = ({weight.shape[0]},), found shape {tuple(bias.shape)}")
     for name, value in tensors.items():
         if value.dtype not in FLOATING:
             raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64, found {value.dtype}")
@@ -67,7 +78,7 @@ def call(input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tens
         return torch.get_autocast_dtype(kind)
     for name, value in tensors.items():
         if value.dtype != input.dtype:
-            raise TypeError(f"{name} is {value.dtype} but input is {input.dtype}: cast one, or use torch.autocast")
+            raise TypeError(f"{name} is {value.dtype} but {of_input} is {input.dtype}: cast one, or use torch.autocast")
     return input.dtype
 
 
