@@ -9,26 +9,52 @@ import pytest
 
 pytest.importorskip("triton")
 
+from bench import aot
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+
+@pytest.mark.parametrize("target", aot.TARGETS)
 def test_compiles_without_spills_and_with_wide_loads(target, tmp_path):
     # its own process: the tests' own runs Triton's interpreter, which does not compile
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-m", "tests.srft_kernels.aot", target]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    run = subprocess.run([sys.executable, "-m", "bench.aot", target], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     rows = [json.loads(line) for line in run.stdout.splitlines()]
-    assert {row["kernel"] for row in rows} == {
-        "statistics_kernel",
-        "gradient_kernel",
-        "loss_gradient_kernel",
-        "scale_kernel",
-    }
+    assert {row["kernel"] for row in rows} == {"statistics", "gradient", "loss_gradient", "scale"}
     for row in rows:
         assert row["spill"] == 0, row
         # beside per-row scalars (a row's target, weight, annotations), everything is a 16-byte load
         scalars = [width for width in row["loads"] if width < 128]
         wide = [width for width in row["loads"] if width == 128]
         assert wide and len(scalars) <= 12, row
-        assert row["registers"] <= 128, row  # 16 warps of them fit a multiprocessor
+        assert row["registers"] <= 128 and row["programs"] >= 1, row  # 16 warps of them fit a multiprocessor
+        assert row["loops"] or row["kernel"] == "scale", row
+        if "cap" not in row["variant"] and "smoothed" not in row["variant"]:
+            assert all(loop["calls"] == 0 for loop in row["loops"]), row  # divisions are not of every number
+
+
+def test_loops_are_what_lies_between_a_label_and_a_branch_back():
+    code = ["LDC R1 ;", ".L_x_0:", "IADD R0 ;", ".L_x_1:", "FADD R2 ;", "BAR.SYNC 0x0 ;", "BRA `(.L_x_1) ;",
+            "BRA `(.L_x_2) ;", "BRA `(.L_x_0) ;", ".L_x_2:", "EXIT ;"]  # fmt: skip
+    assert aot.innermost_loops(code) == [["FADD R2 ;", "BAR.SYNC 0x0 ;", "BRA `(.L_x_1) ;"]]
+
+
+def test_occupancy():
+    # registers are given out 256 at a time per warp: 40 · 512 threads three times, 41 → 48 only twice
+    assert [aot.resident("sm_90", 16, registers, 64) for registers in (32, 40, 41, 64, 65)] == [4, 3, 2, 2, 1]
+    assert aot.resident("sm_80", 4, 32, 60_000) == 2  # by shared memory
+    assert aot.resident("gfx942", 16, 64, 0) == 2
+
+
+def test_table_replaces_its_own_section_and_no_other(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n", encoding="utf-8")
+    row = {"kernel": "statistics", "variant": "plain", "target": "sm_90", "block": 8192, "warps": 16, "registers": 40,
+           "spill": 8, "loads": [32, 128], "stores": [32, 32], "shared": 64, "programs": 3,
+           "loops": [{"instructions": 22.4, "barriers": 9, "calls": 0}]}  # fmt: skip
+    aot.put(page, [row])
+    page.write_text(page.read_text(encoding="utf-8") + "after\n", encoding="utf-8")
+    aot.put(page, [{**row, "registers": 44}])
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("before\n") and text.endswith("after\n") and text.count("<!-- aot ") == 1
+    assert "| statistics | plain | sm_90 | 44, 8 B spilled | 3 | 22.4 | 9 | 1×16 B, 2×4 B |" in text
