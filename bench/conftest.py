@@ -1,10 +1,11 @@
 """`pytest bench/ --benchmark`: timings are asked for; without the flag the same code runs once, as a check.
 
     --device cuda|cpu     default: what there is
-    --budget SECONDS      no case is begun later than this; those left out are listed as skipped
+    --budget SECONDS      nothing is begun later than this (default 270); what is left out is listed as skipped
     --group TEXT          only groups whose name has TEXT in it
+    --record FILE         go on with the run in this file (record.py): measure the cases that are not in it
 
-The JSON goes to .benchmarks/latest.json, or where --benchmark-json says.
+The JSON goes to .benchmarks/latest.json, or where --benchmark-json says; it is there after every case.
 """
 
 from __future__ import annotations
@@ -18,19 +19,27 @@ import torch
 from .cases import Case, cases
 from .environment import ROOT, environment
 from .inputs import Unavailable
-from .measure import Row, everyone, measure
+from .measure import EVERYONE, CaseFailed, Limits, Row, everyone, kind_of, measure, release
+from .providers import Provider
+from .record import Record, finite
 from .step import LOSSES, measure_step, step_case
 from .table import table
+from .timing import LOST, ContextLost, told
+
+EACH = {"cuda": 30.0, "cpu": 60.0}  # seconds: see measure.Limits
+TOTAL = {"cuda": 75.0, "cpu": 150.0}
 
 
 def pytest_addoption(parser):
     parser.addoption("--benchmark", action="store_true", help="time what bench/ runs (default: run each once)")
     parser.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    parser.addoption("--budget", type=float, default=float("inf"), help="seconds after which no case is begun")
+    parser.addoption("--budget", type=float, default=270.0, help="seconds after which nothing is begun")
     parser.addoption("--group", default="", help="only groups with this in their name")
+    parser.addoption("--record", type=Path, help="go on with the run in this file")
 
 
 def pytest_configure(config):
+    config._bench_began = time.perf_counter()
     torch.manual_seed(0)
     if not config.getoption("--device").startswith("cuda"):
         torch.set_num_threads(min(2, torch.get_num_threads()))  # what the figures in the documentation say
@@ -38,45 +47,105 @@ def pytest_configure(config):
         config.option.benchmark_disable = True
         return
     config.option.benchmark_quiet = True  # one table per case, below, instead of one per statistic
-    if not config.option.benchmark_json:
+    if not config.option.benchmark_json and not config.option.record:
         config.option.benchmark_json = ROOT / ".benchmarks" / "latest.json"
-    Path(config.option.benchmark_json).parent.mkdir(parents=True, exist_ok=True)
+    if config.option.benchmark_json:
+        Path(config.option.benchmark_json).parent.mkdir(parents=True, exist_ok=True)
 
 
 class Bench:
-    """Rows of the cases measured so far. A case is measured when its first row is asked for."""
+    """Rows of the cases measured so far. A case is measured, once, when its first row is asked for."""
 
     def __init__(self, config):
         self.device = config.getoption("--device")
         self.rounds = None if config.getoption("--benchmark") else 1
-        self.deadline = time.perf_counter() + config.getoption("--budget")
-        self.providers = everyone()
+        kind = kind_of(self.device)
+        self.began = config._bench_began
+        self.limits = Limits(self.began + config.getoption("--budget"), EACH[kind], TOTAL[kind])
+        self.record = record_of(config)
+        left_out = self.record.left_out if self.record else {}
+        self.providers = [lost(p.name, left_out[p.name]) if p.name in left_out else p for p in everyone()]
+        self.losses = {name: loss for name, loss in LOSSES.items() if name not in left_out}
+        self.before = self.record.done if self.record else set()
         self.measured: dict[Case, dict[str, Row]] = {}
+        self.say = lambda line: None
 
     def row(self, case: Case, provider: str) -> Row | None:
         """None: a task that this provider does not do."""
         if case not in self.measured:
-            self.measured[case] = {row.provider: row for row in self._measure(case)}
+            rows = self._measure(case)
+            if self.record:
+                self.record.add(rows)
+            self.measured[case] = {row.provider: row for row in rows}
+            self.say(f"{time.perf_counter() - self.began:5.0f} s  {case}")
         rows = self.measured[case]
-        return rows.get("all providers") or rows.get(provider)
+        return rows.get(EVERYONE) or rows.get(provider)
 
     def _measure(self, case: Case) -> list[Row]:
-        if time.perf_counter() > self.deadline:
-            return [Row(case, "all providers", "skipped", "no time left")]
+        def begin(who: str) -> None:
+            if self.record:
+                self.record.begin(case, who)
+
+        if time.perf_counter() > self.limits.deadline:
+            return [Row(case, EVERYONE, "skipped", "no time left")]
         try:
             if case.group == "training step":
-                return measure_step(self.device, self.rounds)
-            return measure(case, self.providers, self.device, self.rounds)
+                return measure_step(self.device, self.rounds, self.limits, begin, self.losses)
+            return measure(case, self.providers, self.device, self.rounds, self.limits, begin)
         except Unavailable as error:
-            return [Row(case, "all providers", "skipped", str(error))]
+            row = Row(case, EVERYONE, "skipped", str(error))
+        except CaseFailed as error:
+            row = Row(case, EVERYONE, "failed", str(error))
+        except ContextLost as error:
+            begin(error.provider)
+            if self.record:
+                self.record.blame(error.reason)
+            pytest.exit(f"the CUDA context is lost: {error}", returncode=LOST)
+        except Exception as error:
+            row = Row(case, EVERYONE, "failed", told(error))
+        release(self.device)
+        return [row]
 
     def rows(self) -> list[Row]:
         return [row for rows in self.measured.values() for row in rows.values()]
 
 
+class LeftOut(Exception):
+    """A provider took the process down, or hung, in a case before."""
+
+
+def lost(name: str, reason: str) -> Provider:
+    """Stands for a provider that is left out."""
+
+    def load(device: str):
+        raise LeftOut(reason)
+
+    return Provider(name, load)
+
+
+def record_of(config) -> Record | None:
+    if not config.getoption("--benchmark"):
+        return None
+    resumed = config.getoption("--record")
+    record = Record(resumed or Path(config.option.benchmark_json), resume=bool(resumed))
+    if not resumed:
+        about = environment(config.getoption("--device"), command_of(config))
+        record.write(machine_info=about, commit_info={"id": about["commit"]})
+    return record
+
+
 @pytest.fixture(scope="session")
 def bench(request) -> Bench:
-    return bench_of(request.config)
+    made = bench_of(request.config)
+    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+
+    def say(line: str) -> None:
+        reporter.ensure_newline()
+        reporter.write_line(line)
+
+    if request.config.getoption("--benchmark") and reporter:
+        made.say = say  # after a minute of dots one wants to know where it is
+    return made
 
 
 def bench_of(config) -> Bench:
@@ -92,10 +161,22 @@ def pytest_generate_tests(metafunc):
     config = metafunc.config
     device, group = config.getoption("--device"), config.getoption("--group")
     names = [provider.name for provider in everyone()]
-    chosen = [(case, name) for case in cases(device) for name in (names[:2] if case.ours else names)]
-    chosen += [(step_case(device), name) for name in LOSSES]
+    chosen = [(case, name) for case in ordered(device) for name in names_of(case, names)]
     chosen = [(case, name) for case, name in chosen if group in case.group]
     metafunc.parametrize("case, provider", chosen, ids=[f"{case}-{name}" for case, name in chosen])
+
+
+def ordered(device: str) -> list[Case]:
+    """Those of cases.py, and the training step behind the first ones, which compare everybody."""
+    found = cases(device)
+    main = next((i for i, case in enumerate(found) if case.group == "masked batches"), len(found))
+    return [*found[:main], step_case(device), *found[main:]]
+
+
+def names_of(case: Case, names: list[str]) -> list[str]:
+    if case.group == "training step":
+        return list(LOSSES)
+    return names[:2] if case.ours else names
 
 
 def pytest_benchmark_generate_machine_info(config):
@@ -107,17 +188,10 @@ def pytest_benchmark_generate_commit_info(config):
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """What pytest-benchmark knows nothing of: rows without a time, and why."""
-    rows = bench_of(config).rows()
-    output_json["untimed"] = [
-        {"case": str(row.case), "group": row.case.group, "provider": row.provider} | describe(row)
-        for row in rows
-        if row.status != "ok"
-    ]
-
-
-def describe(row: Row) -> dict:
-    return {"status": row.status, "reason": row.reason, "error": row.extra.get("error")}
+    """What pytest-benchmark knows nothing of: rows without a time, and why; how long everything took."""
+    record = bench_of(config).record
+    ours = ("untimed", "left_out", "started", "seconds")
+    output_json |= finite({**output_json, **{key: record.data[key] for key in ours if key in record.data}})
 
 
 def command_of(config) -> str:
@@ -126,8 +200,9 @@ def command_of(config) -> str:
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if hasattr(config, "_bench") and config._bench.rows():
-        terminalreporter.write_line(table(config._bench.rows()))
-        if config.getoption("--benchmark"):
-            shown = config.option.benchmark_json
-            terminalreporter.write_line(f"\nevery round, as JSON: {shown}")
+    if not hasattr(config, "_bench") or not config._bench.rows():
+        return
+    terminalreporter.write_line(table(config._bench.rows()))
+    if config.getoption("--benchmark"):
+        record = config._bench.record
+        terminalreporter.write_line(f"\n{record.data['seconds']:.0f} s; every round, as JSON: {record.path}")

@@ -38,15 +38,17 @@ def cpu_name() -> str:
 
 
 def driver() -> str:
-    return output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[0]
+    lines = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
+    return lines[0] if lines else "unknown"
 
 
 def commit() -> str:
-    """The commit, with + where tracked files differ from it; $COMMIT where there is no repository to ask."""
+    """The commit, with + where the code differs from it; $COMMIT where there is no repository to ask."""
     found = output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
     if found == "unknown":
         return os.environ.get("COMMIT", "unknown")
-    changed = output("git", "-C", str(ROOT), "status", "--porcelain", "-uno", "--", "srft_kernels", "srft", "bench")
+    code = ("srft_kernels", "srft", "bench", ":!bench/results")  # results are what a run writes
+    changed = output("git", "-C", str(ROOT), "status", "--porcelain", "-uno", "--", *code)
     return found + "+" * (changed not in ("", "unknown"))
 
 

@@ -2,40 +2,51 @@
 
     python -m bench.gpu [--device cuda|cpu] [--seconds 520] [--out FILE]
 
-1. the tests of the loss head on the device
+1. the tests of the loss head and of the bench's memory counts, on the device
 2. the bench, cases.py from the top until its share of the time is over
 3. profiles of the fused loss and of scoring: the kernels that take the time
 4. with what time is left, the other tests of srft_kernels, in Triton's interpreter
 
 Needs torch, triton, transformers, pytest and pytest-benchmark, and no network. What found no time, or no package, is
 listed as skipped. On a CPU it is a rehearsal of the same, on small shapes.
+
+Each step is a process of its own with a time limit, and FILE is written after each of them and after every case: what
+was measured stays, whatever comes later. A bench process that dies or hangs is followed by another one, which goes on
+without the provider that was at work. Exit status 0: nothing of ours was wrong or failed, here or in a device test.
+
+    --out FILE     default bench/results/<name of the GPU>.json; on a CPU .benchmarks/gpu-cpu.json
+    $COMMIT        names the commit in it where there is no git repository to ask: `COMMIT=0123abc make gpu`
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .cases import TASKS, Case, Shape, cases
-from .environment import ROOT
-from .inputs import make
-from .measure import default_dtype
+from .environment import ROOT, environment
+from .measure import EVERYONE
 from .providers import OURS
+from .record import Record
+from .table import HEADER
+from .timing import LOST
 
-DEVICE_TESTS = "tests/srft_kernels/test_on_device.py"
+DEVICE_TESTS = ("tests/srft_kernels/test_on_device.py", "tests/bench/test_memory.py")
 OTHER_TESTS = "tests/srft_kernels"
 RESERVED = 45  # seconds that the steps after the bench may need
-PROFILED = (("full loss", "srft"), ("scoring", "scoring"))
+STALLED = 120  # seconds of no news from the bench: it hangs
+RESTARTS = 5
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,9 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=520, help="time for everything")
     parser.add_argument("--group", default="", help="only these groups of the bench")
-    parser.add_argument(
-        "--out", type=Path, help="default: bench/results/DEVICE.json; on a CPU .benchmarks/gpu-cpu.json"
-    )
+    parser.add_argument("--out", type=Path, help="the JSON")
     options = parser.parse_args(arguments)
     device = options.device
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -56,21 +65,24 @@ def main(arguments: list[str] | None = None) -> int:
     def left(share: float = 1.0, keep: float = 0.0) -> float:
         return max(0.0, share * (deadline - keep - time.perf_counter()))
 
+    record = Record((options.out or default_path(device)).absolute())
+    record.write(machine_info=environment(device, command_of(device)), tests={}, profiles=[])
     print(f"1. tests of the loss head on {device}", flush=True)
-    tests = {DEVICE_TESTS: pytest([DEVICE_TESTS], left(0.35))}
+    record.data["tests"][" ".join(DEVICE_TESTS)] = device_tests = pytest(DEVICE_TESTS, left(0.35))
+    record.write()
     print(f"2. bench ({left():.0f} s left)", flush=True)
-    result = bench(device, options.group, left(keep=RESERVED), left(keep=RESERVED / 2))
+    bench(record, device, options.group, lambda: left(keep=RESERVED))
     print(f"3. profiles ({left():.0f} s left)", flush=True)
-    result["profiles"] = [profile(group, task, device, options.group) for group, task in PROFILED if left() > 5]
+    profiles(record, device, options.group, left(0.7))
     print(f"4. other tests ({left():.0f} s left)", flush=True)
-    tests[OTHER_TESTS] = pytest([OTHER_TESTS, f"--ignore={DEVICE_TESTS}"], left(), TRITON_INTERPRET="1")
-    result["tests"] = tests
-    out = options.out or default_path(device)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(summary(result))
-    print(f"\n{out}")
-    return 0 if tests[DEVICE_TESTS]["passed"] and result["benchmarks"] else 1
+    ignored = [f"--ignore={path}" for path in DEVICE_TESTS]
+    without_gpu = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    record.data["tests"][OTHER_TESTS] = pytest([OTHER_TESTS, *ignored], left(), **without_gpu)
+    record.write()
+    print(summary(record.data))
+    print(f"\n{record.data['seconds']:.0f} s; {record.path}")
+    good = device_tests["passed"] and record.data["benchmarks"] and not any(map(is_ours, problems(record.data)))
+    return 0 if good else 1
 
 
 def default_path(device: str) -> Path:
@@ -80,25 +92,40 @@ def default_path(device: str) -> Path:
     return ROOT / "bench" / "results" / f"{name}.json"
 
 
-def run(command: list[str], seconds: float, **variables: str) -> tuple[int | None, str]:
-    """(exit status, output); None where it was stopped for time."""
-    try:
-        done = subprocess.run(
+def command_of(device: str) -> str:
+    return "make gpu" + ("" if device == "cuda" else f" DEVICE={device}")
+
+
+def run(
+    command: list[str], seconds: float, stalled: Callable[[], bool] = lambda: False, **variables: str
+) -> tuple[int | None, str]:
+    """(exit status, output) of a Python command; None where it was stopped for time, or because it `stalled`.
+
+    It is stopped together with the processes that it started (compilers, say).
+    """
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as shown:
+        child = subprocess.Popen(
             [sys.executable, *command],
             cwd=ROOT,
             env=os.environ | variables,
-            stdout=subprocess.PIPE,
+            stdout=shown,
             stderr=subprocess.STDOUT,
-            text=True,
-            timeout=max(seconds, 1),
+            start_new_session=True,
         )
-    except subprocess.TimeoutExpired as late:
-        shown = late.stdout or b""
-        return None, shown.decode(errors="replace") if isinstance(shown, bytes) else shown
-    return done.returncode, done.stdout
+        end, status = time.perf_counter() + max(seconds, 1), None
+        try:
+            while status is None and time.perf_counter() < end and not stalled():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    status = child.wait(0.5)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        shown.seek(0)
+        return status, shown.read()
 
 
-def pytest(arguments: list[str], seconds: float, **variables: str) -> dict[str, Any]:
+def pytest(arguments: list[str] | tuple[str, ...], seconds: float, **variables: str) -> dict[str, Any]:
     """passed: True, False, or None where the time was over before the tests were; their last line; what failed."""
     if seconds < 5:
         return {"passed": None, "summary": "skipped: no time left", "failures": []}
@@ -112,56 +139,64 @@ def pytest(arguments: list[str], seconds: float, **variables: str) -> dict[str, 
     return {"passed": None if status is None else status == 0, "summary": words, "failures": failures}
 
 
-def bench(device: str, group: str, budget: float, most: float) -> dict[str, Any]:
-    """pytest-benchmark's JSON of bench/, or an empty one that says why there is none."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "bench.json"
-        options = ["--benchmark", f"--device={device}", f"--budget={budget:.0f}", f"--group={group}"]
-        status, text = run(["-m", "pytest", "bench/", *options, f"--benchmark-json={path}"], most + RESERVED / 2)
-        print(text[text.find("full loss:") :] if "full loss:" in text else text[-6000:], flush=True)
-        if path.exists() and path.stat().st_size:
-            result = json.loads(path.read_text(encoding="utf-8"))
+def bench(record: Record, device: str, group: str, left: Callable[[], float]) -> None:
+    """Fill the record. What takes a process down is left out of the next one, until the time is over."""
+    told = ""
+
+    def stalled() -> bool:
+        nonlocal told
+        running = record.running
+        if running and running["case"] != told:
+            told = running["case"]
+            print(f"  {told}", flush=True)
+        return running is not None and time.time() - running["since"] > STALLED
+
+    command = ["-m", "pytest", "bench/", "--benchmark", f"--device={device}", f"--group={group}"]
+    problems = []
+    for _ in range(1 + RESTARTS):
+        if left() < 10:
+            problems.append("no time left")
+            break
+        status, text = run(
+            [*command, f"--budget={left():.0f}", f"--record={record.path}"], left() + RESERVED * 2 / 3, stalled
+        )
+        start = text.rfind("\n", 0, max(0, text.find(HEADER) - 1)) if HEADER in text else -6000
+        print(text[start:], flush=True)
+        record.read()
+        if status is None and not stalled():
+            problems.append("stopped for time")
+            if record.running:
+                record.blame("stopped for time", skipped=True)
+            break
+        if record.running:
+            reason = "hung" if status is None else f"died, exit status {status}"
+            problems.append(f"{record.blame(f'the process {reason}')}: the process {reason}; another one went on")
+        elif status in (0, 1, 5):  # every case was looked at; 1: some of ours is wrong or failed; 5: there is no case
+            break
         else:
-            reason = "stopped for time" if status is None else f"exit status {status}"
-            result = {"benchmarks": [], "untimed": [], "machine_info": {}, "problem": f"{reason}\n{text[-3000:]}"}
-    result["machine_info"]["command"] = "make gpu" + ("" if device == "cuda" else f" DEVICE={device}")
-    return result
+            problems.append(f"exit status {status}: {text.strip()[-300:]}")
+            if status != LOST:
+                break
+    record.write(**({"problems": problems} if problems else {}))
 
 
-def profile(group: str, task: str, device: str, only: str) -> dict[str, Any]:
-    """Time per kernel (on a CPU: operator) of one call of ours, largest first, from torch.profiler."""
-    from torch.profiler import ProfilerActivity
+def profiles(record: Record, device: str, group: str, seconds: float) -> None:
+    if seconds > 10:
+        status, text = run(["-m", "bench.profiles", device, str(record.path), group], seconds)
+        record.read()
+        if status != 0:
+            print(text[-2000:], flush=True)
 
-    cuda = device.startswith("cuda")
-    case = next(case for case in cases(device) if case.task == task)
-    if only and only not in group:  # a rehearsal of one group
-        case = Case(group, task, Shape(128, 64, 2048))
-    found: dict[str, Any] = {"case": str(case), "products": TASKS[task].products, "kernels": []}
-    try:
-        inputs = make(case, device, default_dtype(device))
-        call = OURS.load(device).call(task)
-        call(inputs)
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
-        with torch.profiler.profile(activities=activities) as recorded:
-            call(inputs)
-            if cuda:
-                torch.cuda.synchronize()
-        attribute = "self_device_time_total" if cuda else "self_cpu_time_total"
-        events = [event for event in recorded.key_averages() if not cuda or str(event.device_type).endswith("CUDA")]
-        events.sort(key=lambda event: -getattr(event, attribute))
-        total = sum(getattr(event, attribute) for event in events) or 1
-        found["kernels"] = [
-            {
-                "name": event.key,
-                "calls": event.count,
-                "milliseconds": getattr(event, attribute) / 1e3,
-                "share": getattr(event, attribute) / total,
-            }
-            for event in events[:12]
-        ]
-    except Exception as error:  # a profile is worth less than what was measured before it
-        found["problem"] = f"{type(error).__name__}: {error}"
-    return found
+
+def problems(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows that are wrong or failed, ours first; one that stands for all providers concerns ours."""
+    return sorted(
+        (row for row in result["untimed"] if row["status"] in ("wrong", "failed")), key=lambda r: not is_ours(r)
+    )
+
+
+def is_ours(row: dict[str, Any]) -> bool:
+    return row["provider"] in (OURS.name, EVERYONE)
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -171,25 +206,35 @@ def summary(result: dict[str, Any]) -> str:
         by_case.setdefault(row["extra_info"]["case"], {})[row["extra_info"]["provider"]] = row
     lines = ["", f"{'case':<66} {'ours ms':>9} {'× products':>10} {'best peer':>10}  who"]
     for case, rows in by_case.items():
-        if (mine := rows.pop("srft_kernels", None)) is None:
+        if (mine := rows.pop(OURS.name, None)) is None:
             continue
         best = min(rows.values(), key=lambda row: row["stats"]["median"], default=None)
         times = mine["extra_info"].get("ratio_to_products")
         peer = (f"{1e3 * best['stats']['median']:.2f}", best["extra_info"]["provider"]) if best else ("–", "–")
         ratio = f"{times:.2f}" if times else "–"
-        lines.append(f"{case:<66} {1e3 * mine['stats']['median']:>9.2f} {ratio:>10} {peer[0]:>10}  {peer[1]}")
+        noisy = " (noisy)" if mine["extra_info"].get("noisy") or (best and best["extra_info"].get("noisy")) else ""
+        lines.append(f"{case:<66} {1e3 * mine['stats']['median']:>9.2f} {ratio:>10} {peer[0]:>10}  {peer[1]}{noisy}")
     for shown in result.get("profiles", []):
         lines += ["", f"profile of {shown['case']}" + (f": {shown['problem']}" if "problem" in shown else "")]
         lines += [f"  {k['milliseconds']:9.2f} ms {k['share']:5.0%} {k['calls']:4}× {k['name'][:80]}"
                   for k in shown["kernels"][:6]]  # fmt: skip
-    lines += ["", *(f"{name}: {tests['summary']}" for name, tests in result.get("tests", {}).items())]
-    if "problem" in result:
-        lines += ["", f"the bench left no JSON: {result['problem']}"]
-    absent = dict.fromkeys((row["provider"], row["status"], row["reason"]) for row in result["untimed"])
-    skipped = [row["case"] for row in result["untimed"] if row["status"] == "skipped"]
-    lines += [f"not measured: {who}: {status}: {why}" for who, status, why in absent if status != "skipped"]
-    lines += [f"skipped: {case}" for case in dict.fromkeys(skipped)]
+    lines.append("")
+    for name, tests in result.get("tests", {}).items():
+        lines += [f"{name}: {tests['summary']}", *(f"  {failure}" for failure in tests["failures"][:10])]
+    lines += [f"the bench: {problem}" for problem in result.get("problems", [])]
+    found = problems(result)
+    if found:
+        lines += ["", "wrong or failed:"]
+        lines += [f"  {row['status'].upper()} {row['provider']}, {row['case']}: {row['reason']}"[:300] for row in found]
+    absent = dict.fromkeys((r["provider"], r["reason"]) for r in result["untimed"] if r["status"] == "unavailable")
+    skipped = dict.fromkeys(skipped_line(row) for row in result["untimed"] if row["status"] == "skipped")
+    lines += ["", *(f"not measured: {who}: {why}" for who, why in absent), *(f"skipped: {line}" for line in skipped)]
     return "\n".join(lines)
+
+
+def skipped_line(row: dict[str, Any]) -> str:
+    who = "" if row["provider"] == EVERYONE else f"{row['provider']}, "
+    return f"{who}{row['case']}: {row['reason']}"
 
 
 if __name__ == "__main__":

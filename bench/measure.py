@@ -1,11 +1,19 @@
-"""Measure a case: every provider once for error and memory, then all of them and the floor in turns for time."""
+"""Measure a case: every provider once for error and memory, then all of them and the floor in turns for time.
+
+Nothing that goes wrong here ends a session: a provider's failure is its row, and what fails before the providers' turn
+(inputs, truth) is the case's. Only a lost CUDA context does (timing.ContextLost).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,11 +22,14 @@ from . import memory, timing
 from .cases import TASKS, Case
 from .inputs import Inputs, Unavailable, make
 from .providers import OURS, Provider, bare_products
-from .truth import TOLERANCE, Truth, truth
+from .truth import Truth, truth
 
 ROUNDS = {"cuda": 12, "cpu": 7}
 MOST = {"cuda": 12.0, "cpu": 6.0}  # seconds of rounds per case
 OURS_ALONE = ("srft_kernels", "eager")
+EVERYONE = "all providers"  # stands for them in the row of a case that none of them could be measured on
+GRACE = 5.0  # seconds past the deadline in which a provider may end what it has begun
+OWN_CODE = 64 * 2**20  # bytes that a package may take from the driver for its kernels' code before they count
 
 
 @dataclass
@@ -36,83 +47,198 @@ class Row:
     seconds: list[float] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
 
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "case": str(self.case), "group": self.case.group}
+
+@dataclass
+class Limits:
+    """Seconds. What is cut short or left out because of them is told in its row.
+
+    deadline   of `time.perf_counter`, after which nothing is begun
+    each       for one provider on one case before it is timed, compilation included; also for its first three rounds
+    total      the same over all cases; what we compare (srft_kernels) always gets its turn
+    """
+
+    deadline: float = math.inf
+    each: float = math.inf
+    total: float = math.inf
+    spent: Counter[str] = field(default_factory=Counter)
+
+    def check(self, provider: str) -> None:
+        """Raise TimeUp where the provider may not begin."""
+        if time.perf_counter() > self.deadline:
+            raise timing.TimeUp("no time left")
+        if provider != OURS.name and self.spent[provider] > self.total:
+            raise timing.TimeUp(f"has had its {self.total:g} s in the cases before")
 
 
-def default_dtype(device: str) -> torch.dtype:
-    return torch.bfloat16 if device.startswith("cuda") else torch.float32
+class CaseFailed(Exception):
+    """No provider could be measured on a case: what went wrong, and where."""
 
 
-def measure(case: Case, providers: Sequence[Provider], device: str, rounds: int | None = None) -> list[Row]:
+@contextlib.contextmanager
+def stage(name: str, device: str) -> Iterator[None]:
+    """Something that every provider needs. Raises CaseFailed for whatever goes wrong in it, but Unavailable."""
+    try:
+        yield
+    except Unavailable:
+        raise
+    except Exception as error:
+        timing.check_context(device, f"{EVERYONE}, {name}", error)
+        raise CaseFailed(f"{name}: {timing.told(error)}") from None
+
+
+@contextlib.contextmanager
+def attempt(row: Row, device: str, limits: Limits) -> Iterator[None]:
+    """A provider's turn: what goes wrong becomes the status of its row. Raises ContextLost."""
+    started = time.perf_counter()
+    try:
+        with timing.limit(min(limits.each, max(0.0, limits.deadline - started) + GRACE)):
+            yield
+    except Unavailable as error:
+        row.status, row.reason = "unavailable", str(error)
+    except timing.TimeUp as error:
+        # ours is not slow: it hangs
+        ours = row.provider == OURS.name and time.perf_counter() <= limits.deadline
+        row.status, row.reason = "failed" if ours else "skipped", str(error)
+    except Exception as error:  # a peer may fail in any way; it is told, and the others go on
+        timing.check_context(device, row.provider, error)
+        row.status, row.reason = "failed", timing.told(error)
+    finally:
+        limits.spent[row.provider] += time.perf_counter() - started
+
+
+def measure(
+    case: Case,
+    providers: Sequence[Provider],
+    device: str,
+    rounds: int | None = None,
+    limits: Limits | None = None,
+    begin: Callable[[str], None] = lambda provider: None,
+) -> list[Row]:
     """A row per provider that has to do with the case; those that cannot do the task at all are left out.
 
-    Raises Unavailable where the case's inputs are not there.
+    begin(who): told before each provider is tried. Raises Unavailable where the case's inputs are not there, CaseFailed
+    where they or the truth cannot be made, ContextLost.
     """
-    kind = "cuda" if device.startswith("cuda") else "cpu"
+    limits = limits or Limits()
     task, dtype = TASKS[case.task], default_dtype(device)
-    inputs = make(case, device, dtype)
-    reference = truth(inputs, task)
+    begin(EVERYONE)
+    with stage("inputs", device):
+        inputs = make(case, device, dtype)
+    with stage("truth in fp64", device):
+        reference = truth(inputs, task)
+    release(device)
     rows: dict[str, Row] = {}
     calls: dict[str, Callable[[Inputs], Any]] = {}
     for provider in providers:
         if case.ours and provider.name not in OURS_ALONE:
             continue
         row = Row(case, provider.name, "ok")
-        try:
+        begin(provider.name)
+        call = None
+        with attempt(row, device, limits):
+            limits.check(provider.name)
+            outside = memory.outside_bytes(device)
             call = provider.load(device).call(case.task)
-            if call is None:
-                continue
-            examine(row, call, inputs, reference, dtype, device)
-        except Unavailable as error:
-            row.status, row.reason = "unavailable", str(error)
-        except Exception as error:  # a peer may fail in any way; it is told, and the others go on
-            row.status, row.reason = "failed", f"{type(error).__name__}: {str(error).strip()[:300]}"
-        rows[provider.name] = row
-        if row.status == "ok":
+            if call is not None:
+                examine(row, call, inputs, reference, dtype, device, outside, limits)
+        if call is not None or row.status != "ok":
+            rows[provider.name] = row
+        if call is not None and row.status == "ok":
             calls[provider.name] = call
         release(device)
     del reference
-    timed = {"bare products": bare_products(inputs, task), **calls}
-    timed["bare products"](inputs)
-    copies = timing.rotation(inputs, device)
-    others = timing.Others()
-    times = timing.take_turns(timed, copies, device, rounds or ROUNDS[kind], MOST[kind])
-    floor = times.pop("bare products")
-    busy = others.share()
-    for name, measured in times.items():
-        middle, spread = timing.ratio(measured, floor)
-        rows[name].seconds = measured
-        rows[name].extra |= {
-            "ratio_to_products": middle,
-            "spread": spread,
-            "others": busy,
-            "noisy": spread > timing.NOISE[kind] or (kind == "cpu" and busy > timing.BUSY),
-            "tflops": case.flops / statistics.median(measured) / 1e12,
-            "products_seconds": statistics.median(floor),
-        }
+    begin(EVERYONE)
+    time_all(case, rows, calls, inputs, device, rounds)
     release(device)
     return list(rows.values())
 
 
-def examine(
-    row: Row, call: Callable[[Inputs], Any], inputs: Inputs, reference: Truth, dtype: torch.dtype, device: str
+def time_all(
+    case: Case,
+    rows: dict[str, Row],
+    calls: dict[str, Callable[[Inputs], Any]],
+    inputs: Inputs,
+    device: str,
+    rounds: int | None,
 ) -> None:
-    """Error against fp64, and the peak of a second call, above inputs and returned gradients."""
+    """Add to the rows what comes of taking turns with each other and with the bare products."""
+    if not calls:
+        return
+    kind, task, products = kind_of(device), TASKS[case.task], "bare products"
+    with stage("bare matrix products", device):
+        floor = bare_products(inputs, task)
+        floor(inputs)
+    with stage("copies of the inputs", device):
+        copies = timing.rotation(inputs, device)
+    others = timing.Others()
+    times, failed = timing.take_turns({products: floor, **calls}, copies, device, rounds or ROUNDS[kind], MOST[kind])
+    busy = others.share()
+    if products in failed:
+        raise CaseFailed(f"bare matrix products: {failed[products]}")
+    for name, reason in failed.items():
+        rows[name].status, rows[name].reason = "failed", f"while it was timed: {reason}"
+    floor_times = times.pop(products)
+    for name, measured in times.items():
+        middle, spread = timing.ratio(measured, floor_times)
+        rows[name].seconds = measured
+        rows[name].extra |= {
+            "ratio_to_products": middle,
+            "tflops": case.flops / statistics.median(measured) / 1e12,
+            "products_seconds": statistics.median(floor_times),
+        } | timing.noise(spread, busy, device)
+    if kind == "cuda" and not case.ours and OURS.name in times:
+        hot, hot_floor = (timing.hot_seconds(call, inputs, device) for call in (calls[OURS.name], floor))
+        rows[OURS.name].extra |= {"hot_seconds": hot, "hot_products_seconds": hot_floor}
+
+
+def examine(
+    row: Row,
+    call: Callable[[Inputs], Any],
+    inputs: Inputs,
+    reference: Truth,
+    dtype: torch.dtype,
+    device: str,
+    outside: int,
+    limits: Limits,
+) -> None:
+    """Error against fp64, and the peak of a second call, above inputs and returned gradients.
+
+    outside: what `memory.outside_bytes` was before the provider was loaded.
+    """
     results = call(inputs)  # compiles, tunes, warms up
     errors = reference.errors(results)
-    worst, tolerance = max(errors.values(), default=float("inf")), TOLERANCE[dtype]
+    worst = max(errors.values(), default=math.inf)
     kept = sum(t.numel() * t.element_size() for name in ("dx", "dW") if (t := results.get(name)) is not None)
-    row.extra |= description(row.case, dtype) | {"error": worst, "errors": errors, "tolerance": tolerance}
-    if not worst <= tolerance:
-        where = ", ".join(f"{name} {error:.2g}" for name, error in errors.items() if not error <= tolerance)
-        row.status, row.reason = "wrong", f"error {where or 'unknown: no result'} (allowed {tolerance:g})"
+    row.extra |= description(row.case, dtype) | {"error": worst, "errors": errors, "allowed": reference.allowed}
+    if reference.unchecked:
+        row.extra["unchecked"] = reference.unchecked
+    if wrong := reference.verdict(errors):
+        row.status, row.reason = "wrong", wrong
         return
     del results
     release(device)
+    OUTSIDE[row.provider] += memory.outside_bytes(device) - outside
     held: list[Any] = []
+    started = time.perf_counter()
     peak = memory.peak_bytes(lambda: held.append(call(inputs)), device)
-    row.extra |= {"peak_bytes": max(0, peak - kept), "returned_bytes": kept}
+    took = time.perf_counter() - started
+    row.extra |= peaks(peak - kept, OUTSIDE[row.provider], device) | {"returned_bytes": kept}
+    if 3 * took > limits.each:
+        row.status, row.reason = "skipped", f"a call takes {took:.1f} s: three rounds would be past {limits.each:g} s"
+
+
+# Bytes that each provider has taken from the driver, around torch's allocator, and kept. Buffers that a package makes
+# once (a symmetric heap, say) are there before the call whose peak is taken, and in every case after the first.
+OUTSIDE: Counter[str] = Counter()
+
+
+def peaks(peak: int, outside: int, device: str) -> dict[str, Any]:
+    """peak_bytes of a call and where the figure is from; `outside`: bytes kept around the allocator since before it."""
+    if kind_of(device) == "cpu":
+        return {"peak_bytes": max(0, peak), "peak_from": "process"}
+    if outside <= OWN_CODE:
+        return {"peak_bytes": max(0, peak), "peak_from": "allocator", "outside_bytes": outside}
+    return {"peak_bytes": max(0, peak) + outside, "peak_from": "allocator and driver", "outside_bytes": outside}
 
 
 def description(case: Case, dtype: torch.dtype) -> dict[str, Any]:
@@ -132,9 +258,18 @@ def description(case: Case, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def default_dtype(device: str) -> torch.dtype:
+    return torch.bfloat16 if kind_of(device) == "cuda" else torch.float32
+
+
+def kind_of(device: str) -> str:
+    return "cuda" if device.startswith("cuda") else "cpu"
+
+
 def release(device: str) -> None:
+    """Let go of what nobody holds any more. After a failure, once its exception has been dropped."""
     gc.collect()
-    if device.startswith("cuda"):
+    if kind_of(device) == "cuda":
         torch.cuda.empty_cache()
 
 

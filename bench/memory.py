@@ -2,7 +2,8 @@
 
     python -m bench.memory           the SRFT loss with all gradients, N=2048 H=576 V=49152, and eager cross-entropy
 
-On CUDA the peak of the allocator; on CPU the resident size of the process, sampled every millisecond meanwhile.
+On CUDA the peak of torch's allocator, and on top what the call took from the driver around it; on CPU the resident size
+of the process. Both of the latter are read every millisecond meanwhile.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -24,24 +25,29 @@ from .peers import eager
 from .providers import ours
 
 PAGE = 4096
+M_MMAP_THRESHOLD, SMALL, LARGE = -3, 128 * 2**10, 32 * 2**20  # glibc's parameter, its first value, its last
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -> int:
-    """The most memory that the process (CUDA: the allocator) held during `call`, above what it held before."""
+    """The most memory that the process (CUDA: the device for it) held during `call`, above what it held before."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    return_free_memory()
-    before, peak, done = resident_bytes(), 0, threading.Event()
+        outside = highest(lambda: outside_bytes(device), lambda: (call(), torch.cuda.synchronize()))
+        return torch.cuda.max_memory_allocated() - before + outside
+    with every_block_on_its_own():
+        return highest(resident_bytes, call)
+
+
+def highest(read: Callable[[], int], call: Callable[[], object]) -> int:
+    """The largest value that `read` had during `call`, above the one before it."""
+    before, most, done = read(), 0, threading.Event()
 
     def watch() -> None:
-        nonlocal peak
+        nonlocal most
         while not done.is_set():
-            peak = max(peak, resident_bytes())
+            most = max(most, read())
             time.sleep(0.001)
 
     watcher = threading.Thread(target=watch)
@@ -51,13 +57,40 @@ def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -
     finally:
         done.set()
         watcher.join()
-    return max(peak, resident_bytes()) - before
+    return max(0, max(most, read()) - before)
 
 
-def return_free_memory() -> None:
-    """Give freed heap back to the system: a call that fills it again would seem to take nothing."""
-    with contextlib.suppress(AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
+def outside_bytes(device: torch.device | str) -> int:
+    """Device memory that torch's allocator knows nothing of: contexts, code, and what packages asked the driver for.
+
+    0 on a CPU. Other processes on the device count too, so only differences mean anything, and only where it is ours.
+    """
+    if torch.device(device).type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
+
+
+@contextlib.contextmanager
+def every_block_on_its_own() -> Iterator[None]:
+    """Have glibc map every block above 128 KiB by itself, and so give it back when it is freed.
+
+    Left alone, glibc raises that threshold to the largest block freed so far (up to 32 MiB) and keeps smaller ones:
+    what the process seems to take then depends on what ran before. Afterwards the threshold stays at the 32 MiB that a
+    program with large tensors gets to. Memory freed before goes back to the system first: a call that fills it again
+    would seem to take nothing.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, SMALL)
+        libc.malloc_trim(0)
+    except AttributeError:  # not glibc
+        yield
+        return
+    try:
+        yield
+    finally:
+        libc.mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def resident_bytes() -> int:

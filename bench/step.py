@@ -1,27 +1,31 @@
-"""A whole SRFT training step, `srft.trainer.Trainer.step`: rollouts, scoring, packing, loss, backward, update.
+"""A whole SRFT training step, `srft.trainer.Trainer.step`: scoring, packing, backbone, loss, backward, update.
 
 With the fused loss and with full logits, on a Llama with random weights: tiny on a CPU, of the size of Qwen2.5-0.5B on
-a GPU. Both see the same prompts; each samples from its own weights.
+a GPU. Rollouts are sampled once and replayed, so every provider and every round learns from the same tokens, and how
+long they took is told apart. Needs torch and transformers, and nothing that only the command line of srft needs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import srft_kernels as sk
+from srft_kernels.functional import LossOutput
 
-from . import timing
+from . import memory, timing
 from .cases import Case, Shape
-from .inputs import Unavailable
-from .measure import MOST, Row, default_dtype, release
+from .inputs import Unavailable, make
+from .measure import EVERYONE, Limits, Row, attempt, default_dtype, kind_of, release, stage, time_all
 from .truth import TOLERANCE
 
-LOSSES = {"srft_kernels": sk.linear_loss, "full logits": sk.reference.linear_loss}
 MODELS = {
     "cpu": {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 32768},
     "cuda": {
@@ -32,49 +36,65 @@ MODELS = {
         "num_attention_heads": 14,
     },
 }
-STEPS = {
-    "cpu": "--train.prompts_per_step=4 --rollout.per_prompt=2 --rollout.max_new_tokens=16 --train.token_budget=1024",
-    "cuda": "--train.prompts_per_step=8 --rollout.per_prompt=8 --rollout.max_new_tokens=128 --train.token_budget=16384",
-}
+PROMPTS = {"cpu": 4, "cuda": 8}  # per step
+ROLLOUTS = {"cpu": 2, "cuda": 8}  # of each prompt
+NEW_TOKENS = {"cpu": 16, "cuda": 128}
+BUDGET = {"cpu": 1024, "cuda": 16384}  # tokens per microbatch
+EXACT_BUDGET = 1024  # the same for the truth: fp64 logits of a whole step would take 60 GB, and cutting changes nothing
 ROUNDS = 5
+
+
+def full_logits(input: Tensor, linear_weight: Tensor, target: Tensor, objective: Any, **options: Any) -> LossOutput:
+    """The loss as one writes it: all logits, `.float()`, autograd. No target of a trainer is ignored."""
+    head = {key: options.pop(key) for key in ("linear_bias", "temperature", "softcap", "vocab_size")}
+    token_weight = options.pop("token_weight")
+    z = sk.reference.logits(input, linear_weight, **head)
+    stats = sk.reference.token_stats(z if z.dtype == torch.float64 else z.float(), target)
+    tokens = sk.Tokens(target, **options)
+    loss = (objective(stats, tokens) * token_weight).sum()
+    return LossOutput.of(loss, stats, tokens, objective, lambda field: field)
+
+
+LOSSES: dict[str, Callable[..., LossOutput]] = {"srft_kernels": sk.linear_loss, "full logits": full_logits}
 
 
 def step_case(device: str) -> Case:
     model = MODELS[kind_of(device)]
     shape = Shape(0, model["hidden_size"], model["vocab_size"])  # as many tokens as the rollouts happen to have
-    return Case("training step", "srft", shape, "rollouts")
-
-
-def kind_of(device: str) -> str:
-    return "cuda" if device.startswith("cuda") else "cpu"
+    note = "rollouts not included; × products: of the head alone; TFLOP/s: 6 × (backbone + head) × tokens, no attention"
+    return Case("training step", "srft", shape, "rollouts", note=note)
 
 
 class Recorded:
-    """An engine that answers with completions sampled before, so that two trainers learn from the same ones."""
+    """An engine that samples once per seed and answers with that from then on. `seconds`: what sampling took."""
 
-    def __init__(self, engine: Any):
-        self.engine, self.memory = engine, {}
+    def __init__(self, engine: Any, device: str):
+        self.engine, self.device, self.memory, self.seconds = engine, device, {}, 0.0
 
     def generate(self, prompts: list[list[int]], samples: int, **options: Any) -> list:
+        def sample() -> None:
+            self.memory[key] = self.engine.generate(prompts, samples, **options)
+
         key = options["seed"]
         if key not in self.memory:
-            self.memory[key] = self.engine.generate(prompts, samples, **options)
+            sample()  # compiles, warms up; the second time gives the same
+            self.seconds = timing.seconds(sample, self.device)
         return self.memory[key]
 
 
 def trainers(device: str) -> tuple[Callable[..., Any], Any]:
-    """(what makes a trainer from model, loss function and engine; the model as all of them start)."""
-    try:
-        from srft.config import DataConfig, load
-        from srft.data import Example
-        from srft.model import LoadedModel
-        from srft.prompts import build_prompter
-        from srft.rewards import Scorer
-        from srft.trainer import Trainer
-        from tests.srft.conftest import byte_tokenizer, tiny_model
-    except ImportError as error:
-        raise Unavailable(f"the training loop needs {error.name}, which is not installed") from error
-    config = load(None, ["--train.lr=1e-5", *STEPS[kind_of(device)].split()])
+    """(what makes a trainer from model, loss function, engine and token budget; the model as all of them start)."""
+    from srft.config import Config, DataConfig, RolloutConfig, TrainConfig
+    from srft.data import Example
+    from srft.model import LoadedModel
+    from srft.prompts import build_prompter
+    from srft.rewards import Scorer
+    from srft.rollout import build_engine
+    from srft.trainer import Trainer
+    from tests.srft.conftest import byte_tokenizer, tiny_model
+
+    kind = kind_of(device)
+    rollout = RolloutConfig(per_prompt=ROLLOUTS[kind], max_new_tokens=NEW_TOKENS[kind])
     questions = [f"{a} + {b}" for a in range(2, 10) for b in range(3, 7)]
     examples = [
         Example([{"role": "user", "content": q}], f"{q} = {eval(q)}\n#### {eval(q)}", str(eval(q)), "sums")
@@ -84,62 +104,104 @@ def trainers(device: str) -> tuple[Callable[..., Any], Any]:
     def reward(prompts: list, completions: list[str], **columns: Any) -> list[float]:
         return [len(text) % 3 / 2 for text in completions]  # something that differs between completions
 
-    def make(model: Any, loss_function: Callable, engine: Any = None) -> Trainer:
+    def trainer(model: Any, loss_function: Callable, engine: Any = None, budget: int = BUDGET[kind]) -> Trainer:
+        config = Config(
+            rollout=rollout, train=TrainConfig(lr=1e-5, prompts_per_step=PROMPTS[kind], token_budget=budget)
+        )
         loaded = LoadedModel(model, byte_tokenizer(), torch.device(device), model.dtype, {0}, 0)
         prompter = build_prompter(loaded.tokenizer, DataConfig(system_prompt=""))
-        return Trainer(
-            config, loaded, prompter, Scorer("bench", reward), examples, engine=engine, loss_function=loss_function
-        )
+        engine = engine or Recorded(build_engine(rollout.engine, loaded, rollout.batch_size), device)
+        scorer = Scorer("bench", reward)
+        return Trainer(config, loaded, prompter, scorer, examples, engine=engine, loss_function=loss_function)
 
-    model = tiny_model(**MODELS[kind_of(device)]).to(device, default_dtype(device)).train()
-    return make, model
+    model = tiny_model(**MODELS[kind]).to(device, default_dtype(device)).train()
+    return trainer, model
 
 
-def measure_step(device: str, rounds: int | None = None) -> list[Row]:
-    case = step_case(device)
-    make, model = trainers(device)
-    dtype = default_dtype(device)
-    recorded = Recorded(make(copy.deepcopy(model), sk.linear_loss).engine)
-    exact = make(copy.deepcopy(model).double(), sk.reference.linear_loss, recorded).step(1)[0]
-    rows, made = {}, {}
-    for name, loss_function in LOSSES.items():
-        line = make(copy.deepcopy(model), loss_function, recorded).step(1)[0]
-        errors = {key: abs(line[key] - exact[key]) / abs(exact[key]) for key in ("loss", "grad_norm")}
-        worst = max(errors.values())
-        row = rows[name] = Row(case, name, "ok" if worst <= TOLERANCE[dtype] else "wrong")
-        row.extra = {
-            "case": str(case),
-            "task": "srft",
-            "inputs": case.inputs,
-            "hidden": case.shape.hidden,
-            "vocab": case.shape.vocab,
-            "dtype": str(dtype).removeprefix("torch."),
-            "error": worst,
-            "errors": errors,
-            "tolerance": TOLERANCE[dtype],
-            "tokens": line["demo_tokens"] + line["rollout_tokens"],
-            "note": "tokens of the first step; no floor of matrix products: the backbone and sampling dominate",
-        }
-        if row.status == "wrong":
-            row.reason = f"error {worst:.2g} (allowed {TOLERANCE[dtype]:g})"
-        else:
-            made[name] = make(copy.deepcopy(model), loss_function)
+@contextlib.contextmanager
+def packages() -> Iterator[None]:
+    """What the training loop misses, it names in an ImportError or a UserError: Unavailable."""
+    try:
+        from srft.errors import UserError
+    except ImportError as error:
+        raise Unavailable(f"the training loop: {error}") from error
+    try:
+        yield
+    except (ImportError, UserError) as error:
+        raise Unavailable(f"the training loop: {error}") from error
+
+
+def measure_step(
+    device: str,
+    rounds: int | None = None,
+    limits: Limits | None = None,
+    begin: Callable[[str], None] = lambda provider: None,
+    losses: dict[str, Callable[..., LossOutput]] = LOSSES,
+) -> list[Row]:
+    """A row per loss function, as `measure.measure`. Raises Unavailable, CaseFailed, ContextLost."""
+    case, dtype, limits = step_case(device), default_dtype(device), limits or Limits()
+    begin(EVERYONE)
+    with stage("model and rollouts", device), packages():
+        trainer, model = trainers(device)
+        sampling = trainer(copy.deepcopy(model), sk.linear_loss)
+        recorded = sampling.engine
+        first = sampling.step(1)[0]
+        del sampling
+    with stage("truth in fp64", device), packages():
+        exact = trainer(copy.deepcopy(model).double(), full_logits, recorded, EXACT_BUDGET).step(1)[0]
+    release(device)
+    tokens = int(first["demo_tokens"] + first["rollout_tokens"])
+    head = model.get_output_embeddings().weight.numel()
+    backbone = sum(p.numel() for p in model.parameters()) - head
+    flops = 6 * (backbone * first["padded_tokens"] + head * tokens)
+    rows: dict[str, Row] = {}
+    calls: dict[str, Callable[..., Any]] = {}
+    for name, loss_function in losses.items():
+        row = rows[name] = Row(case, name, "ok")
+        begin(name)
+        with attempt(row, device, limits):
+            limits.check(name)
+            made = trainer(copy.deepcopy(model), loss_function, recorded)
+            examine(row, made, exact, tokens, dtype, device)
+            calls[name] = lambda _, made=made: made.step(1)
+        made = None
+        if row.status != "ok":
+            calls.pop(name, None)
         release(device)
-    lines: dict[str, list[dict]] = {name: [] for name in made}
-    number = dict.fromkeys(made, 0)
-
-    def step(name: str) -> None:
-        number[name] += 1
-        lines[name].append(made[name].step(number[name])[0])
-
-    for name in made:
-        step(name)  # warm up
-    calls = {name: lambda _, name=name: step(name) for name in made}
-    times = timing.take_turns(calls, [None], device, rounds or ROUNDS, MOST[kind_of(device)])
-    for name, measured in times.items():
-        rows[name].seconds = measured
-        _, spread = timing.ratio(measured, [statistics.median(measured)] * len(measured))
-        of_step = {key: statistics.median(line[key] for line in lines[name][1:])
-                   for key in ("seconds_rollout", "seconds_train", "tokens_per_second")}  # fmt: skip
-        rows[name].extra |= of_step | {"spread": spread, "noisy": spread > timing.NOISE[kind_of(device)]}
+    begin(EVERYONE)
+    counted = replace(case, shape=Shape(tokens, case.shape.hidden, case.shape.vocab), inputs="random", ours=True)
+    inputs = make(counted, device, dtype)
+    time_all(counted, rows, calls, inputs, device, rounds or ROUNDS)
+    for row in rows.values():
+        if row.seconds:
+            middle = statistics.median(row.seconds)
+            row.extra |= {
+                "tflops": flops / middle / 1e12,
+                "tokens_per_second": tokens / middle,
+                "seconds_rollout": recorded.seconds,
+            }
     return list(rows.values())
+
+
+def examine(row: Row, trainer: Any, exact: dict, tokens: int, dtype: torch.dtype, device: str) -> None:
+    """Loss and gradient norm of the first step against fp64; the peak of the second above weights and optimizer."""
+    line = trainer.step(1)[0]
+    errors = {key: abs(line[key] - exact[key]) / abs(exact[key]) for key in ("loss", "grad_norm")}
+    row.extra = {
+        "case": str(row.case),
+        "task": row.case.task,
+        "inputs": row.case.inputs,
+        "tokens": tokens,
+        "hidden": row.case.shape.hidden,
+        "vocab": row.case.shape.vocab,
+        "dtype": str(dtype).removeprefix("torch."),
+        "error": max(errors.values()),
+        "errors": errors,
+        "tolerance": TOLERANCE[dtype],
+        "note": row.case.note,
+    }
+    if not row.extra["error"] <= TOLERANCE[dtype]:
+        row.status, row.reason = "wrong", f"error {row.extra['error']:.2g} (allowed {TOLERANCE[dtype]:g})"
+        return
+    peak = memory.peak_bytes(lambda: trainer.step(1), device)
+    row.extra |= {"peak_bytes": max(0, peak), "peak_from": "process" if kind_of(device) == "cpu" else "allocator"}

@@ -1,25 +1,42 @@
 """Time and noise. Providers of a case and its floor take turns: what else the machine does hits them alike.
 
-On CUDA the clock is a pair of events around the call with the stream drained before, on CPU `perf_counter`. Inputs
-rotate among copies that together pass the L2 cache twice.
+On CUDA the clock is a pair of events around the call with the stream drained before, on CPU `perf_counter`. Every call
+gets the next of some copies of the inputs, which together pass the L2 cache twice.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import os
+import signal
 import statistics
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import torch
 
 from .inputs import Inputs
 
-BUSY = 0.1  # of the processors' time in other processes: every round may be slow alike
+BUSY = 0.1  # of the processors' time taken by others: every round may be slow alike
+LOST = 17  # exit status of a process that ends because of ContextLost
 NOISE = {"cuda": 0.05, "cpu": 0.15}  # what two runs may differ by in a ratio to the floor
+
+
+class TimeUp(BaseException):
+    """`limit` ran out. Not an Exception: what is interrupted must not take it for an error of its own and go on."""
+
+
+class ContextLost(Exception):
+    """The CUDA context answers nothing but errors any more (an illegal access, say): only a new process helps."""
+
+    def __init__(self, provider: str, reason: str):
+        super().__init__(f"{provider}: {reason}")
+        self.provider, self.reason = provider, reason
 
 
 def seconds(call: Callable[[], object], device: str) -> float:
@@ -37,18 +54,23 @@ def seconds(call: Callable[[], object], device: str) -> float:
 
 
 def rotation(inputs: Inputs, device: str) -> list[Inputs]:
-    """Copies that no cache holds together; one where a single input is already past the L2, or on a CPU."""
+    """The inputs and copies of them: between two calls on one of these, the others have filled the L2 twice."""
     if not device.startswith("cuda"):
         return [inputs]
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return [inputs] + [inputs.copy() for _ in range(-(-2 * cache // inputs.bytes))]
+    return [inputs] + [inputs.copy() for _ in range(max(1, -(-2 * cache // inputs.bytes)))]
 
 
 def take_turns(
     calls: dict[str, Callable[[Inputs], object]], inputs: Sequence[Inputs], device: str, rounds: int, most: float
-) -> dict[str, list[float]]:
-    """Seconds of each call in each round, forwards and backwards in turn; fewer rounds (3 at least) past `most` s."""
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """(seconds of each call in each round, what the calls that failed said: they have no seconds).
+
+    Turns go forwards and backwards; fewer rounds (3 at least) past `most` seconds. Raises ContextLost.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
+    failed: dict[str, str] = {}
+    given = cycle(inputs)
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -57,27 +79,88 @@ def take_turns(
         for turn in range(rounds):
             if turn >= 3 and time.perf_counter() - started > most:
                 break
-            for name in list(calls)[:: 1 if turn % 2 == 0 else -1]:
-                given = inputs[turn % len(inputs)]
-                times[name].append(seconds(lambda call=calls[name], given=given: call(given), device))
+            for name in list(times)[:: 1 if turn % 2 == 0 else -1]:
+                now = next(given)
+                try:
+                    times[name].append(seconds(lambda call=calls[name], now=now: call(now), device))
+                except Exception as error:
+                    check_context(device, name, error)
+                    failed[name] = told(error)
+                    del times[name]
     finally:
         if enabled:
             gc.enable()
-    return times
+    return times, failed
+
+
+def hot_seconds(call: Callable[[Inputs], object], inputs: Inputs, device: str, rounds: int = 5) -> float:
+    """Median seconds of a call right after the same call on the same inputs: the L2 has what it can have of them."""
+    call(inputs)
+    return statistics.median(seconds(lambda: call(inputs), device) for _ in range(rounds))
+
+
+def told(error: BaseException) -> str:
+    """An error in the words of a table: its type and the beginning of its message."""
+    return f"{type(error).__name__}: {str(error).strip()[:300]}"
+
+
+def check_context(device: str, provider: str, error: Exception) -> None:
+    """Raise ContextLost where the error left CUDA unusable."""
+    if device.startswith("cuda"):
+        try:
+            torch.cuda.synchronize()
+        except Exception:
+            raise ContextLost(provider, told(error)) from error
+
+
+@contextlib.contextmanager
+def limit(seconds: float) -> Iterator[None]:
+    """Raise TimeUp in the body after so many seconds, as soon as Python runs again. In the main thread only."""
+    if math.isinf(seconds) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeUp(f"more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def ratio(times: Sequence[float], floor: Sequence[float]) -> tuple[float, float]:
-    """(median of the rounds' ratios to the floor, their interquartile range over it)."""
+    """(median of the rounds' ratios to the floor, how far it can be trusted: the larger of two measures over it).
+
+    The spread of the rounds: between quartiles, and from end to end where there are fewer than five. The drift: between
+    the medians of the first and the second half, which a slow change of the machine moves and quartiles may not show.
+    """
     ratios = [t / f for t, f in zip(times, floor)]
     middle = statistics.median(ratios)
     if len(ratios) < 2:
-        return middle, float("inf")
-    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return middle, (high - low) / middle
+        return middle, math.inf
+    if len(ratios) < 5:
+        spread = max(ratios) - min(ratios)
+    else:
+        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        spread = high - low
+    half = len(ratios) // 2
+    drift = abs(statistics.median(ratios[:half]) - statistics.median(ratios[-half:]))
+    return middle, max(spread, drift) / middle
+
+
+def noise(spread: float, others: float, device: str) -> dict[str, float | bool]:
+    """What a row says of its noise; `others`: the share of the processors' time that was not ours."""
+    kind = "cuda" if device.startswith("cuda") else "cpu"
+    return {"spread": spread, "others": others, "noisy": spread > NOISE[kind] or (kind == "cpu" and others > BUSY)}
 
 
 class Others:
-    """How much of the processors' time other processes took since this was made: 0 to 1, and 0 where nobody knows."""
+    """The processors' time that was not for us since this was made: other processes, and what the host of a virtual
+    machine gave to others (steal). 0 to 1, and 0 where nobody knows."""
 
     def __init__(self) -> None:
         self.start = self._now()
@@ -87,8 +170,8 @@ class Others:
         own = os.times()
         with contextlib.suppress(OSError):
             of_all = Path("/proc/stat").read_text().splitlines()[0]
-            user, nice, system, _, _, *interrupts = map(int, of_all.split()[1:8])
-            busy = (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+            user, nice, system, _, _, *interrupts_and_steal = map(int, of_all.split()[1:9])
+            busy = (user + nice + system + sum(interrupts_and_steal)) / os.sysconf("SC_CLK_TCK")
             return busy, own.user + own.system + own.children_user + own.children_system, own.elapsed
         return 0.0, 0.0, own.elapsed
 

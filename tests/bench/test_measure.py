@@ -1,15 +1,10 @@
 """A small case from inputs to rows: errors, wrong and absent providers, noise."""
 
-import os
-import subprocess
-import sys
-import time
 from dataclasses import replace
 
 import pytest
 import torch
 
-from bench import timing
 from bench.cases import TASKS, Case, Shape, cases
 from bench.inputs import ENTROPY, Unavailable, make
 from bench.measure import Row, everyone, measure
@@ -49,9 +44,9 @@ def rows() -> dict[str, Row]:
 def test_ours_is_right_and_carries_its_evidence(rows):
     row = rows["srft_kernels"]
     assert row.status == "ok" and len(row.seconds) == 3
-    assert row.extra["error"] < 1e-4 and set(row.extra["errors"]) == {"loss", "logprobs", "entropy", "dx", "dW"}
+    assert row.extra["error"] < 1e-4 and set(row.extra["errors"]) >= {"loss", "logprobs", "entropy", "dx", "dW"}
     assert row.extra["returned_bytes"] == 4 * (128 * 32 + 512 * 32)
-    assert {"tflops", "ratio_to_products", "peak_bytes", "spread", "noisy"} <= set(row.extra)
+    assert {"tflops", "ratio_to_products", "peak_bytes", "peak_from", "spread", "noisy"} <= set(row.extra)
 
 
 def test_a_wrong_provider_is_wrong_and_not_fast(rows):
@@ -81,7 +76,7 @@ def test_truth_is_autograd_in_fp64():
     inputs = make(SMALL, "cpu", torch.float64)
     for task in ("srft", "two pass"):
         found = truth(inputs, TASKS[task]).errors(Abilities(statistics=statistics).call(task)(inputs))
-        assert set(found) == {"loss", "logprobs", "entropy", "dx", "dW"}
+        assert set(found) >= {"loss", "logprobs", "entropy", "dx", "dW"}
         assert max(found.values()) < 1e-6  # objectives are given fp32 statistics
 
 
@@ -110,27 +105,6 @@ def test_every_group_is_there_for_every_device():
               "peak memory", "1 M tokens"}  # fmt: skip
     for device in ("cpu", "cuda"):
         made = cases(device)
-        assert {case.group for case in made} == groups and len(set(made)) == len(made)
+        assert {case.group for case in made} == groups and len(set(map(str, made))) == len(made)
     assert any(case.shape.tokens == 2**20 for case in cases("cuda"))
     assert all("scaled down" in case.note for case in cases("cpu") if case.group == "1 M tokens")
-
-
-def test_noise_is_the_spread_of_ratios():
-    assert timing.ratio([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == (2.0, 0.0)  # the machine slowed down for both
-    assert timing.ratio([2.0, 2.0, 8.0, 8.0], [1.0] * 4)[1] > 0.5
-
-
-def test_other_processes_are_noticed():
-    others = timing.Others()
-    burn = "import time; end = time.time() + 0.6\nwhile time.time() < end: pass"
-    child = subprocess.Popen([sys.executable, "-c", burn])
-    time.sleep(0.5)  # its time counts as ours only once it has been waited for
-    assert not os.path.exists("/proc/stat") or others.share() > 0.5 / os.cpu_count() * 0.5
-    child.wait()
-
-
-def test_calls_take_turns():
-    order = []
-    calls = {name: lambda _, name=name: order.append(name) for name in "ab"}
-    times = timing.take_turns(calls, [None], "cpu", rounds=2, most=10)
-    assert order == list("abba") and [len(t) for t in times.values()] == [2, 2]
