@@ -47,6 +47,11 @@ class Inputs:
     def copy(self) -> Inputs:
         return replace(self, input=self.input.clone(), weight=self.weight.clone())
 
+    def of(self, tokens: Tensor) -> Inputs:
+        """These tokens (n,) alone."""
+        columns = {name: column[tokens] for name, column in self.columns.items()}
+        return replace(self, input=self.input[tokens], target=self.target[tokens], columns=columns)
+
     @property
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.input, self.weight))

@@ -6,6 +6,7 @@ own for some tasks, or both.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -94,29 +95,48 @@ OURS = Provider("srft_kernels", ours)
 def bare_products(inputs: Inputs, task: Task) -> Callable[[Inputs], None]:
     """The floor: the task's matrix products on the live tokens and nothing else, in the inputs' type.
 
-    In chunks only where the logits would not fit: 2³¹ numbers on a GPU, 512 rows on a CPU. Operands are the case's own,
-    since products of zeros run faster. dW accumulates in the inputs' type when there is more than one chunk.
+    In chunks only where the logits would not fit; on a CPU also where that is faster, which is tried here once. The
+    operands are the case's own, since products of zeros run faster. dW accumulates in the inputs' type when there is
+    more than one chunk.
     """
-    vocab = len(inputs.weight)
-    cuda = inputs.input.is_cuda
     live = inputs.live.nonzero()[:, 0]
-    rows = min(len(live), max(1, 2**31 // vocab) if cuda else 512)
-    logits = inputs.input.new_empty(rows, vocab)
+    dx = torch.empty_like(inputs.input[live]) if task.products >= 2 else None
+    dw = torch.empty_like(inputs.weight) if task.products >= 3 else None
 
     @torch.no_grad()
-    def run(inputs: Inputs) -> None:
+    def run(inputs: Inputs, logits: Tensor) -> None:
         x, w = inputs.input.detach(), inputs.weight.detach()
-        x = x if len(live) == len(x) else x[live]
-        dx, dw = torch.empty_like(x), torch.empty_like(w) if task.products >= 3 else None
+        x, rows = x if len(live) == len(x) else x[live], len(logits)
         for start in range(0, len(x), rows):
             chunk = x[start : start + rows]
             z = logits[: len(chunk)]
             torch.mm(chunk, w.t(), out=z)
             if task.products == 4:
                 torch.mm(chunk, w.t(), out=z)
-            if task.products >= 2:
+            if dx is not None:
                 torch.mm(z, w, out=dx[start : start + rows])
             if dw is not None:
                 torch.mm(z.t(), chunk, out=dw) if start == 0 else dw.addmm_(z.t(), chunk)
 
-    return run
+    def chunked(rows: int) -> Callable[[Inputs], None]:
+        logits = inputs.input.new_empty(rows, len(inputs.weight))
+        return lambda inputs: run(inputs, logits)
+
+    tried = [chunked(rows) for rows in chunkings(len(live), len(inputs.weight), inputs.input)]
+    return tried[0] if len(tried) == 1 else min(tried, key=lambda call: seconds_of(call, inputs))
+
+
+def chunkings(tokens: int, vocab: int, like: Tensor) -> list[int]:
+    """Rows per chunk worth trying: on a GPU the fewest chunks of up to 2³¹ logits, alike and of whole tiles."""
+    if like.is_cuda:
+        count = -(-tokens * vocab // 2**31)
+        return [min(tokens, -(-tokens // (256 * count)) * 256)]
+    most = max(1, 10**9 // (vocab * like.element_size()))
+    return sorted({min(tokens, most), min(tokens, most, 512)})
+
+
+def seconds_of(call: Callable[[Inputs], None], inputs: Inputs) -> float:
+    call(inputs)  # touches its memory
+    started = time.perf_counter()
+    call(inputs)
+    return time.perf_counter() - started
