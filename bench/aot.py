@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 
 import srft_kernels as sk
 from srft_kernels.rows import triton_rows
-from srft_kernels.rows.triton_objectives import COLUMNS, fused
+from srft_kernels.rows.triton_objectives import Columns, Structure, fused
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -57,8 +57,6 @@ POINTERS = {
     "stride": "i32",
     "dstride": "i32",
 }
-# the annotations' pointers come in the order of COLUMNS
-ANNOTATION_POINTERS = dict(zip(COLUMNS, triton_rows._loss_gradient_kernel.arg_names[4 : 4 + len(COLUMNS)], strict=True))
 OBJECTIVES = {
     "sft": (sk.CrossEntropy(), {}),
     "smoothed": (sk.CrossEntropy(label_smoothing=0.1, z_loss=1e-4), {"class_weight"}),
@@ -67,6 +65,10 @@ OBJECTIVES = {
     "reinforce": (sk.reinforce(), {"advantages"}),
     "cispo": (sk.cispo(), {"advantages", "old_logprobs"}),
     "dft": (sk.dft(), set()),
+    "sapo, sampler's mismatch": (
+        sk.sapo(correction=sk.Correction("mask", low=0.5)),
+        {"advantages", "old_logprobs", "sampler_logprobs"},
+    ),
     "luffy": (sk.luffy(), {"advantages", "is_demo", "old_logprobs"}),
     "chord": (sk.chord(0.5, token_weighted=True), {"advantages", "is_demo", "old_logprobs"}),
     "srft_hpt": (sk.srft_hpt(), {"advantages", "is_demo", "rewards", "weight_entropy"}),
@@ -87,17 +89,16 @@ def variants(order: str = "barrier") -> Iterator[tuple[Any, str, dict[str, Any]]
             coefs = {"g_ptr": F32, "h_ptr": F32, "k_ptr": F32, **smooth}
             yield triton_rows._gradient_kernel, f"{out} {name}", head | coefs | output | block
     for name, (objective, given) in OBJECTIVES.items():
-        structure, numbers = fused(objective)
+        structure, numbers = fused(objective, given)
         head = RICH if name == "smoothed" else PLAIN
         arguments = {
             **head,
             "smooth_total_ptr": head["smooth_ptr"],
-            "numbers": ("fp32",) * len(numbers),
+            "numbers": type(numbers)(*("fp32" for _ in numbers)),
+            "columns": Columns(
+                *(None if name not in given else U8 if name == "is_demo" else F32 for name in Columns._fields)
+            ),
             "OBJECTIVE": structure,
-            **{
-                ANNOTATION_POINTERS[column]: (U8 if column == "is_demo" else F32) if column in given else None
-                for column in COLUMNS
-            },
         }
         for out, output in outputs if name in FP32_TOO else outputs[:1]:
             yield triton_rows._loss_gradient_kernel, f"{out} {name}", arguments | output | block
@@ -110,7 +111,12 @@ def compile_for(kernel, arguments: dict[str, Any], target: GPUTarget, num_warps:
     signature, constants, hints = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         value = arguments[name] if name in arguments else POINTERS[name]
-        is_type = value in ("fp32", "i32", "i64") or isinstance(value, tuple) or str(value).startswith("*")
+        if isinstance(value, tuple) and not isinstance(value, Structure):  # annotations or numbers, by name
+            signature[name] = type(value)(*("constexpr" if item is None else item for item in value))
+            constants |= {(i, j): None for j, item in enumerate(value) if item is None}
+            hints |= {(i, j): [["tt.divisibility", 16]] for j, item in enumerate(value) if str(item).startswith("*")}
+            continue
+        is_type = value in ("fp32", "i32", "i64") or str(value).startswith("*")
         if not is_type:
             signature[name] = "constexpr"
             constants[(i,)] = value

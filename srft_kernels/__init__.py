@@ -2,7 +2,8 @@
 without its logits. See `linear_loss`, `linear_logprobs`, `linear_cross_entropy`."""
 
 from . import reference
-from .aggregation import constant_length, sequence_mean, token_mean
+from .aggregation import constant_length, hpt_switch, sequence_mean, token_mean
+from .correction import Correction
 from .functional import LossOutput, linear_cross_entropy, linear_logprobs, linear_loss
 from .modules import LinearCrossEntropyLoss, SRFTLoss
 from .objectives import SRFT, CrossEntropy, PolicyGradient
@@ -15,8 +16,10 @@ from .presets import (
     dr_grpo,
     grpo,
     gspo,
+    hpt,
     luffy,
     reinforce,
+    sapo,
     sft,
     srft_hpt,
     srft_official,
@@ -28,6 +31,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SRFT",
+    "Correction",
     "CrossEntropy",
     "LinearCrossEntropyLoss",
     "LossOutput",
@@ -44,12 +48,15 @@ __all__ = [
     "dr_grpo",
     "grpo",
     "gspo",
+    "hpt",
+    "hpt_switch",
     "linear_cross_entropy",
     "linear_logprobs",
     "linear_loss",
     "luffy",
     "reference",
     "reinforce",
+    "sapo",
     "sequence_mean",
     "sft",
     "srft_hpt",

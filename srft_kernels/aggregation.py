@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .correction import groups
+
 
 def token_mean(mask: Tensor) -> Tensor:
     """Every live token counts alike: 1 / (number of live tokens). `mask` is boolean, of any shape."""
@@ -35,6 +37,42 @@ def constant_length(mask: Tensor, sequence_ids: Tensor, length: float) -> Tensor
         raise ValueError(f"length must be a positive number of tokens, found {length}")
     mask, lengths, _ = _sequence_lengths(mask, sequence_ids)
     return mask / ((lengths > 0).sum().clamp(min=1) * length)
+
+
+def hpt_switch(
+    is_demo: Tensor,
+    rewards: Tensor,
+    prompt_ids: Tensor,
+    sequence_ids: Tensor,
+    threshold: float = 0.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Tokens that learn under HPT's switch (arXiv 2509.04419), boolean, shaped like is_demo.
+
+    Where the share of a prompt's rollouts with a reward > 0 exceeds `threshold` (γ), its rollouts; elsewhere, and where
+    a prompt has none, its demonstrations. `prompt_ids` and `sequence_ids` hold integers ≥ 0; tokens outside `mask` do
+    not count. Use the result as a mask: token_weight=constant_length(mask & switch, sequence_ids, length).
+    """
+    shape = tuple(is_demo.shape)
+    for name, value in (("rewards", rewards), ("prompt_ids", prompt_ids), ("sequence_ids", sequence_ids)):
+        if tuple(value.shape) != shape:
+            raise ValueError(f"{name} must be shaped like is_demo {shape}, found {tuple(value.shape)}")
+    if not 0 <= threshold < 1:
+        raise ValueError(f"threshold must lie in [0, 1), the share of successes to exceed, found {threshold}")
+    demo = is_demo.bool().flatten()
+    live = torch.ones_like(demo) if mask is None else _boolean(mask).flatten()
+    prompt, sequence = groups(prompt_ids.flatten()), groups(sequence_ids.flatten())
+    zeros = torch.zeros(len(demo), device=demo.device, dtype=torch.float64)
+
+    def per_prompt(tokens: Tensor) -> Tensor:
+        """Sequences among `tokens`, counted per prompt: each of its n tokens is worth 1/n."""
+        rollout = tokens.double()
+        length = zeros.index_add(0, sequence, (live & ~demo).double()).clamp(min=1)
+        return zeros.index_add(0, prompt, rollout / length[sequence])[prompt]
+
+    rollouts = live & ~demo
+    succeeds = per_prompt(rollouts & (rewards.flatten() > 0)) > threshold * per_prompt(rollouts) + 1e-9
+    return (live & (demo != succeeds)).view(shape)
 
 
 def _boolean(mask: Tensor) -> Tensor:

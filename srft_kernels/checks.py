@@ -20,6 +20,8 @@ ANNOTATIONS = (
     "advantages",
     "old_logprobs",
     "ref_logprobs",
+    "sampler_logprobs",
+    "demo_logprobs",
     "is_demo",
     "rewards",
     "sequence_ids",

@@ -5,74 +5,138 @@ PyTorch; the engine differentiates it on n-long vectors and needs to know nothin
 
     token_local   False (or a method of the annotations) when a token's loss depends on other tokens: the engine then
                   shows it all tokens at once, in two passes. Default True: it sees a slice of the tokens at a time.
+    scope         method of the annotations, finer than token_local: "token", "sequence" (a token's loss depends on the
+                  tokens that share its `sequence_ids`) or "batch"
+    reads_live    True where an objective that is not token-local leaves tokens out that are not `tokens.live`
     requires      method of the given annotations: names it cannot do without, checked before any work
     inactive      method of the annotations: True where a token surely has no gradient, so that its row can be left
                   out of the two backward matrix products
     metrics       method: token means for logging
 
 The three built-in objectives are frozen dataclasses; everything else in the family is a choice of their options
-(presets.py). Symbols: p = e^ℓ; r = e^{ℓ − ℓ_old}; A advantage; sg = stop-gradient.
+(presets.py, docs/objectives.md). Symbols: p = e^ℓ; r = e^{ℓ − ℓ_old}; A advantage; sg = stop-gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from numbers import Real
 
 import torch
 from torch import Tensor
 
+from .correction import LOG_RATIO_LIMIT, Correction, log_ratio, one_of, over_sequences
 from .tokens import Tokens, TokenStats
 
+SCOPES = ("token", "sequence", "batch")
 
-def _one_of(owner: object, **choices: tuple[str, ...]) -> None:
-    for field, allowed in choices.items():
-        value = getattr(owner, field)
-        if value not in allowed:
-            raise ValueError(
-                f"{type(owner).__name__}({field}={value!r}): expected one of {', '.join(map(repr, allowed))}"
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Terms that any objective can have; a family adds `_policy`, its own loss of each token.
+
+        correction · policy  +  kl_coef · KL  −  entropy_coef · H
+
+    entropy_coef  c: −c·H on every token, differentiated through H
+    kl_coef       β of an estimate of KL(policy ‖ reference) on sampled tokens; annotation `ref_logprobs`, q:
+    kl_estimator  "k1" ℓ − q;  "k2" (ℓ − q)²/2;  "k3" e^{q−ℓ} − (q − ℓ) − 1 (joschu.net/blog/kl-approx.html; GRPO's k3).
+                  Differentiated as it stands: k2's gradient is that of the KL in expectation, k1's is 0
+    correction    weights for rollouts that another program sampled; annotation `sampler_logprobs`
+    """
+
+    entropy_coef: float = 0.0
+    kl_coef: float = 0.0
+    kl_estimator: str = "k3"
+    correction: Correction | None = None
+
+    reads_live = True
+
+    def __post_init__(self):
+        one_of(self, kl_estimator=("k1", "k2", "k3"))
+        if not (self.correction is None or isinstance(self.correction, Correction)):
+            raise TypeError(
+                f"{type(self).__name__}(correction={self.correction!r}): expected None or a Correction, such as "
+                "Correction('truncate', high=2.0)"
             )
 
+    def __repr__(self) -> str:
+        """Only what differs from the defaults."""
+        changed = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in fields(self)
+            if field.default is MISSING or getattr(self, field.name) != field.default
+        ]
+        return f"{type(self).__name__}({', '.join(changed)})"
 
-def _clip_range(owner: object, optional: bool = False) -> None:
-    for field in ("clip_low", "clip_high"):
-        value = getattr(owner, field)
-        if not (isinstance(value, Real) and value >= 0) and not (optional and value is None):
-            expected = "a number ≥ 0" + optional * " or None"
-            raise ValueError(f"{type(owner).__name__}({field}={value!r}): expected {expected}")
+    def _policy(self, stats: TokenStats, tokens: Tokens) -> Tensor:
+        raise NotImplementedError
+
+    def _demonstrated(self, tokens: Tokens) -> Tensor | None:
+        """Tokens that no policy sampled, where there are such: they have no KL estimate and no correction."""
+        return None
+
+    def _scopes(self, given: Collection[str]) -> set[str]:
+        """The scopes of the parts of the loss."""
+        return {"sequence" if self.correction is not None and self.correction.level != "token" else "token"}
+
+    def scope(self, given: Collection[str]) -> str:
+        return max(self._scopes(given), key=SCOPES.index)
+
+    def token_local(self, given: Collection[str]) -> bool:
+        return self.scope(given) == "token"
+
+    def requires(self, given: Collection[str]) -> tuple[str, ...]:
+        return (
+            *(("ref_logprobs",) if self.kl_coef else ()),
+            *(("sampler_logprobs",) if self.correction is not None else ()),
+            *(("sequence_ids",) if "sequence" in self._scopes(given) else ()),
+        )
+
+    def inactive(self, tokens: Tokens) -> Tensor | None:
+        return None
+
+    def __call__(self, stats: TokenStats, tokens: Tokens) -> Tensor:
+        loss = self._policy(stats, tokens)
+        if self.correction is not None:
+            loss = _times(self.correction.bounded(self._mismatch(stats, tokens)), loss)
+        if self.kl_coef:
+            loss = loss + self.kl_coef * self._kl(stats, tokens)
+        if self.entropy_coef:
+            loss = loss - self.entropy_coef * stats.entropy
+        return loss
+
+    def metrics(self, stats: TokenStats, tokens: Tokens) -> dict[str, Tensor]:
+        demonstrated = self._demonstrated(tokens)
+        sampled = torch.ones_like(stats.logprobs, dtype=torch.bool) if demonstrated is None else ~demonstrated
+        result = {}
+        if self.kl_coef:
+            result["ref_kl"] = _mean(self._kl(stats, tokens), sampled)
+        if self.correction is not None:
+            mismatch = self._mismatch(stats, tokens)
+            result["correction_weight"] = _mean(self.correction.bounded(mismatch), sampled)
+            result["correction_outside"] = _mean((~self.correction.inside(mismatch)).to(mismatch.dtype), sampled)
+        return result
+
+    def _mismatch(self, stats: TokenStats, tokens: Tokens) -> Tensor:
+        """ρ of the correction; 1 on demonstrations, which have no sampler."""
+        old = None if self.correction.current else tokens.get("old_logprobs")
+        logprobs = stats.logprobs if old is None else old
+        ids = None if self.correction.level == "token" else tokens.sequence_ids
+        ratio = self.correction.ratio(logprobs, tokens.sampler_logprobs, ids, tokens.get("live"))
+        demonstrated = self._demonstrated(tokens)
+        return ratio if demonstrated is None else torch.where(demonstrated, 1, ratio)
+
+    def _kl(self, stats: TokenStats, tokens: Tokens) -> Tensor:
+        gap = log_ratio(tokens.ref_logprobs, stats.logprobs.detach()).clamp(max=LOG_RATIO_LIMIT)
+        gap = gap - _slope(stats.logprobs)
+        estimate = {"k1": lambda: -gap, "k2": lambda: gap.square() / 2, "k3": lambda: torch.expm1(gap) - gap}
+        kl, demonstrated = estimate[self.kl_estimator](), self._demonstrated(tokens)
+        return kl if demonstrated is None else torch.where(demonstrated, 0, kl)
 
 
-def _ratio(stats: TokenStats, tokens: Tokens, fresh: Tensor | None = None) -> Tensor:
-    """r = e^{ℓ − ℓ_old}. Without old log-probs, and where `fresh`, it is on-policy: r = 1 with the gradient of ℓ."""
-    current, old = stats.logprobs.detach(), tokens.get("old_logprobs")
-    if old is None:
-        old = current
-    elif fresh is not None:
-        old = torch.where(fresh, current, old)
-    return torch.exp(stats.logprobs - old)
-
-
-def _clipped(ratio: Tensor, signal: Tensor, low: float, high: float) -> Tensor:
-    """PPO's pessimistic loss, −min(r·A, clip(r, 1 − low, 1 + high)·A)."""
-    return torch.maximum(-ratio * signal, -ratio.clamp(1 - low, 1 + high) * signal)
-
-
-def _sequence_average(values: Tensor, sequence_ids: Tensor) -> Tensor:
-    """Mean of `values` over the tokens that share an id, given back to each of them."""
-    distinct, inverse = sequence_ids.unique(return_inverse=True)
-    total = values.new_zeros(len(distinct)).index_add(0, inverse, values)
-    count = values.new_zeros(len(distinct)).index_add(0, inverse, torch.ones_like(values))
-    return (total / count)[inverse]
-
-
-def _mean(values: Tensor, where: Tensor) -> Tensor:
-    """Mean over the tokens where `where` holds; 0 when there is none."""
-    return torch.where(where, values, 0).sum() / where.sum().clamp(min=1)
-
-
-@dataclass(frozen=True)
-class CrossEntropy:
+@dataclass(frozen=True, repr=False)
+class CrossEntropy(Objective):
     """−ℓ, optionally label-smoothed, with a z-loss, or weighted by the token's own probability.
 
     label_smoothing       ε: (1 − ε)(−ℓ) − ε Σ_v ω_v log p_v, with ω_v = 1/V (or class weights over V)
@@ -85,15 +149,16 @@ class CrossEntropy:
     probability_weighted: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
         if not 0 <= self.label_smoothing <= 1:
             raise ValueError(f"label_smoothing must lie in [0, 1], found {self.label_smoothing}")
 
-    def __call__(self, stats: TokenStats, tokens: Tokens) -> Tensor:
+    def _policy(self, stats: TokenStats, tokens: Tokens) -> Tensor:
         loss = -stats.logprobs
         if self.probability_weighted:
-            loss = loss * stats.logprobs.detach().exp()
+            loss = _times(stats.logprobs.detach().exp(), loss)
         if (class_weight := tokens.get("class_weight")) is not None:  # of the target's class
-            loss = loss * class_weight
+            loss = _times(class_weight, loss)
         if self.label_smoothing:
             loss = (1 - self.label_smoothing) * loss - self.label_smoothing * stats.smooth
         if self.z_loss:
@@ -101,17 +166,19 @@ class CrossEntropy:
         return loss
 
 
-@dataclass(frozen=True)
-class PolicyGradient:
-    """Policy gradients on sampled tokens; annotations `advantages`, and as needed `old_logprobs`, `ref_logprobs`.
+@dataclass(frozen=True, repr=False)
+class PolicyGradient(Objective):
+    """Policy gradients on sampled tokens; annotations `advantages`, and `old_logprobs` if the rollouts are not fresh.
 
-    surrogate     "reinforce" −A·ℓ;  "ppo" −min(r·A, clip(r)·A);  "cispo" −sg(clip(r))·A·ℓ (arXiv 2506.13585)
+    surrogate     "reinforce" −A·ℓ;  "ppo" −min(r·A, clip(r)·A);  "cispo" −sg(clip(r))·A·ℓ (arXiv 2506.13585);
+                  "sapo" −A·σ(τ(r − 1))·4/τ, a soft clip (arXiv 2511.20347)
     clip_low/high ε of clip(r, 1 − low, 1 + high); None: not clipped on that side (both None: plain r)
     dual_clip     c > 1: where A < 0 the PPO loss is at most −c·A (arXiv 1912.09729)
+    tau_positive/negative  τ of SAPO where A > 0, and elsewhere
     ratio_level   "token", or "sequence": r = e^{mean over the sequence of ℓ − ℓ_old}, whose gradient reaches each
                   token through its own ℓ (GSPO-token, arXiv 2507.18071); needs `sequence_ids`
-    kl_coef       β·(e^{q−ℓ} − (q − ℓ) − 1), q = ref_logprobs (k3, as in GRPO, arXiv 2402.03300)
-    entropy_coef  −c·H, differentiated through H
+
+    ℓ − ℓ_old counts as 20 where it is more: r = 4.9e8.
     """
 
     surrogate: str = "ppo"
@@ -119,148 +186,177 @@ class PolicyGradient:
     clip_high: float | None = 0.2
     dual_clip: float | None = None
     ratio_level: str = "token"
-    kl_coef: float = 0.0
-    entropy_coef: float = 0.0
+    tau_positive: float = 1.0
+    tau_negative: float = 1.05
 
     def __post_init__(self):
-        _one_of(self, surrogate=("reinforce", "ppo", "cispo"), ratio_level=("token", "sequence"))
-        _clip_range(self, optional=True)
+        super().__post_init__()
+        name = type(self).__name__
+        one_of(self, surrogate=("reinforce", "ppo", "cispo", "sapo"), ratio_level=("token", "sequence"))
+        for field in ("clip_low", "clip_high"):
+            value = getattr(self, field)
+            if not (value is None or (isinstance(value, Real) and value >= 0)):
+                raise ValueError(f"{name}({field}={value!r}): expected a number ≥ 0 or None")
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"dual_clip must be greater than 1, found {self.dual_clip}")
+        if self.dual_clip is not None and self.surrogate != "ppo":
+            raise ValueError(f"{name}(dual_clip={self.dual_clip}) bounds surrogate='ppo', found {self.surrogate!r}")
+        for field in ("tau_positive", "tau_negative"):
+            if not (isinstance(value := getattr(self, field), Real) and value > 0):
+                raise ValueError(f"{name}({field}={value!r}): expected a positive number")
 
     @property
     def clip_bounds(self) -> tuple[float, float]:
         """(low, high) with infinities for sides that are not clipped."""
         return tuple(float("inf") if side is None else side for side in (self.clip_low, self.clip_high))
 
-    def token_local(self, given: Collection[str]) -> bool:
-        return self.ratio_level == "token" or self.surrogate == "reinforce"
+    @property
+    def _sequence_ratio(self) -> bool:
+        return self.ratio_level == "sequence" and self.surrogate != "reinforce"
+
+    def _scopes(self, given: Collection[str]) -> set[str]:
+        sequence = self._sequence_ratio and "old_logprobs" in given  # r = 1 on fresh data, at any level
+        return super()._scopes(given) | ({"sequence"} if sequence else set())
 
     def requires(self, given: Collection[str]) -> tuple[str, ...]:
-        sequence = () if self.token_local(given) else ("sequence_ids",)
-        return ("advantages", *(("ref_logprobs",) if self.kl_coef else ()), *sequence)
+        return ("advantages", *super().requires(given))
 
     def inactive(self, tokens: Tokens) -> Tensor | None:
         return None if self.kl_coef or self.entropy_coef else tokens.advantages == 0
 
-    def _ratio(self, stats: TokenStats, tokens: Tokens) -> Tensor:
-        if self.token_local(()):
-            return _ratio(stats, tokens)
-        logprobs = stats.logprobs
-        old = tokens.get("old_logprobs")
-        change = logprobs.detach() - (logprobs.detach() if old is None else old)
-        mean = _sequence_average(change, tokens.sequence_ids)
-        return torch.exp(mean + (logprobs - logprobs.detach()))
+    def _policy(self, stats: TokenStats, tokens: Tokens) -> Tensor:
+        return self._surrogate(stats, tokens, tokens.advantages)
 
-    def __call__(self, stats: TokenStats, tokens: Tokens) -> Tensor:
-        advantages = tokens.advantages
+    def _surrogate(self, stats: TokenStats, tokens: Tokens, signal: Tensor) -> Tensor:
+        """The loss of sampled tokens that should become likelier (signal > 0) or rarer (< 0): A, as a rule."""
         if self.surrogate == "reinforce":
-            loss = -advantages * stats.logprobs
-        else:
-            ratio = self._ratio(stats, tokens)
-            low, high = self.clip_bounds
-            if self.surrogate == "cispo":
-                loss = -ratio.detach().clamp(1 - low, 1 + high) * advantages * stats.logprobs
-            else:
-                loss = _clipped(ratio, advantages, low, high)
-            if self.dual_clip is not None and self.surrogate == "ppo":
-                loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * self.dual_clip), loss)
-        if self.kl_coef:
-            gap = tokens.ref_logprobs - stats.logprobs
-            loss = loss + self.kl_coef * (torch.expm1(gap) - gap)
-        if self.entropy_coef:
-            loss = loss - self.entropy_coef * stats.entropy
-        return loss
+            return _times(-signal, stats.logprobs)
+        ratio, (low, high) = self._ratio(stats, tokens), self.clip_bounds
+        clipped = ratio.clamp(1 - low, 1 + high)
+        if self.surrogate == "cispo":
+            return _times(-signal * clipped.detach(), stats.logprobs)
+        if self.surrogate == "sapo":
+            tau = torch.where(signal > 0, torch.full_like(ratio, self.tau_positive), self.tau_negative)
+            return -signal * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
+        loss = torch.maximum(-ratio * signal, -clipped * signal)
+        if self.dual_clip is None:
+            return loss
+        return torch.where(signal < 0, torch.minimum(loss, -signal * self.dual_clip), loss)
+
+    def _log_ratio(self, stats: TokenStats, tokens: Tokens) -> Tensor:
+        """ℓ − ℓ_old or its mean over the sequence, without gradient; 0 on fresh data and on demonstrations."""
+        old, demonstrated = tokens.get("old_logprobs"), self._demonstrated(tokens)
+        if old is None:
+            return torch.zeros_like(stats.logprobs)
+        change = log_ratio(stats.logprobs.detach(), old)
+        if demonstrated is not None:  # nobody sampled them: anything may be there
+            change = torch.where(demonstrated, 0, change)
+        if self._sequence_ratio:
+            change = over_sequences(change, tokens.sequence_ids, tokens.get("live"))
+        return change.clamp(max=LOG_RATIO_LIMIT)
+
+    def _ratio(self, stats: TokenStats, tokens: Tokens) -> Tensor:
+        return torch.exp(self._log_ratio(stats, tokens) + _slope(stats.logprobs))
 
     def metrics(self, stats: TokenStats, tokens: Tokens) -> dict[str, Tensor]:
-        everywhere = torch.ones_like(stats.logprobs, dtype=torch.bool)
         result = {"entropy": stats.entropy.mean()}
         if self.surrogate != "reinforce":
-            ratio = self._ratio(stats, tokens)
-            # CISPO's clip stops a ratio on either side, whatever the advantage
-            signal = torch.sign(ratio - 1) if self.surrogate == "cispo" else tokens.advantages
-            result |= _drift(ratio, signal, *self.clip_bounds, everywhere)
-        if self.kl_coef:
-            gap = tokens.ref_logprobs - stats.logprobs
-            result["ref_kl"] = (torch.expm1(gap) - gap).mean()
-        return result
+            result |= self._drift(stats, tokens, tokens.advantages)
+        return result | super().metrics(stats, tokens)
+
+    def _drift(self, stats: TokenStats, tokens: Tokens, signal: Tensor) -> dict[str, Tensor]:
+        """Distance to the policy that sampled: share of tokens beyond the clip, and KL(old ‖ new) ≈ r − 1 − log r."""
+        change, (low, high) = self._log_ratio(stats, tokens), self.clip_bounds
+        ratio, demonstrated = change.exp(), self._demonstrated(tokens)
+        if self.surrogate == "cispo":  # its clip stops a ratio on either side, whatever the advantage
+            signal = torch.sign(ratio - 1)
+        beyond = ((ratio > 1 + high) & (signal > 0)) | ((ratio < 1 - low) & (signal < 0))
+        sampled = torch.ones_like(beyond) if demonstrated is None else ~demonstrated
+        drift = ratio - 1 - change.clamp(min=-LOG_RATIO_LIMIT)
+        return {"clip_fraction": _mean(beyond.to(ratio.dtype), sampled), "approx_kl": _mean(drift, sampled)}
 
 
-@dataclass(frozen=True)
-class SRFT:
+@dataclass(frozen=True, repr=False)
+class SRFT(PolicyGradient):
     """Single-stage supervised and reinforcement fine-tuning (arXiv 2506.19767): demonstrations, rollouts, one loss.
 
     Annotations: `is_demo` (bool) and `advantages`; `rewards` if positive="reward"; `old_logprobs` if the rollouts are
-    not fresh; `sequence_ids` if level="sequence"; `weight_entropy` replaces H inside the weights (any level, one pass).
+    not fresh; `sequence_ids` if level="sequence"; `weight_entropy` replaces H inside the weights (any level, one pass);
+    `demo_logprobs` where the log-probs of the policy π_β that wrote the demonstrations are known (else π_β := 1).
 
-        demonstration   demo_sft_coef · w · (−ℓ)  −  demo_rl_coef · A · shape(p)
-        rollout         v · (−signal · factor)
+        demonstration   demo_sft_coef · w · (−ℓ)  −  demo_rl_coef · A · shape(u),  u = p / π_β
+        rollout         v · (surrogate of the policy gradient, with the signal in place of A)
 
-    demo_weight      w: "entropy" sg(e^{entropy_sign·H}) (Eq 8: sign −1), "constant" 1, "p(1-p)" sg(p(1−p)) (CHORD-φ)
-    demo_shaping     shape(p): None p (Eq 9–10, behaviour policy π_β := 1), γ p/(p + γ) (LUFFY, arXiv 2504.14945)
+    demo_weight      w: "entropy" sg(e^{entropy_sign·H}) (Eq 8: sign −1), "constant" 1, "p" sg(p) (DFT),
+                     "p(1-p)" sg(p(1−p)) (CHORD-φ)
+    demo_shaping     None: shape(u) = u (Eq 9–10); a number c > 0: demo_shape
+    demo_shape       "p/(p+c)" u/(u + c) (LUFFY, arXiv 2504.14945), "p^c" u^c, "c*log p" c·log u,
+                     "p+c*log p" u + c·log u
     rollout_weight   v: on positives "entropy" rollout_coef · sg(e^H) (Eq 12), "constant" rollout_coef; on the others
                      negative_coef
-    rollout_factor   "logprob" ℓ, "ratio" r, "clipped_ratio" PPO's clipped r
     rollout_signal   "sign" ±1 (Eq 11), "advantage" A
     positive         what makes a rollout positive: "reward" > 0 or "advantage" > 0
     level            over what H in the weights is averaged: "token" (none), "sequence", or "batch" (each kind apart)
-    entropy_coef     −c·H on every token, differentiated through H
 
-    The paper leaves level, signal and averaging open and public codes disagree: `srft_paper`, `srft_official` and
-    `srft_hpt` name three readings.
+    The rest are PolicyGradient's, for the rollouts. The paper leaves level, signal and averaging open and public codes
+    disagree: `srft_paper`, `srft_official` and `srft_hpt` name three readings.
     """
 
+    surrogate: str = "reinforce"
     level: str = "token"
     entropy_sign: int = -1
     demo_sft_coef: float = 0.5
     demo_weight: str = "entropy"
     demo_rl_coef: float = 1.0
+    demo_shape: str = "p/(p+c)"
     demo_shaping: float | None = None
     rollout_coef: float = 0.1
     negative_coef: float = 1.0
     rollout_weight: str = "entropy"
-    rollout_factor: str = "logprob"
     rollout_signal: str = "sign"
     positive: str = "advantage"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    entropy_coef: float = 0.0
 
     def __post_init__(self):
-        _one_of(
+        super().__post_init__()
+        one_of(
             self,
-            level=("token", "sequence", "batch"),
-            demo_weight=("entropy", "constant", "p(1-p)"),
+            level=SCOPES,
+            demo_weight=("entropy", "constant", "p", "p(1-p)"),
+            demo_shape=("p/(p+c)", "p^c", "c*log p", "p+c*log p"),
             rollout_weight=("entropy", "constant"),
-            rollout_factor=("logprob", "ratio", "clipped_ratio"),
             rollout_signal=("sign", "advantage"),
             positive=("advantage", "reward"),
         )
-        _clip_range(self)
         if self.entropy_sign not in (-1, 1):
             raise ValueError(f"SRFT(entropy_sign={self.entropy_sign}): expected -1 (the paper's Eq 8) or +1")
         if self.demo_shaping is not None and not self.demo_shaping > 0:
-            raise ValueError(f"SRFT(demo_shaping={self.demo_shaping}): expected None or a positive γ")
+            raise ValueError(f"SRFT(demo_shaping={self.demo_shaping}): expected None or a positive c")
+        if self.demo_shaping is None and self.demo_shape != "p/(p+c)":
+            raise ValueError(f"SRFT(demo_shape={self.demo_shape!r}) needs its number c: pass demo_shaping=c > 0")
 
     @property
     def reads_entropy(self) -> bool:
         return "entropy" in (self.demo_weight, self.rollout_weight)
 
-    def token_local(self, given: Collection[str]) -> bool:
-        return self.level == "token" or not self.reads_entropy or "weight_entropy" in given
+    def _demonstrated(self, tokens: Tokens) -> Tensor:
+        return tokens.is_demo.bool()
+
+    def _scopes(self, given: Collection[str]) -> set[str]:
+        return super()._scopes(given) | (
+            {self.level} if self.reads_entropy and "weight_entropy" not in given else set()
+        )
 
     def requires(self, given: Collection[str]) -> tuple[str, ...]:
         rewards = ("rewards",) if self.positive == "reward" else ()
-        sequence = ("sequence_ids",) if self.level == "sequence" and not self.token_local(given) else ()
-        return ("is_demo", "advantages", *rewards, *sequence)
+        return ("is_demo", *super().requires(given), *rewards)
 
     def inactive(self, tokens: Tokens) -> Tensor | None:
-        if self.entropy_coef:
+        if self.entropy_coef or self.kl_coef:
             return None
         positive = self._positive(tokens)
         demo = (tokens.advantages * self.demo_rl_coef == 0) & (self.demo_sft_coef == 0)
         coefficient = torch.where(positive, self.rollout_coef, self.negative_coef)
-        return torch.where(tokens.is_demo.bool(), demo, self._signal(tokens, positive) * coefficient == 0)
+        return torch.where(self._demonstrated(tokens), demo, self._signal(tokens, positive) * coefficient == 0)
 
     def _positive(self, tokens: Tokens) -> Tensor:
         return (tokens.rewards if self.positive == "reward" else tokens.advantages) > 0
@@ -273,54 +369,61 @@ class SRFT:
         return sign if self.positive == "reward" else torch.where(tokens.advantages == 0, 0.0, sign)
 
     def _weight_entropy(self, stats: TokenStats, tokens: Tokens) -> Tensor:
-        given = tokens.get("weight_entropy")
+        given, live = tokens.get("weight_entropy"), tokens.get("live")
         entropy = stats.entropy.detach()
         if given is not None:
             return given
         if self.level == "sequence":
-            return _sequence_average(entropy, tokens.sequence_ids)
+            return over_sequences(entropy, tokens.sequence_ids, live)
         if self.level == "batch":
-            demo = tokens.is_demo.bool()
-            return torch.where(demo, _mean(entropy, demo), _mean(entropy, ~demo))
+            return over_sequences(entropy, tokens.is_demo.long(), live)
         return entropy
 
     def _weights(self, stats: TokenStats, tokens: Tokens, positive: Tensor) -> tuple[Tensor, Tensor]:
         """Stop-gradient weights (w of the demonstration's SFT term, v of the rollout term), coefficients included."""
         entropy = self._weight_entropy(stats, tokens) if self.reads_entropy else stats.entropy.detach()
-        if self.demo_weight == "entropy":
-            demo = torch.exp(self.entropy_sign * entropy)
-        elif self.demo_weight == "constant":
-            demo = torch.ones_like(entropy)
-        else:
-            p = stats.logprobs.detach().exp()
-            demo = p * (1 - p)
+        p = stats.logprobs.detach().exp()
+        demo = {
+            "entropy": lambda: torch.exp(self.entropy_sign * entropy),
+            "constant": lambda: torch.ones_like(p),
+            "p": lambda: p,
+            "p(1-p)": lambda: p * (1 - p),
+        }
         rollout = torch.exp(entropy) if self.rollout_weight == "entropy" else torch.ones_like(entropy)
-        return self.demo_sft_coef * demo, torch.where(positive, self.rollout_coef * rollout, self.negative_coef)
+        weight = self.demo_sft_coef * demo[self.demo_weight]()
+        return weight, torch.where(positive, self.rollout_coef * rollout, self.negative_coef)
+
+    def _shaped(self, stats: TokenStats, tokens: Tokens) -> Tensor:
+        """shape(u)."""
+        written = tokens.get("demo_logprobs")
+        log_u = stats.logprobs.detach() if written is None else log_ratio(stats.logprobs.detach(), written)
+        log_u = log_u.clamp(max=LOG_RATIO_LIMIT) + _slope(stats.logprobs)
+        u, c = log_u.exp(), self.demo_shaping
+        if c is None:
+            return u
+        shapes = {
+            "p/(p+c)": lambda: u / (u + c),
+            "p^c": lambda: torch.exp(c * log_u),
+            "c*log p": lambda: c * log_u,
+            "p+c*log p": lambda: u + c * log_u,
+        }
+        return shapes[self.demo_shape]()
 
     def _parts(self, stats: TokenStats, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         """(SFT term, RL term of a demonstration, rollout term) of every token, as if it were of that kind."""
         positive = self._positive(tokens)
         demo_weight, rollout_weight = self._weights(stats, tokens, positive)
-        p = stats.logprobs.exp()
-        shaped = p if self.demo_shaping is None else p / (p + self.demo_shaping)
-        signal = self._signal(tokens, positive)
-        ratio = _ratio(stats, tokens, fresh=tokens.is_demo.bool())  # demonstrations were not sampled: anything is there
-        if self.rollout_factor == "logprob":
-            rollout = -signal * stats.logprobs
-        elif self.rollout_factor == "ratio":
-            rollout = -signal * ratio
-        else:
-            rollout = _clipped(ratio, signal, self.clip_low, self.clip_high)
-        return -demo_weight * stats.logprobs, -self.demo_rl_coef * tokens.advantages * shaped, rollout_weight * rollout
+        sft = _times(-demo_weight, stats.logprobs)
+        rl = _times(-self.demo_rl_coef * tokens.advantages, self._shaped(stats, tokens))
+        return sft, rl, _times(rollout_weight, self._surrogate(stats, tokens, self._signal(tokens, positive)))
 
-    def __call__(self, stats: TokenStats, tokens: Tokens) -> Tensor:
+    def _policy(self, stats: TokenStats, tokens: Tokens) -> Tensor:
         demo_sft, demo_rl, rollout = self._parts(stats, tokens)
-        loss = torch.where(tokens.is_demo.bool(), demo_sft + demo_rl, rollout)
-        return loss - self.entropy_coef * stats.entropy if self.entropy_coef else loss
+        return torch.where(self._demonstrated(tokens), demo_sft + demo_rl, rollout)
 
     def metrics(self, stats: TokenStats, tokens: Tokens) -> dict[str, Tensor]:
         """Means over the demonstration tokens and over the rollout tokens of this call."""
-        demo = tokens.is_demo.bool()
+        demo = self._demonstrated(tokens)
         demo_sft, demo_rl, rollout = self._parts(stats, tokens)
         demo_weight, rollout_weight = self._weights(stats, tokens, positive := self._positive(tokens))
         return {
@@ -331,11 +434,31 @@ class SRFT:
             "rollout_entropy": _mean(stats.entropy, ~demo),
             "demo_weight": _mean(demo_weight, demo),
             "rollout_weight": _mean(rollout_weight, ~demo & positive),
-            **_drift(_ratio(stats, tokens), self._signal(tokens, positive), self.clip_low, self.clip_high, ~demo),
+            **self._drift(stats, tokens, self._signal(tokens, positive)),
+            **Objective.metrics(self, stats, tokens),
         }
 
 
-def _drift(ratio: Tensor, signal: Tensor, low: float, high: float, where: Tensor) -> dict[str, Tensor]:
-    """Distance to the policy that sampled: share of tokens that the clip stops, and KL(old ‖ new) ≈ r − 1 − log r."""
-    beyond = ((ratio > 1 + high) & (signal > 0)) | ((ratio < 1 - low) & (signal < 0))
-    return {"clip_fraction": _mean(beyond.float(), where), "approx_kl": _mean(ratio - 1 - ratio.log(), where)}
+def _mean(values: Tensor, where: Tensor) -> Tensor:
+    """Mean over the tokens where `where` holds; 0 when there is none."""
+    return torch.where(where, values, 0).sum() / where.sum().clamp(min=1)
+
+
+def _times(weight: Tensor, values: Tensor) -> Tensor:
+    """weight · values, and 0 where the weight is, though the value be infinite: log-probs can be −inf."""
+    return torch.where(weight == 0, 0, weight * values)
+
+
+def _slope(logprobs: Tensor) -> Tensor:
+    """0 with the derivative of `logprobs`, also where they are −inf and ℓ − sg(ℓ) would be NaN."""
+    return _Slope.apply(logprobs)
+
+
+class _Slope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logprobs: Tensor) -> Tensor:
+        return torch.zeros_like(logprobs)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient

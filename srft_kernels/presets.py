@@ -1,10 +1,18 @@
-"""The family by name: each preset is a choice of options; `**options` override any field of the dataclass returned."""
+"""The family by name: each preset is a choice of options; `**options` override any field of the dataclass returned.
+
+One table of formulas, annotations and sources: docs/objectives.md.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from .objectives import SRFT, CrossEntropy, PolicyGradient
+
+# Rollouts of objectives with demonstrations: a policy gradient by advantages, with plain or clipped ratios.
+ROLLOUTS = {"rollout_coef": 1.0, "rollout_weight": "constant", "rollout_signal": "advantage"}
+UNCLIPPED = {"surrogate": "ppo", "clip_low": None, "clip_high": None}
+CLIPPED = {"surrogate": "ppo"}
 
 
 def sft(**options: Any) -> CrossEntropy:
@@ -23,7 +31,10 @@ def reinforce(**options: Any) -> PolicyGradient:
 
 
 def grpo(**options: Any) -> PolicyGradient:
-    """GRPO (arXiv 2402.03300): PPO clip 0.2; pass kl_coef=β and ref_logprobs for the KL term. Usual: sequence_mean."""
+    """GRPO (arXiv 2402.03300): PPO clip 0.2; pass kl_coef=β and ref_logprobs for the KL term. Usual: sequence_mean.
+
+    dual_clip=3.0 bounds the loss where the advantage is negative (dual-clip PPO, arXiv 1912.09729).
+    """
     return PolicyGradient(**options)
 
 
@@ -38,13 +49,18 @@ def dapo(**options: Any) -> PolicyGradient:
 
 
 def cispo(**options: Any) -> PolicyGradient:
-    """CISPO (arXiv 2506.13585): −sg(min(r, 1 + ε_high))·A·ℓ."""
+    """CISPO (arXiv 2506.13585): −sg(min(r, 1 + ε_high))·A·ℓ; pass clip_low=ε too for the two-sided form."""
     return PolicyGradient(**{"surrogate": "cispo", "clip_low": None, "clip_high": 4.0, **options})
 
 
 def gspo(**options: Any) -> PolicyGradient:
     """GSPO (arXiv 2507.18071): sequence-level ratio; two passes. Usual average: sequence_mean."""
     return PolicyGradient(**{"ratio_level": "sequence", "clip_low": 3e-4, "clip_high": 4e-4, **options})
+
+
+def sapo(**options: Any) -> PolicyGradient:
+    """SAPO (arXiv 2511.20347): −A·σ(τ(r − 1))·4/τ, τ = 1 where A > 0 and 1.05 elsewhere. Usual: sequence_mean."""
+    return PolicyGradient(**{"surrogate": "sapo", **options})
 
 
 def srft_paper(**options: Any) -> SRFT:
@@ -60,9 +76,9 @@ def srft_official(**options: Any) -> SRFT:
     changes = {
         "entropy_sign": 1,
         "demo_shaping": 0.1,
-        "rollout_factor": "ratio",
         "rollout_signal": "advantage",
         "entropy_coef": 0.001,
+        **UNCLIPPED,
     }
     return SRFT(**{**changes, **options})
 
@@ -73,30 +89,34 @@ def srft_hpt(**options: Any) -> SRFT:
 
 
 def luffy(**options: Any) -> SRFT:
-    """LUFFY (arXiv 2504.14945): demonstrations −A·p/(p + 0.1), rollouts −A·r. Usual average: constant_length."""
-    changes = {
-        "demo_sft_coef": 0.0,
-        "demo_shaping": 0.1,
-        "rollout_coef": 1.0,
-        "rollout_weight": "constant",
-        "rollout_factor": "ratio",
-        "rollout_signal": "advantage",
-    }
-    return SRFT(**{**changes, **options})
+    """LUFFY (arXiv 2504.14945): demonstrations −A·p/(p + 0.1), rollouts −A·r. Usual average: constant_length.
+
+    The other shapings of its code: demo_shaping=None for p; demo_shape="p^c", "c*log p" or "p+c*log p" with
+    demo_shaping=c; the annotation demo_logprobs for p / π_β.
+    """
+    return SRFT(**{"demo_sft_coef": 0.0, "demo_shaping": 0.1, **ROLLOUTS, **UNCLIPPED, **options})
 
 
 def chord(mu: float = 0.5, token_weighted: bool = False, **options: Any) -> SRFT:
-    """CHORD (arXiv 2508.11408): μ·SFT on demonstrations + (1 − μ)·GRPO on rollouts; `token_weighted` is CHORD-φ."""
+    """CHORD (arXiv 2508.11408): μ·SFT on demonstrations + (1 − μ)·GRPO on rollouts; `token_weighted` is CHORD-φ.
+
+    Each part has its own average: token_weight=token_mean(mask & is_demo) + token_mean(mask & ~is_demo).
+    """
     if not 0 <= mu <= 1:
         raise ValueError(f"chord(mu={mu}): expected a number in [0, 1]")
     changes = {
+        **ROLLOUTS,
+        **CLIPPED,
         "demo_sft_coef": mu,
         "demo_weight": "p(1-p)" if token_weighted else "constant",
         "demo_rl_coef": 0.0,
         "rollout_coef": 1 - mu,
         "negative_coef": 1 - mu,
-        "rollout_weight": "constant",
-        "rollout_factor": "clipped_ratio",
-        "rollout_signal": "advantage",
     }
     return SRFT(**{**changes, **options})
+
+
+def hpt(**options: Any) -> SRFT:
+    """HPT (arXiv 2509.04419): −ℓ on demonstrations, Dr. GRPO on rollouts; `hpt_switch` makes the prompts' choice."""
+    changes = {"demo_sft_coef": 1.0, "demo_weight": "constant", "demo_rl_coef": 0.0}
+    return SRFT(**{**ROLLOUTS, **CLIPPED, **changes, **options})

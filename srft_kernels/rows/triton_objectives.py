@@ -3,39 +3,47 @@
 The formulas are those of objectives.py, with the derivatives by hand; the tests compare the two on every option.
 An objective that is not here, a user's callable for one, runs between two kernels instead (see triton_rows).
 
-Strings, integers, booleans and presences of an objective's options are compile-time (`Structure`); its floating-point
-coefficients arrive at run time in the order of NUMBERS, so that scheduling one does not compile a kernel per step.
+An option is read as `O.name`, at compile time: text, integers, booleans, and of a number only whether it is there
+(None) and not zero. The number itself arrives at run time as `numbers.name`, so that scheduling one does not compile a
+kernel per step. An annotation is `columns.name`, a pointer, None where it was not given. A new option of a dataclass is
+here at once; a new annotation is one more name in Columns.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from collections import namedtuple
+from collections.abc import Collection
+from dataclasses import fields
+from functools import cache
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-NUMBERS = {
-    "CrossEntropy": ("label_smoothing", "z_loss"),
-    "PolicyGradient": ("clip_low", "clip_high", "dual_clip", "kl_coef", "entropy_coef"),
-    "SRFT": (
-        "demo_sft_coef",
-        "demo_rl_coef",
-        "demo_shaping",
-        "rollout_coef",
-        "negative_coef",
-        "clip_low",
-        "clip_high",
-        "entropy_coef",
+from ..correction import LOG_RATIO_LIMIT, Correction
+
+Columns = namedtuple(
+    "Columns",
+    (
+        "advantages",
+        "old_logprobs",
+        "ref_logprobs",
+        "sampler_logprobs",
+        "demo_logprobs",
+        "is_demo",
+        "rewards",
+        "weight_entropy",
+        "class_weight",
     ),
-}
-# Annotations that the device code reads, each None where it was not given.
-COLUMNS = ("advantages", "old_logprobs", "ref_logprobs", "is_demo", "rewards", "weight_entropy", "class_weight")
+)
+LIMIT = tl.constexpr(LOG_RATIO_LIMIT)
 
 
-@dataclass(frozen=True)
-class Structure:
-    """What of an objective decides which code is compiled; option names are attributes."""
+class Structure(NamedTuple):
+    """What of an objective decides which code is compiled; option names are attributes.
+
+    A tuple of plain values, since Triton's hooks write compile-time arguments as JSON.
+    """
 
     kind: str
     options: tuple[tuple[str, Any], ...]
@@ -47,152 +55,159 @@ class Structure:
         raise AttributeError(name)
 
 
-def fused(objective: Any) -> tuple[Structure, tuple[float, ...]] | None:
-    """(structure, numbers) of an objective that has device code; None for any other."""
+def fused(objective: Any, given: Collection[str] = ()) -> tuple[Structure, tuple[float, ...]] | None:
+    """(structure, numbers) of an objective that has device code and, with these annotations, needs one token alone."""
     from ..objectives import SRFT, CrossEntropy, PolicyGradient
 
-    kind = type(objective).__name__
-    if type(objective) not in (CrossEntropy, PolicyGradient, SRFT):
+    if type(objective) not in (CrossEntropy, PolicyGradient, SRFT) or not objective.token_local(given):
         return None
-    numbers = NUMBERS[kind]
-    options = {field.name: getattr(objective, field.name) for field in fields(objective)}
+    options = _options(objective)
+    options |= _options(objective.correction or Correction(), "correction_")
+    numeric = {name for name, (value, is_number) in options.items() if is_number}
     structure = {
         # a number leaves only its presence: None, zero or not
-        name: value if name not in numbers or value is None else value != 0
-        for name, value in options.items()
+        name: value if name not in numeric or value is None else value != 0
+        for name, (value, _) in options.items()
     }
-    values = tuple(float("inf") if options[name] is None else float(options[name]) for name in numbers)
-    return Structure(kind, tuple(structure.items())), values
+    structure["correction"] = objective.correction is not None
+    values = (float("inf") if options[name][0] is None else float(options[name][0]) for name in sorted(numeric))
+    kind = type(objective).__name__
+    return Structure(kind, tuple(structure.items())), _numbers(kind, tuple(sorted(numeric)))(*values)
+
+
+def _options(options: Any, prefix: str = "") -> dict[str, tuple[Any, bool]]:
+    """{name: (value, whether it is a number)} of a dataclass."""
+    return {
+        prefix + field.name: (getattr(options, field.name), field.type in ("float", "float | None"))
+        for field in fields(options)
+    }
+
+
+@cache
+def _numbers(kind: str, names: tuple[str, ...]) -> type:
+    return namedtuple(kind + "Numbers", names)
 
 
 @triton.jit
-def token_loss(
-    O: tl.constexpr,  # Structure
-    numbers,
-    row,  # of the annotations
-    logprob,
-    entropy,
-    logsumexp,
-    smooth,
-    advantages_ptr,
-    old_ptr,
-    ref_ptr,
-    is_demo_ptr,
-    rewards_ptr,
-    weight_entropy_ptr,
-    class_weight_ptr,
-):
-    """(loss, g, h, k, u): the token's loss and its derivatives to ℓ, H, lse and the smoothing statistic."""
-    zero = logprob * 0.0
+def token_loss(O: tl.constexpr, numbers, columns, row, logprob, entropy, logsumexp, smooth):
+    """(loss, g, h, k, u): the token's loss and its derivatives to ℓ, H, lse and the smoothing statistic.
+
+    O a Structure; numbers and columns by name; row of the annotations.
+    """
+    h = tl.zeros_like(logprob)
+    k = tl.zeros_like(logprob)
+    u = tl.zeros_like(logprob)
+    sampled = True
     if O.kind == "CrossEntropy":
-        loss, g, k, u = _cross_entropy(O, numbers, row, logprob, logsumexp, smooth, class_weight_ptr)
-        h = zero
+        loss, g, k, u = _cross_entropy(O, numbers, columns, row, logprob, logsumexp, smooth)
+    elif O.kind == "PolicyGradient":
+        loss, g = _surrogate(O, numbers, columns, row, logprob, tl.load(columns.advantages + row))
     else:
-        k = zero
-        u = zero
-        advantage = tl.load(advantages_ptr + row)
-        if O.kind == "PolicyGradient":
-            loss, g, h = _policy_gradient(O, numbers, row, logprob, entropy, advantage, old_ptr, ref_ptr)
+        sampled = tl.load(columns.is_demo + row) == 0
+        loss, g = _srft(O, numbers, columns, row, logprob, entropy, sampled)
+    if O.correction:
+        weight = tl.where(sampled, _correction(O, numbers, columns, row, logprob), 1.0)
+        loss = _times(weight, loss)
+        g = _times(weight, g)
+        k = _times(weight, k)
+        u = _times(weight, u)
+    if O.kl_coef:
+        gap = _log_ratio(tl.load(columns.ref_logprobs + row), logprob)
+        if O.kl_estimator == "k1":
+            kl = -gap
+            slope = tl.zeros_like(gap) + 1.0
+        elif O.kl_estimator == "k2":
+            kl = gap * gap / 2
+            slope = -gap
         else:
-            loss, g, h = _srft(
-                O, numbers, row, logprob, entropy, advantage, old_ptr, is_demo_ptr, rewards_ptr, weight_entropy_ptr
-            )
+            rise = _expm1(gap)
+            kl = rise - gap
+            slope = -rise
+        loss += tl.where(sampled, numbers.kl_coef * kl, 0.0)
+        g += tl.where(sampled, numbers.kl_coef * slope, 0.0)
+    if O.entropy_coef:
+        loss -= numbers.entropy_coef * entropy
+        h -= numbers.entropy_coef
     return loss, g, h, k, u
 
 
 @triton.jit
-def _cross_entropy(O: tl.constexpr, numbers, row, logprob, logsumexp, smooth, class_weight_ptr):
-    label_smoothing, z_loss = numbers
-    weight = logprob * 0.0 + 1.0
+def _cross_entropy(O: tl.constexpr, numbers, columns, row, logprob, logsumexp, smooth):
+    weight = tl.zeros_like(logprob) + 1.0
     if O.probability_weighted:
         weight = tl.exp(logprob)
-    if class_weight_ptr is not None:
-        weight = weight * tl.load(class_weight_ptr + row)
-    loss = -weight * logprob
+    if columns.class_weight is not None:
+        weight *= tl.load(columns.class_weight + row)
+    loss = -_times(weight, logprob)
     g = -weight
-    k = logprob * 0.0
-    u = logprob * 0.0
+    k = tl.zeros_like(logprob)
+    u = tl.zeros_like(logprob)
     if O.label_smoothing:
-        loss = (1 - label_smoothing) * loss - label_smoothing * smooth
-        g = (1 - label_smoothing) * g
-        u = u - label_smoothing
+        loss = (1 - numbers.label_smoothing) * loss - numbers.label_smoothing * smooth
+        g = (1 - numbers.label_smoothing) * g
+        u -= numbers.label_smoothing
     if O.z_loss:
-        loss = loss + z_loss * logsumexp * logsumexp
-        k = 2 * z_loss * logsumexp
+        loss += numbers.z_loss * logsumexp * logsumexp
+        k = 2 * numbers.z_loss * logsumexp
     return loss, g, k, u
 
 
 @triton.jit
-def _policy_gradient(O: tl.constexpr, numbers, row, logprob, entropy, advantage, old_ptr, ref_ptr):
-    clip_low, clip_high, dual_clip, kl_coef, entropy_coef = numbers
-    h = logprob * 0.0
+def _surrogate(O: tl.constexpr, numbers, columns, row, logprob, signal):
+    """(loss, g) of a sampled token; signal is the advantage, as a rule."""
     if O.surrogate == "reinforce":
-        loss = -advantage * logprob
-        g = -advantage
+        return _times(-signal, logprob), -signal
     else:
-        ratio = _ratio(row, logprob, old_ptr)
-        clipped = _clip(ratio, clip_low, clip_high)
-        if O.surrogate == "cispo":
-            loss = -clipped * advantage * logprob
-            g = -clipped * advantage
+        if columns.old_logprobs is None:  # fresh data
+            ratio = tl.zeros_like(logprob) + 1.0
         else:
-            loss, g = _pessimistic(ratio, clipped, advantage)
+            ratio = tl.exp(_log_ratio(logprob, tl.load(columns.old_logprobs + row)))
+        clipped = tl.minimum(tl.maximum(ratio, 1 - numbers.clip_low), 1 + numbers.clip_high)
+        if O.surrogate == "cispo":
+            return _times(-signal * clipped, logprob), -signal * clipped
+        elif O.surrogate == "sapo":
+            tau = tl.where(signal > 0, numbers.tau_positive, numbers.tau_negative)
+            gate = 1 / (1 + tl.exp(-tau * (ratio - 1)))
+            return -signal * gate * 4 / tau, -signal * 4 * gate * (1 - gate) * ratio
+        else:
+            plain = -ratio * signal
+            worse = -clipped * signal > plain  # never for a NaN, which a maximum would drop
+            loss = tl.where(worse, -clipped * signal, plain)
+            g = tl.where(worse, 0.0, plain)  # dr/dℓ = r
             if O.dual_clip is not None:
-                bound = -advantage * dual_clip
-                bounded = (advantage < 0) & (loss > bound)
+                bound = -signal * numbers.dual_clip
+                bounded = (signal < 0) & (loss > bound)
                 loss = tl.where(bounded, bound, loss)
                 g = tl.where(bounded, 0.0, g)
-    if O.kl_coef:
-        gap = tl.load(ref_ptr + row) - logprob
-        rise = _expm1(gap)
-        loss = loss + kl_coef * (rise - gap)
-        g = g - kl_coef * rise
-    if O.entropy_coef:
-        loss = loss - entropy_coef * entropy
-        h = h - entropy_coef
-    return loss, g, h
+            return loss, g
 
 
 @triton.jit
-def _srft(
-    O: tl.constexpr,
-    numbers,
-    row,
-    logprob,
-    entropy,
-    advantage,
-    old_ptr,
-    is_demo_ptr,
-    rewards_ptr,
-    weight_entropy_ptr,
-):
-    sft_coef, rl_coef, shaping, rollout_coef, negative_coef, clip_low, clip_high, entropy_coef = numbers
-    demo = tl.load(is_demo_ptr + row) != 0
-    if weight_entropy_ptr is not None:
-        level_entropy = tl.load(weight_entropy_ptr + row)
+def _srft(O: tl.constexpr, numbers, columns, row, logprob, entropy, sampled):
+    advantage = tl.load(columns.advantages + row)
+    if columns.weight_entropy is not None:
+        level_entropy = tl.load(columns.weight_entropy + row)
     else:
         level_entropy = entropy
     p = tl.exp(logprob)
 
-    # demonstration: sft_coef · w · (−ℓ) − rl_coef · A · shape(p)
+    # demonstration: sft_coef · w · (−ℓ) − rl_coef · A · shape(u)
+    demo_weight = tl.zeros_like(logprob) + 1.0
     if O.demo_weight == "entropy":
-        demo_weight = sft_coef * tl.exp(O.entropy_sign * level_entropy)
-    elif O.demo_weight == "constant":
-        demo_weight = sft_coef + logprob * 0.0
-    else:
-        demo_weight = sft_coef * p * (1 - p)
-    if O.demo_shaping is None:
-        shaped = p
-        slope = p  # dp/dℓ
-    else:
-        shaped = p / (p + shaping)
-        slope = shaped * shaping / (p + shaping)
-    demo_loss = -demo_weight * logprob - rl_coef * advantage * shaped
-    demo_g = -demo_weight - rl_coef * advantage * slope
+        demo_weight = tl.exp(O.entropy_sign * level_entropy)
+    elif O.demo_weight == "p":
+        demo_weight = p
+    elif O.demo_weight == "p(1-p)":
+        demo_weight = p * (1 - p)
+    demo_weight *= numbers.demo_sft_coef
+    shaped, slope = _shape(O, numbers, columns, row, logprob)
+    push = -numbers.demo_rl_coef * advantage
+    demo_loss = _times(-demo_weight, logprob) + _times(push, shaped)
+    demo_g = push * slope - demo_weight
 
-    # rollout: v · (−signal · factor)
+    # rollout: v · surrogate
     if O.positive == "reward":
-        positive = tl.load(rewards_ptr + row) > 0
+        positive = tl.load(columns.rewards + row) > 0
     else:
         positive = advantage > 0
     if O.rollout_signal == "advantage":
@@ -201,51 +216,66 @@ def _srft(
         signal = tl.where(positive, 1.0, -1.0)
         if O.positive == "advantage":
             signal = tl.where(advantage == 0, 0.0, signal)
-    if O.rollout_factor == "logprob":
-        rollout_loss = -signal * logprob
-        rollout_g = -signal
-    else:
-        ratio = _ratio(row, logprob, old_ptr)
-        if O.rollout_factor == "ratio":
-            rollout_loss = -signal * ratio
-            rollout_g = -signal * ratio
-        else:
-            rollout_loss, rollout_g = _pessimistic(ratio, _clip(ratio, clip_low, clip_high), signal)
+    rollout_loss, rollout_g = _surrogate(O, numbers, columns, row, logprob, signal)
+    reward_weight = tl.zeros_like(logprob) + numbers.rollout_coef
     if O.rollout_weight == "entropy":
-        reward_weight = rollout_coef * tl.exp(level_entropy)
+        reward_weight *= tl.exp(level_entropy)
+    weight = tl.where(positive, reward_weight, numbers.negative_coef)
+
+    loss = tl.where(sampled, _times(weight, rollout_loss), demo_loss)
+    return loss, tl.where(sampled, weight * rollout_g, demo_g)
+
+
+@triton.jit
+def _shape(O: tl.constexpr, numbers, columns, row, logprob):
+    """(shape(u), its derivative to ℓ) for u = p / π_β; du/dℓ = u."""
+    log_u = logprob
+    if columns.demo_logprobs is not None:
+        log_u = _log_ratio(logprob, tl.load(columns.demo_logprobs + row))
+    u = tl.exp(log_u)
+    c = numbers.demo_shaping
+    if O.demo_shaping is None:
+        return u, u
+    elif O.demo_shape == "p/(p+c)":
+        return u / (u + c), u * c / ((u + c) * (u + c))
+    elif O.demo_shape == "p^c":
+        power = tl.exp(c * log_u)
+        return power, c * power
+    elif O.demo_shape == "c*log p":
+        return c * log_u, tl.zeros_like(u) + c
     else:
-        reward_weight = rollout_coef + logprob * 0.0
-    weight = tl.where(positive, reward_weight, negative_coef)
-
-    loss = tl.where(demo, demo_loss, weight * rollout_loss)
-    g = tl.where(demo, demo_g, weight * rollout_g)
-    h = logprob * 0.0
-    if O.entropy_coef:
-        loss = loss - entropy_coef * entropy
-        h = h - entropy_coef
-    return loss, g, h
+        return u + c * log_u, u + c
 
 
 @triton.jit
-def _ratio(row, logprob, old_ptr):
-    """r = e^{ℓ − ℓ_old}; 1 on fresh data."""
-    if old_ptr is None:
-        return logprob * 0.0 + 1.0
+def _correction(O: tl.constexpr, numbers, columns, row, logprob):
+    """The importance weight of a sampled token."""
+    trained = logprob
+    if columns.old_logprobs is not None and not O.correction_current:
+        trained = tl.load(columns.old_logprobs + row)
+    ratio = tl.exp(_log_ratio(trained, tl.load(columns.sampler_logprobs + row)))
+    low = numbers.correction_low
+    high = numbers.correction_high
+    inside = (ratio >= low) & (ratio <= high)
+    if O.correction_outside == "truncate":
+        return tl.minimum(tl.maximum(ratio, low), high)
+    elif O.correction_outside == "mask":
+        return tl.where(inside, ratio, 0.0)
     else:
-        return tl.exp(logprob - tl.load(old_ptr + row))
+        return tl.where(inside, 1.0, 0.0)
 
 
 @triton.jit
-def _clip(ratio, low, high):
-    return tl.minimum(tl.maximum(ratio, 1 - low), 1 + high)
+def _log_ratio(logprob, other):
+    """log of p / p_other, at most LIMIT; NaN where ℓ is, which a minimum would drop."""
+    change = logprob - tl.where(other < -1e30, -1e30, other)
+    return tl.where(change > LIMIT, LIMIT, change)
 
 
 @triton.jit
-def _pessimistic(ratio, clipped, signal):
-    """PPO's max(−r·A, −clip(r)·A) and its derivative to ℓ: −r·A where the first is active, since dr/dℓ = r."""
-    plain = -ratio * signal
-    bounded = -clipped * signal
-    return tl.maximum(plain, bounded), tl.where(plain >= bounded, plain, 0.0)
+def _times(weight, value):
+    """weight · value, and 0 where the weight is, though the value be infinite."""
+    return tl.where(weight == 0.0, 0.0, weight * value)
 
 
 @triton.jit

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..head import Head
 from ..tokens import Tokens, TokenStats, coefficients
 from . import Normalizer
-from .triton_objectives import COLUMNS, Structure, fused, token_loss
+from .triton_objectives import Columns, fused, token_loss
 
 # Columns per loop step and warps per program: 16 numbers, four 16-byte loads, in flight per thread.
 MAX_BLOCK = 8192
@@ -189,8 +189,8 @@ def _gradient_kernel(
 def _loss_gradient_kernel(
     logits_ptr, dlogits_ptr,  # (n, stride) fp32; (n, dstride), the same memory
     target_ptr, weight_ptr,  # (n,) int64, (n,) fp32 token weights
-    advantages_ptr, old_ptr, ref_ptr, is_demo_ptr, rewards_ptr, weight_entropy_ptr, class_weight_ptr,  # (n,) or None
-    numbers,  # the objective's coefficients
+    columns,  # annotations by name, each (n,) or None
+    numbers,  # the objective's coefficients by name
     bias_ptr, smooth_ptr, smooth_total_ptr,  # (V,), (V,), () fp32 or None
     out_ptr,  # (4, n) fp32: loss, ℓ, H, lse
     rows, vocab, stride, dstride, softcap, temperature,
@@ -202,10 +202,7 @@ def _loss_gradient_kernel(
     logprob, entropy, logsumexp, smooth, m, log_s = _statistics(
         row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, softcap, temperature, BLOCK
     )
-    loss, g, h, k, u = token_loss(
-        OBJECTIVE, numbers, row, logprob, entropy, logsumexp, smooth,
-        advantages_ptr, old_ptr, ref_ptr, is_demo_ptr, rewards_ptr, weight_entropy_ptr, class_weight_ptr,
-    )  # fmt: skip
+    loss, g, h, k, u = token_loss(OBJECTIVE, numbers, columns, row, logprob, entropy, logsumexp, smooth)
     tl.store(out_ptr + row, loss)
     tl.store(out_ptr + rows + row, logprob)
     tl.store(out_ptr + 2 * rows + row, entropy)
@@ -253,7 +250,7 @@ def loss_and_gradient(
     logits: Tensor, tokens: Tokens, weight: Tensor, objective: Any, head: Head, block_rows: int, dtype: torch.dtype
 ) -> tuple[TokenStats, Tensor, Tensor]:
     """One pass: statistics, loss per token (n,), and ∂(Σ weight·loss)/∂(raw logits) (n, V) as `dtype`."""
-    if (device_code := fused(objective)) is None:
+    if (device_code := fused(objective, tokens)) is None:
         stats, normalizer = statistics(logits, tokens.target, head, block_rows)
         loss, coefs = coefficients(objective, stats, tokens, weight)
         return stats, loss, gradient(logits, tokens.target, stats.entropy, normalizer, coefs, head, block_rows, dtype)
@@ -262,7 +259,7 @@ def loss_and_gradient(
     out, dlogits = logits.new_empty(4, n), _over(logits, dtype)
     with _device_of(logits):
         _loss_gradient_kernel[(n,)](
-            logits, dlogits, tokens.target, weight, *_columns(tokens, structure), numbers,
+            logits, dlogits, tokens.target, weight, _columns(tokens), numbers,
             head.bias, head.smooth, _total(head), out, n, vocab, logits.stride(0), dlogits.stride(0),
             head.softcap, _temperature(head), structure, _order(logits, dlogits), **_block(vocab),
         )  # fmt: skip
@@ -316,13 +313,15 @@ def _order(logits: Tensor, dlogits: Tensor) -> str:
     return "reduction" if torch.version.hip else "barrier"
 
 
-def _columns(tokens: Tokens, structure: Structure) -> list[Tensor | None]:
-    """The annotations in the order that the kernel takes them, fp32 (is_demo: bytes), contiguous."""
-    columns = [tokens.get(name) for name in COLUMNS]
-    return [
-        c if c is None else c.contiguous().view(torch.uint8) if c.dtype == torch.bool else c.float().contiguous()
-        for c in columns
-    ]
+def _columns(tokens: Tokens) -> Columns:
+    """The annotations that device code reads, fp32 (is_demo: bytes), contiguous; None where not given."""
+    columns = (tokens.get(name) for name in Columns._fields)
+    return Columns(
+        *(
+            c if c is None else c.contiguous().view(torch.uint8) if c.dtype == torch.bool else c.float().contiguous()
+            for c in columns
+        )
+    )
 
 
 def _block(vocab: int) -> dict[str, int]:

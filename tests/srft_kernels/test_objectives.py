@@ -10,17 +10,23 @@ from torch import Tensor
 
 import srft_kernels as sk
 
-from .cases import BACKENDS, IGNORED, full_statistics, problem
+from .cases import IGNORED, full_statistics, problem
 
-backends = pytest.mark.parametrize("backend", BACKENDS)
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy on infinities
+backends = pytest.mark.parametrize("backend", ["torch", "triton"])
 passes_of = pytest.mark.parametrize("passes", [None, 2])
 
 
-# Formulas: t has l, H, lse, A, R, o (old), q (reference), demo, seq of each live token.
+# Formulas: t has l, H, lse, A, R, o (old), q (reference), s (sampler), d (who wrote the demonstrations), demo, seq of
+# each live token.
 
 
 def sequence_mean(values: Tensor, seq: Tensor) -> Tensor:
     return torch.stack([values[seq == i].mean() for i in seq.tolist()])
+
+
+def sequence_sum(values: Tensor, seq: Tensor) -> Tensor:
+    return torch.stack([values[seq == i].sum() for i in seq.tolist()])
 
 
 def kind_mean(values: Tensor, demo: Tensor) -> Tensor:
@@ -40,6 +46,11 @@ def k3(t):
     return (t.q - t.l).exp() - (t.q - t.l) - 1
 
 
+def sapo(t, positive=1.0, negative=1.05):
+    tau = positive * (t.A > 0) + negative * (t.A <= 0).double()
+    return -t.A * torch.sigmoid(tau * ((t.l - t.o).exp() - 1)) * 4 / tau
+
+
 def gspo(t):
     s = sequence_mean(t.l - t.o, t.seq).exp().detach() * (t.l - t.l.detach()).exp()
     return -torch.minimum(s * t.A, s.clamp(1 - 3e-4, 1 + 4e-4) * t.A)
@@ -49,6 +60,22 @@ def srft_paper(t, entropy=None, sign=-1):
     H = (t.H if entropy is None else entropy).detach()
     demo = 0.5 * (sign * H).exp() * -t.l - t.A * t.l.exp()
     return torch.where(t.demo, demo, torch.where(t.R > 0, 0.1 * H.exp() * -t.l, t.l))
+
+
+def srft_gspo(t):
+    """Paper's demonstrations and weights, GSPO's loss with the paper's signs on the rollouts."""
+    H, sign = t.H.detach(), torch.where(t.R > 0, 1.0, -1.0)
+    s = sequence_mean(t.l - t.o, t.seq).exp().detach() * (t.l - t.l.detach()).exp()
+    rollout = torch.where(t.R > 0, 0.1 * H.exp(), 1.0) * -torch.minimum(s * sign, s.clamp(0.8, 1.2) * sign)
+    return torch.where(t.demo, srft_paper(t), rollout)
+
+
+def srft_gspo_sequence_mis(t):
+    """Three levels at once: entropies of the batch, ratios of sequences, and their mismatch with the sampler."""
+    demo = 0.5 * (-kind_mean(t.H, t.demo)).exp().detach() * -t.l - t.A * t.l.exp()
+    rho = sequence_sum(t.o - t.s, t.seq).exp()
+    kept = rho * ((rho >= 0.6) & (rho <= 1.5))
+    return torch.where(t.demo, demo, kept * srft_gspo(t) / torch.where(t.R > 0, t.H.detach().exp(), 1))
 
 
 def srft_official(t):
@@ -71,9 +98,8 @@ def srft_by_advantage(t):
     return torch.where(t.demo, demo, clipped * torch.where(t.A > 0, 0.1 * H.exp(), 1.0))
 
 
-def luffy(t):
-    p = t.l.exp()
-    return torch.where(t.demo, -t.A * p / (p + 0.1), -t.A * (t.l - t.o).exp())
+def luffy(t, shape=lambda p: p / (p + 0.1)):
+    return torch.where(t.demo, -t.A * shape(t.l.exp()), -t.A * (t.l - t.o).exp())
 
 
 def chord(t):
@@ -85,11 +111,48 @@ def chord_phi(t):
     return torch.where(t.demo, 0.5 * p * (1 - p) * -t.l, 0.5 * ppo(t))
 
 
+def hpt(t):
+    return torch.where(t.demo, -t.l, ppo(t))
+
+
+def within(low, high, inside=lambda rho: rho):
+    """ρ, and 0 outside the bounds."""
+    return lambda rho: torch.where((rho >= low) & (rho <= high), inside(rho), 0.0)
+
+
+def corrected(loss, bound, level=None, rho=lambda t: t.o - t.s):
+    """The loss times what is kept of ρ = e^{o − s}, of each token or summed over its sequence."""
+
+    def formula(t):
+        gap = rho(t).detach()
+        gap = gap if level is None else level(gap, t.seq)
+        return loss(t) * torch.where(t.demo & torch.tensor(loss in MIXED), 1.0, bound(gap.exp()))
+
+    return formula
+
+
+MIXED = {srft_paper, srft_official, luffy}
+TIS, MIS, REJECT = (
+    sk.Correction(high=1.2),
+    sk.Correction("mask", low=0.8, high=1.4),
+    sk.Correction("reject", "token", 0.8),
+)
+SEQUENCE_TIS = sk.Correction(level="sequence", low=0.6, high=1.5)
+SEQUENCE_MIS = sk.Correction("mask", "sequence", 0.6, 1.5)
+GEOMETRIC = sk.Correction("reject", "geometric", 0.9, 1.1)
+one = torch.ones_like
+
 FORMULAS = {
     "sft": (sk.sft(), lambda t: -t.l),
     "dft": (sk.dft(), lambda t: -t.l.exp().detach() * t.l),
     "z_loss": (sk.sft(z_loss=0.01), lambda t: -t.l + 0.01 * t.lse**2),
+    "sft_entropy": (sk.sft(entropy_coef=0.1), lambda t: -t.l - 0.1 * t.H),
+    "dft_entropy": (sk.dft(entropy_coef=0.1), lambda t: -t.l.exp().detach() * t.l - 0.1 * t.H),
+    "sft_kl": (sk.sft(kl_coef=0.1, kl_estimator="k2"), lambda t: -t.l + 0.05 * (t.l - t.q) ** 2),
     "reinforce": (sk.reinforce(), lambda t: -t.A * t.l),
+    "reinforce_k1": (sk.reinforce(kl_coef=0.04, kl_estimator="k1"), lambda t: -t.A * t.l + 0.04 * (t.l - t.q)),
+    "cispo_k2": (sk.cispo(kl_coef=0.04, kl_estimator="k2", clip_high=0.1),
+                 lambda t: -(t.l - t.o).exp().clamp(max=1.1).detach() * t.A * t.l + 0.02 * (t.l - t.q) ** 2),
     "grpo": (sk.grpo(), ppo),
     "grpo_kl": (sk.grpo(kl_coef=0.04), lambda t: ppo(t) + 0.04 * k3(t)),
     "grpo_entropy": (sk.grpo(entropy_coef=0.01), lambda t: ppo(t) - 0.01 * t.H),
@@ -101,6 +164,8 @@ FORMULAS = {
     "cispo": (sk.cispo(clip_high=0.1), lambda t: -(t.l - t.o).exp().clamp(max=1.1).detach() * t.A * t.l),
     "cispo_two_sided": (sk.cispo(clip_low=0.1, clip_high=0.1),
                         lambda t: -(t.l - t.o).exp().clamp(0.9, 1.1).detach() * t.A * t.l),
+    "sapo": (sk.sapo(), sapo),
+    "sapo_other_slopes": (sk.sapo(tau_positive=0.5, tau_negative=3.0), lambda t: sapo(t, 0.5, 3.0)),
     "gspo": (sk.gspo(), gspo),
     "gspo_wide": (sk.gspo(clip_low=3e-4, clip_high=4e-4, kl_coef=0.1), lambda t: gspo(t) + 0.1 * k3(t)),
     "srft_paper": (sk.srft_paper(), srft_paper),
@@ -109,28 +174,67 @@ FORMULAS = {
     "srft_paper_other_sign": (sk.srft_paper(entropy_sign=1), lambda t: srft_paper(t, sign=1)),
     "srft_official": (sk.srft_official(), srft_official),
     "srft_hpt": (sk.srft_hpt(), srft_hpt),
-    "srft_by_advantage": (sk.SRFT(rollout_factor="clipped_ratio", clip_low=0.1, clip_high=0.3), srft_by_advantage),
+    "srft_by_advantage": (sk.SRFT(surrogate="ppo", clip_low=0.1, clip_high=0.3), srft_by_advantage),
+    "srft_official_kl": (sk.srft_official(kl_coef=0.1),
+                         lambda t: srft_official(t) + torch.where(t.demo, 0.0, 0.1 * k3(t))),
+    "srft_gspo": (sk.srft_paper(surrogate="ppo", ratio_level="sequence"), srft_gspo),
+    "srft_gspo_sequence_mis": (sk.srft_paper(level="batch", surrogate="ppo", ratio_level="sequence",
+                                             rollout_weight="constant", correction=SEQUENCE_MIS),
+                               srft_gspo_sequence_mis),
+    "srft_dft": (sk.luffy(demo_sft_coef=0.3, demo_weight="p", demo_rl_coef=0.0),
+                 lambda t: torch.where(t.demo, -0.3 * t.l.exp().detach() * t.l, luffy(t))),
     "luffy": (sk.luffy(), luffy),
+    "luffy_p": (sk.luffy(demo_shaping=None), lambda t: luffy(t, lambda p: p)),
+    "luffy_wide": (sk.luffy(demo_shaping=0.5), lambda t: luffy(t, lambda p: p / (p + 0.5))),
+    "luffy_root": (sk.luffy(demo_shape="p^c", demo_shaping=0.5), lambda t: luffy(t, torch.sqrt)),
+    "luffy_log": (sk.luffy(demo_shape="c*log p", demo_shaping=0.3), lambda t: luffy(t, lambda p: 0.3 * p.log())),
+    "luffy_p_log": (sk.luffy(demo_shape="p+c*log p", demo_shaping=0.3),
+                    lambda t: luffy(t, lambda p: p + 0.3 * p.log())),
+    "luffy_known_writer": (sk.luffy(demo_shaping=None), lambda t: luffy(t, lambda p: p / t.d.exp())),
+    "luffy_known_writer_shaped": (sk.luffy(), lambda t: luffy(t, lambda p: p / t.d.exp() / (p / t.d.exp() + 0.1))),
+    "hpt": (sk.hpt(), hpt),
     "chord": (sk.chord(mu=0.3), chord),
     "chord_phi": (sk.chord(token_weighted=True), chord_phi),
+    "chord_sapo": (sk.chord(mu=0.3, surrogate="sapo"), lambda t: torch.where(t.demo, 0.3 * -t.l, 0.7 * sapo(t))),
+    "chord_dual_clip": (sk.chord(mu=0.3, dual_clip=3.0), lambda t: torch.where(t.demo, 0.3 * -t.l, 0.7 * dual_clip(t))),
+    "tis": (sk.grpo(correction=TIS), corrected(ppo, lambda rho: rho.clamp(max=1.2))),
+    "mis": (sk.grpo(correction=MIS), corrected(ppo, within(0.8, 1.4))),
+    "rejection": (sk.sapo(correction=REJECT), corrected(sapo, within(0.8, 2.0, one))),
+    "sequence_tis": (sk.reinforce(correction=SEQUENCE_TIS),
+                     corrected(lambda t: -t.A * t.l, lambda rho: rho.clamp(0.6, 1.5), sequence_sum)),
+    "sequence_mis": (sk.gspo(correction=SEQUENCE_MIS), corrected(gspo, within(0.6, 1.5), sequence_sum)),
+    "geometric_rejection": (sk.dapo(correction=GEOMETRIC),
+                            corrected(lambda t: ppo(t, 0.2, 0.28), within(0.9, 1.1, one), sequence_mean)),
+    "tis_of_the_policy_now": (sk.grpo(correction=sk.Correction(high=1.2, current=True)),
+                              corrected(ppo, lambda rho: rho.clamp(max=1.2), rho=lambda t: t.l - t.s)),
+    "tis_leaves_kl_and_entropy": (sk.grpo(correction=TIS, kl_coef=0.1, entropy_coef=0.1),
+                                  lambda t: FORMULAS["tis"][1](t) + 0.1 * k3(t) - 0.1 * t.H),
+    "tis_leaves_demonstrations": (sk.srft_paper(correction=TIS), corrected(srft_paper, lambda rho: rho.clamp(max=1.2))),
+    "tis_sft": (sk.sft(correction=TIS), corrected(lambda t: -t.l, lambda rho: rho.clamp(max=1.2))),
 }  # fmt: skip
 
 
-def batch(backend: str, tokens: int = 24):
-    """(problem, annotations): four sequences, half of them demonstrations; some advantages 0, ratios on all sides."""
+def batch(backend: str):
+    """(problem, annotations): four sequences, half of them demonstrations; some advantages 0, ratios on all sides.
+
+    Triton's interpreter takes its time: half the tokens, and no bias, cap or temperature, which other tests try.
+    """
     dtype = torch.float64 if backend == "torch" else torch.float32
-    p = problem("everything", tokens=tokens, dtype=dtype)
+    tokens = 24 if backend == "torch" else 12
+    p = problem("everything" if backend == "torch" else "bias", tokens=tokens, vocab=67, dtype=dtype)
     generator = torch.Generator().manual_seed(1)
     stats = full_statistics(p.input.double(), p.weight.double(), p.bias.double(), p)
     logprobs = torch.zeros(tokens, dtype=torch.float64)
     logprobs[p.live] = stats.logprobs
     n = torch.arange(tokens)
-    noise = torch.randn(2, tokens, generator=generator, dtype=torch.float64) * 0.4
+    noise = torch.randn(4, tokens, generator=generator, dtype=torch.float64) * 0.4
     return p, {
         "advantages": ((n * 7 % 5) - 2).to(dtype) / 2,
         "rewards": (n // 3 % 2).to(dtype),
         "old_logprobs": (logprobs + noise[0]).to(dtype),
         "ref_logprobs": (logprobs + noise[1]).to(dtype),
+        "sampler_logprobs": (logprobs + noise[0] + noise[2]).to(dtype),
+        "demo_logprobs": (logprobs + noise[3]).to(dtype),
         "is_demo": n * 4 // tokens % 2 == 0,
         "sequence_ids": n * 4 // tokens * 10 + 3,
     }
@@ -144,14 +248,17 @@ def expected(p, columns, formula, weight=None):
     t = SimpleNamespace(
         l=stats.logprobs, H=stats.entropy, lse=stats.logsumexp, A=rows["advantages"], R=rows["rewards"],
         o=rows["old_logprobs"], q=rows["ref_logprobs"], demo=rows["is_demo"], seq=rows["sequence_ids"],
+        s=rows["sampler_logprobs"], d=rows["demo_logprobs"],
     )  # fmt: skip
     per_token = formula(t)
     loss = per_token.mean() if weight is None else (per_token * weight[p.live].double()).sum()
     return loss, torch.autograd.grad(loss, leaves), t
 
 
-def found(p, columns, objective, **options):
+def found(p, columns, objective, writer_known=False, **options):
+    """(output, gradients); demo_logprobs, whose presence changes a loss, are passed where `writer_known`."""
     x, w, b = p.leaves()
+    columns = {name: c for name, c in columns.items() if name != "demo_logprobs" or writer_known}
     out = sk.linear_loss(x, w, p.target, objective, linear_bias=b, **p.head, **columns, **options)
     return out, torch.autograd.grad(out.loss, (x, w, b))
 
@@ -162,27 +269,28 @@ def assert_same(ours, reference, dtype):
         assert (value.double() - want).abs().amax() <= allowed
 
 
-@backends
-@passes_of
+@pytest.mark.parametrize("backend, passes", [("torch", None), ("torch", 2), ("triton", None)])
 @pytest.mark.parametrize("name", FORMULAS)
 def test_formula(backend, name, passes):
     objective, formula = FORMULAS[name]
     p, columns = batch(backend)
+    known = "known_writer" in name
     plan = sk.Plan(backend=backend, chunk_rows=5, block_rows=2, passes=passes)
-    for weight in (None, torch.rand(24).to(p.input.dtype)):
+    for weight in (None, torch.rand(24).to(p.input.dtype)) if backend == "torch" else (torch.rand(12),):
         loss, gradients, _ = expected(p, columns, formula, weight)
-        out, ours = found(p, columns, objective, plan=plan, token_weight=weight)
+        out, ours = found(p, columns, objective, known, plan=plan, token_weight=weight)
         assert_same((out.loss, *ours), (loss, *gradients), p.input.dtype)
         # the package's own specification says the same
         x, w, b = p.leaves()
+        given = {name: c for name, c in columns.items() if name != "demo_logprobs" or known}
         spec = sk.reference.linear_loss(
-            x, w, p.target, objective, linear_bias=b, token_weight=weight, **p.head, **columns
+            x, w, p.target, objective, linear_bias=b, token_weight=weight, **p.head, **given
         )
         assert_same((spec.loss, *torch.autograd.grad(spec.loss, (x, w, b))), (loss, *gradients), p.input.dtype)
 
 
 @backends
-@pytest.mark.parametrize("name", ["grpo", "srft_official", "luffy", "gspo"])
+@pytest.mark.parametrize("name", ["grpo", "srft_official", "luffy", "gspo", "sapo", "mis", "sequence_mis"])
 def test_fresh_rollouts_need_no_old_logprobs(backend, name):
     """Without them r = 1, and its gradient is that of ℓ."""
     objective, formula = FORMULAS[name]
@@ -319,7 +427,15 @@ def test_missing_annotation_is_named():
     [
         (sk.grpo(), {}, "advantages"),
         (sk.grpo(kl_coef=0.1), {"advantages"}, "ref_logprobs"),
-        (sk.gspo(), {"advantages"}, "sequence_ids"),
+        (sk.gspo(), {"advantages", "old_logprobs"}, "sequence_ids"),
+        (sk.sft(kl_coef=0.1), {}, "ref_logprobs"),
+        (sk.sft(correction=sk.Correction()), {}, "sampler_logprobs"),
+        (sk.hpt(correction=SEQUENCE_MIS), {"advantages", "is_demo", "sampler_logprobs"}, "sequence_ids"),
+        (
+            sk.srft_paper(level="batch", correction=SEQUENCE_MIS),
+            {"advantages", "is_demo", "rewards", "sampler_logprobs"},
+            "sequence_ids",
+        ),
         (sk.srft_paper(), {"advantages", "rewards"}, "is_demo"),
         (sk.srft_paper(), {"advantages", "is_demo"}, "rewards"),
         (sk.srft_hpt(), {"advantages", "is_demo", "rewards"}, "sequence_ids"),
@@ -346,7 +462,7 @@ def test_two_missing_annotations_are_both_named():
 def test_old_logprobs_of_demonstrations_are_never_read(garbage, passes):
     """Nobody sampled a demonstration, so callers have nothing to put there."""
     p, columns = batch("torch")
-    for objective in (sk.srft_official(), sk.SRFT(rollout_factor="clipped_ratio"), sk.luffy()):
+    for objective in (sk.srft_official(), sk.SRFT(surrogate="ppo"), sk.luffy()):
         want, gradients = found(p, columns, objective, plan=sk.Plan(passes=passes))
         old = torch.where(columns["is_demo"], garbage, columns["old_logprobs"])
         out, ours = found(p, {**columns, "old_logprobs": old}, objective, plan=sk.Plan(passes=passes))
@@ -358,26 +474,31 @@ def test_old_logprobs_of_demonstrations_are_never_read(garbage, passes):
 def test_srft_metrics(backend):
     """Token means of each part, over the live tokens of its kind."""
     p, columns = batch(backend)
-    out, _ = found(p, columns, sk.srft_official(), plan=sk.Plan(backend=backend))
+    objective = sk.srft_official(clip_low=0.2, clip_high=0.2, kl_coef=0.1, correction=TIS)
+    out, _ = found(p, columns, objective, plan=sk.Plan(backend=backend))
     _, _, t = expected(p, columns, srft_official)
     H, pr, r, demo, roll = t.H, t.l.exp(), (t.l - t.o).exp(), t.demo, ~t.demo
     weight = torch.where(t.A > 0, 0.1 * H.exp(), 1.0)
     want = {
         "demo_sft_loss": (0.5 * H.exp() * -t.l)[demo].mean(),
         "demo_rl_loss": (-t.A * pr / (pr + 0.1))[demo].mean(),
-        "rollout_loss": (-t.A * r * weight)[roll].mean(),
+        "rollout_loss": (ppo(t) * weight)[roll].mean(),
         "demo_entropy": H[demo].mean(),
         "rollout_entropy": H[roll].mean(),
         "demo_weight": (0.5 * H.exp())[demo].mean(),
         "rollout_weight": weight[roll & (t.A > 0)].mean(),
         "clip_fraction": (((r > 1.2) & (t.A > 0)) | ((r < 0.8) & (t.A < 0)))[roll].double().mean(),
+        "ref_kl": k3(t)[roll].mean(),
+        "correction_weight": (t.o - t.s).exp().clamp(max=1.2)[roll].mean(),
+        "correction_outside": ((t.o - t.s).exp() > 1.2)[roll].double().mean(),
         "approx_kl": (r - 1 - (t.l - t.o))[roll].mean(),
     }
     assert set(out.metrics) == set(want)
+    assert 0 < want["correction_outside"] < 1
     for name, value in want.items():
         assert out.metrics[name].dim() == 0 and not out.metrics[name].requires_grad
         torch.testing.assert_close(out.metrics[name].double(), value.detach(), rtol=1e-4, atol=1e-6, msg=name)
-    assert 0 < out.metrics["clip_fraction"] < 1
+    assert backend == "triton" or 0 < out.metrics["clip_fraction"] < 1
 
 
 def test_policy_gradient_metrics():
@@ -404,9 +525,14 @@ def test_no_metrics_of_no_tokens():
     [
         (lambda: sk.PolicyGradient(surrogate="trpo"), r"PolicyGradient\(surrogate='trpo'\): expected one of 'rei"),
         (lambda: sk.PolicyGradient(ratio_level="batch"), r"ratio_level='batch'\): expected one of 'token', 'sequence'"),
+        (lambda: sk.sapo(dual_clip=3.0), r"PolicyGradient\(dual_clip=3.0\) bounds surrogate='ppo', found 'sapo'"),
+        (lambda: sk.sapo(tau_negative=0), r"PolicyGradient\(tau_negative=0\): expected a positive number"),
+        (lambda: sk.sft(kl_estimator="k4"), r"CrossEntropy\(kl_estimator='k4'\): expected one of 'k1', 'k2', 'k3'"),
+        (lambda: sk.SRFT(demo_shape="sqrt"), r"SRFT\(demo_shape='sqrt'\): expected one of 'p/\(p\+c\)', 'p\^c'"),
+        (lambda: sk.SRFT(demo_shape="p^c"), r"SRFT\(demo_shape='p\^c'\) needs its number c: pass demo_shaping=c > 0"),
         (lambda: sk.PolicyGradient(dual_clip=0.5), "dual_clip must be greater than 1, found 0.5"),
         (lambda: sk.PolicyGradient(clip_low=-0.2), r"PolicyGradient\(clip_low=-0.2\): expected a number ≥ 0 or None"),
-        (lambda: sk.SRFT(clip_high=None), r"SRFT\(clip_high=None\): expected a number ≥ 0$"),
+        (lambda: sk.SRFT(clip_high="x"), r"SRFT\(clip_high='x'\): expected a number ≥ 0 or None$"),
         (lambda: sk.SRFT(level="word"), r"SRFT\(level='word'\): expected one of 'token', 'sequence', 'batch'"),
         (lambda: sk.SRFT(entropy_sign=0), r"SRFT\(entropy_sign=0\): expected -1"),
         (lambda: sk.SRFT(demo_shaping=0.0), r"SRFT\(demo_shaping=0.0\): expected None or a positive"),

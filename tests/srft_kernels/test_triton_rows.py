@@ -62,10 +62,10 @@ OBJECTIVES = {
     ],
     "srft": [
         sk.SRFT(entropy_sign=sign, demo_weight=weight, demo_shaping=shaping, rollout_weight=rollout_weight,
-                rollout_factor=factor, rollout_signal=signal, positive=positive, entropy_coef=c)
-        for i, (sign, weight, shaping, rollout_weight, factor, signal, positive, c) in enumerate(product(
+                surrogate=surrogate, rollout_signal=signal, positive=positive, entropy_coef=c)
+        for i, (sign, weight, shaping, rollout_weight, surrogate, signal, positive, c) in enumerate(product(
             (-1, 1), ("entropy", "constant", "p(1-p)"), (None, 0.1), ("entropy", "constant"),
-            ("logprob", "ratio", "clipped_ratio"), ("sign", "advantage"), ("advantage", "reward"), (0.0, 0.1),
+            ("reinforce", "ppo", "sapo"), ("sign", "advantage"), ("advantage", "reward"), (0.0, 0.1),
         ))
         if i % 11 == 0  # every option with every other, not every combination
     ] + [sk.srft_paper(), sk.srft_official(), sk.luffy(), sk.chord(0.3), sk.chord(0.3, token_weighted=True)],

@@ -1,0 +1,121 @@
+"""Rollouts that another program sampled: weights for the mismatch between its log-probs and the trainer's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+# e^20 = 4.9e8: no ratio of probabilities beyond it says anything, but its overflow would turn a clipped gradient into
+# 0 · ∞. Log-ratios are cut there.
+LOG_RATIO_LIMIT = 20.0
+LOWEST_LOGPROB = -1e30  # stands for −inf, which could not be subtracted from itself
+
+
+@dataclass(frozen=True)
+class Correction:
+    """Importance weights ρ = π_train / π_sampler, kept within bounds.
+
+    outside   what a ρ outside [low, high] becomes: "truncate" the nearer bound (truncated importance sampling);
+              "mask" 0 (masked importance sampling, IcePop of arXiv 2510.18855); "reject" 0, and 1 instead of ρ inside
+              (rejection alone)
+    level     ρ of each "token"; of its "sequence" (the product over its tokens); their "geometric" mean over it
+    current   π_train is the policy as it is now, even where its log-probs at sampling time are known: with the latter
+              for the sampler's, this rejects tokens by the ratio that a clip looks at
+
+    As an option of any built-in objective, `grpo(correction=Correction())`, it multiplies the policy term, not KL or
+    entropy; annotations `sampler_logprobs`, `old_logprobs` if the rollouts are not fresh (else the policy as it is now
+    is taken, as a constant), `sequence_ids` above the token level, where a token's loss then depends on other tokens.
+
+    As a function of the two log-probs it makes the same weights before the step, once and at any level:
+    `advantages * weights` is the option with one pass, `token_weight * weights` weighs KL and entropy too, and
+    `mask & (weights > 0)` keeps rejected tokens out of an average's denominator.
+    """
+
+    outside: str = "truncate"
+    level: str = "token"
+    low: float = 0.0
+    high: float = 2.0
+    current: bool = False
+
+    def __post_init__(self):
+        one_of(self, outside=("truncate", "mask", "reject"), level=("token", "sequence", "geometric"))
+        bounds = self.low, self.high
+        if not all(isinstance(bound, Real) for bound in bounds) or not 0 <= self.low <= self.high or self.high == 0:
+            raise ValueError(f"Correction(low={self.low!r}, high={self.high!r}): expected 0 ≤ low ≤ high and high > 0")
+
+    def __call__(
+        self,
+        logprobs: Tensor,
+        sampler_logprobs: Tensor,
+        sequence_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Weights (...) of tokens with log-probs (...) under the trainer and under the sampler; no gradient.
+
+        `sequence_ids` (...) integers ≥ 0, above the token level; `mask` (...) boolean: tokens where it does not hold
+        take no part and get 0.
+        """
+        for name, value in (("sampler_logprobs", sampler_logprobs), ("sequence_ids", sequence_ids), ("mask", mask)):
+            if value is not None and value.shape != logprobs.shape:
+                raise ValueError(
+                    f"{name} must be shaped like logprobs {tuple(logprobs.shape)}, found {tuple(value.shape)}"
+                )
+        return self.bounded(self.ratio(logprobs, sampler_logprobs, sequence_ids, mask), mask)
+
+    def ratio(
+        self, logprobs: Tensor, sampler_logprobs: Tensor, sequence_ids: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """ρ at the level asked for, not yet bounded."""
+        change = log_ratio(logprobs.detach(), sampler_logprobs)
+        if self.level != "token":
+            if sequence_ids is None:
+                raise ValueError(f"Correction(level={self.level!r}) needs sequence_ids, an integer per token")
+            change = over_sequences(change, sequence_ids, mask, mean=self.level == "geometric")
+        return change.clamp(max=LOG_RATIO_LIMIT).exp()
+
+    def bounded(self, ratio: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Weights from ρ."""
+        inside = self.inside(ratio)
+        if self.outside == "truncate":
+            weights = ratio.clamp(self.low, self.high)
+        else:
+            weights = torch.where(inside, ratio if self.outside == "mask" else torch.ones_like(ratio), 0)
+        return weights if mask is None else torch.where(mask, weights, 0)
+
+    def inside(self, ratio: Tensor) -> Tensor:
+        return (ratio >= self.low) & (ratio <= self.high)
+
+
+def log_ratio(logprobs: Tensor, others: Tensor) -> Tensor:
+    """log of p / p_other: −inf where p is 0, a large number where only p_other is."""
+    return logprobs - others.clamp(min=LOWEST_LOGPROB)
+
+
+def over_sequences(values: Tensor, sequence_ids: Tensor, mask: Tensor | None = None, mean: bool = True) -> Tensor:
+    """Sum or mean of `values` over the tokens (of the mask) that share an id, given back to each token."""
+    flat, index = values.flatten(), groups(sequence_ids.flatten())
+    counted = torch.ones_like(flat) if mask is None else mask.flatten().to(flat.dtype)
+    total = torch.zeros_like(flat).index_add(0, index, torch.where(counted > 0, flat, 0))
+    if mean:
+        total = total / torch.zeros_like(flat).index_add(0, index, counted).clamp(min=1)
+    return total[index].view(values.shape)
+
+
+def groups(ids: Tensor) -> Tensor:
+    """ids (n,) → numbers (n,) in [0, n) that are equal where the ids are; unlike `unique`, never waits for a device."""
+    order = ids.argsort()
+    sorted_ids = ids[order]
+    steps = torch.cat([sorted_ids.new_zeros(1, dtype=torch.bool), sorted_ids[1:] != sorted_ids[:-1]])[: len(ids)]
+    return torch.empty_like(order).scatter_(0, order, steps.cumsum(0))
+
+
+def one_of(owner: object, **choices: tuple[str, ...]) -> None:
+    for field, allowed in choices.items():
+        value = getattr(owner, field)
+        if value not in allowed:
+            raise ValueError(
+                f"{type(owner).__name__}({field}={value!r}): expected one of {', '.join(map(repr, allowed))}"
+            )
