@@ -1,6 +1,7 @@
 # One command each: an environment is made on first use, then the command runs in it.
 #   make train   SRFT on the embedded SmolLM2-135M, CPU or CUDA     make bench   speed, memory and error
 #   make test    every test                                         make lint    ruff
+#   make peers-test   the bench's adapters against the peers' packages, in an environment on top of this one
 #   make gpu     tests, bench and profiles on a GPU, in 9 minutes
 #   make aot     every Triton kernel compiled with no GPU; table in docs/kernel-notes.md; TRITON=3.6.0 for another Triton
 #   make tune    launch settings of the row kernels measured on the GPU that is here (DEVICE=cpu: a rehearsal)
@@ -16,16 +17,34 @@ ARGS   ?=
 BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 
-.PHONY: train test bench gpu aot tune lint clean
+.PHONY: train test peers-test bench gpu aot tune lint clean
 
 train: $(READY)
 	$(BIN)/srft train $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest tests $(ARGS)
+	$(MAKE) peers-test
 
 bench: $(READY)
 	$(BIN)/python -m pytest bench/ --benchmark $(ARGS)
+
+# The peers' environment sees the packages of the first one, so that torch is there already. Two of the peers are taken
+# without what they require (Ray, the CUTLASS DSL): one has a path that needs none of it, the other is only read.
+PEERS_VENV ?= .venv-peers
+PEERS      ?= liger-kernel==0.8.5 cut-cross-entropy==25.1.1 trl==1.16.0
+PEERS_BARE ?= verl==0.9.1 quack-kernels==0.6.5
+peers-test: $(PEERS_VENV)/.ready
+	PEERS=installed $(PEERS_VENV)/bin/python -m pytest tests/bench/test_peers.py -rs \
+		-k "a_peer_is_right and (liger or cut-cross or QuACK or verl or TRL)"
+
+$(PEERS_VENV)/.ready: $(READY)
+	$(PYTHON) -m venv $(PEERS_VENV)
+	$(BIN)/python -c 'import site; print(*site.getsitepackages())' > \
+		"$$($(PEERS_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+	$(PEERS_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) $(PEERS)
+	$(PEERS_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps $(PEERS_BARE)
+	touch $@
 
 # One command for a machine with a GPU and no network: it runs in the Python that is there (PYTHON=), which has torch,
 # triton, transformers, pytest and pytest-benchmark. `make gpu DEVICE=cpu` rehearses it in the environment made here.
@@ -65,4 +84,4 @@ $(READY): setup.py Makefile
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) .venv-triton-* build *.egg-info
+	rm -rf $(VENV) .venv-* build *.egg-info

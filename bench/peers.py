@@ -6,12 +6,14 @@ has another name or other parameters than those used here raises Changed: an ada
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.metadata
 import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,27 +39,54 @@ def package(name: str) -> str:
 def function(path: str, parameters: str) -> Any:
     """`module:name` or `module:Class`, whose call (for autograd functions and modules: `forward`) takes `parameters`.
 
-    They must be there in this order; others may stand between or behind them.
+    They must be there in this order; others may stand between or behind them. Where the module cannot be imported, for
+    want of CUDA or of a package, its source is read instead: Changed comes before Unavailable.
     """
     module_name, name = path.split(":")
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and module_name.startswith(error.name):
-            raise Changed(f"{path}: there is no module {error.name} any more") from error
-        raise Unavailable(f"{module_name} needs {error.name}, which is not installed") from error
-    except ImportError as error:
-        raise Unavailable(f"{module_name} cannot be imported: {error}") from error
+    except Exception as error:  # packages for GPUs fail in many ways without one
+        expect(path, parameters, parameters_in_source(path))
+        if isinstance(error, ModuleNotFoundError):
+            raise Unavailable(f"{module_name} needs {error.name}, which is not installed") from error
+        raise Unavailable(f"{module_name} cannot be imported: {str(error).strip()[:200]}") from error
     found = getattr(module, name, None)
     if found is None:
         raise Changed(f"{path}: the module has no {name} any more")
     call = found
-    if inspect.isclass(found):  # an autograd function or a module, else a class with a static `apply`
-        call = getattr(found, "forward", None) or getattr(found, "apply", None)
-    has = iter(inspect.signature(call).parameters)
-    if not all(wanted in has for wanted in parameters.split()):
-        raise Changed(f"{path}: expected parameters {parameters}, found {inspect.signature(call)}")
+    if inspect.isclass(found):
+        call = next(getattr(found, method) for method in CALLED if hasattr(found, method))
+    expect(path, parameters, list(inspect.signature(call).parameters))
     return found
+
+
+CALLED = ("forward", "apply")  # of an autograd function or a module; of a class that only chooses between such
+
+
+def expect(path: str, parameters: str, found: list[str]) -> None:
+    has = iter(found)
+    if not all(wanted in has for wanted in parameters.split()):
+        raise Changed(f"{path}: expected parameters {parameters}, found {' '.join(found)}")
+
+
+def parameters_in_source(path: str) -> list[str]:
+    """Names of the parameters of a function, or of a class's call, from the file that defines it. Raises Changed."""
+    module_name, name = path.split(":")
+    top, *inner = module_name.split(".")
+    spec = importlib.util.find_spec(top)
+    if spec is None or not spec.submodule_search_locations:
+        raise Changed(f"{path}: there is no package {top} any more")
+    place = Path(spec.submodule_search_locations[0], *inner)
+    file = next((file for file in (place.with_suffix(".py"), place / "__init__.py") if file.exists()), None)
+    if file is None:
+        raise Changed(f"{path}: there is no module {module_name} any more")
+    defined = {node.name: node for node in ast.parse(file.read_text(encoding="utf-8")).body if hasattr(node, "name")}
+    if (found := defined.get(name)) is None:
+        raise Changed(f"{path}: the module has no {name} any more")
+    if isinstance(found, ast.ClassDef):
+        methods = {node.name: node for node in found.body if isinstance(node, ast.FunctionDef)}
+        found = next(methods[method] for method in CALLED if method in methods)
+    return [argument.arg for argument in (*found.args.posonlyargs, *found.args.args, *found.args.kwonlyargs)]
 
 
 def need(device: str, capability: tuple[int, int] | None = None) -> None:
@@ -150,6 +179,8 @@ def liger_scaled(device: str) -> Abilities:
 
 def liger_cute(device: str) -> Abilities:
     found = liger_scaled(device)
+    path = "liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90:LigerFusedScaledCrossEntropySM90Function"
+    function(path, LIGER_SCALED)  # what the package imports on the first call
     need(device, (9, 0))
     return found
 
@@ -164,16 +195,21 @@ def liger_torch(device: str) -> Abilities:
 def liger_native(device: str) -> Abilities:
     """The tensor-parallel form over a group of one: the only one that its native kernels have."""
     package("liger-kernel")
+    native = function("liger_kernel.ops.cute.fused_linear_scaled_cross_entropy_tp:is_available", "")
     path = "liger_kernel.ops:LigerFusedLinearScaledCrossEntropyTPFunction"
     f = function(path, "_input weight target tp_group temperature ignore_index tiles_per_reduce return_entropy")
     package("liger-cute-kernels")
     need(device)
+    if torch.cuda.get_device_capability() != (9, 0) and torch.cuda.get_device_capability()[0] != 10:
+        raise Unavailable("needs compute capability 9.0 or 10.x")
+    if not native():  # the package would silently take its fallback in torch
+        raise Unavailable("its native kernels cannot be loaded")
     import torch.distributed as dist
     from liger_cute_kernels import nvshmem
 
     if not dist.is_initialized():
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    nvshmem.resolve_team(dist.group.WORLD)  # without it the package silently takes its fallback
+    nvshmem.resolve_team(dist.group.WORLD)
 
     def statistics(x: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         nll, entropy = f.apply(x, weight, target, dist.group.WORLD, return_entropy=True)
@@ -232,6 +268,9 @@ def verl(device: str) -> Abilities:
     bare_package("verl.utils")
     path = "verl.utils.kernel.linear_cross_entropy:LinearCrossEntropy"
     f = function(path, "hidden weight labels temperature reduction")
+    function(
+        "verl.utils.kernel.kernels:efficient_entropy_forward", "hidden weight labels"
+    )  # imported on the first call
     need(device)
     return Abilities(statistics=lambda x, w, y: f.apply(x, w, y, 1.0, "none"))
 

@@ -31,8 +31,9 @@ YARDSTICK = 1024  # tokens on which eager PyTorch says how large an error is hon
 
 # ‖out − truth‖ / ‖truth‖ that no honest kernel exceeds: what is allowed where eager PyTorch cannot tell.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
-# Allowed however exact eager is: one rounding of the result into the inputs' type; for fp32, sums in another order.
-FLOOR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+# Allowed however exact eager is: one rounding of the result into the inputs' type; for fp32, sums in another order, and
+# an entropy of 0.1 nats as the difference of two numbers of the size of the logits.
+FLOOR = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 FACTOR = 3  # of eager's error: twice is what this package's own tests allow, the rest is for the sampling
 # ... and of a gradient's length: a kernel whose gradients are 2 % too long has a wrong factor somewhere. Rounding has
 # no such direction, so this stays sharp where 16-bit logits of ±30 make single elements wrong by several per cent.
