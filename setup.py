@@ -19,6 +19,8 @@ TRAIN = [
 ]
 TENSORBOARD = ["tensorboard>=2.15"]
 TEST = ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "psutil>=5.9", "numpy>=1.26"]
+# What bench/peers.py compares with and pip can have beside the rest; verl wants an older transformers: --no-deps.
+PEERS = ["liger-kernel>=0.8.5", "cut-cross-entropy>=25.1", "trl>=1.14", "quack-kernels>=0.6"]
 LINT = ["ruff==0.15.0"]
 
 setup(
@@ -36,6 +38,7 @@ setup(
         "train": TRAIN,
         "tensorboard": TENSORBOARD,
         "test": TEST,
+        "peers": PEERS,
         "dev": TRAIN + TENSORBOARD + TEST + LINT,
     },
     entry_points={"console_scripts": ["srft=srft.cli:main"]},
