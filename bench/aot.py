@@ -47,7 +47,7 @@ POINTERS = {
     "target_ptr": I64,
     "weight_ptr": F32,
     "out_ptr": F32,
-    "entropy_ptr": F32,
+    "mean_ptr": F32,
     "m_ptr": F32,
     "log_s_ptr": F32,
     "is_demo_ptr": U8,

@@ -101,6 +101,20 @@ def positive(name: str, value: float | None) -> None:
         raise ValueError(f"{name} must be a positive number, found {value!r}")
 
 
+def live_tokens(value: Any) -> None:
+    if value is not None and not (isinstance(value, int) and value >= 0):
+        raise TypeError(f"live_tokens must be a number of tokens on the host, an int ≥ 0, found {value!r}")
+
+
+def at_most_live(live_tokens: int | None, target: Tensor, live: Tensor | None) -> None:
+    """Raise for more live tokens than the caller said there are. Silent on accelerators, like `target_range`."""
+    if live_tokens is None or not _may_look(target):
+        return
+    found = target.numel() if live is None else int(live.sum())
+    if found > live_tokens:
+        raise ValueError(f"live_tokens={live_tokens}, but {found} targets are live: pass at least as many")
+
+
 def tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, found {type(value).__name__}")
@@ -155,6 +169,8 @@ def class_weight(weight: Tensor, vocab: int, input: Tensor) -> None:
 
 def annotations_needed(objective: Any, given: Collection[str]) -> None:
     for name in given:
+        if name == "live":
+            raise ValueError("an annotation cannot be called live, which tells the live tokens: rename it")
         if hasattr(Tokens, name):
             raise ValueError(f"an annotation cannot be called {name}, which is a method of Tokens: rename it")
     requires = getattr(objective, "requires", None)
@@ -174,7 +190,7 @@ def annotations_needed(objective: Any, given: Collection[str]) -> None:
 
 def target_range(target: Tensor, live: Tensor | None, vocab: int) -> None:
     """Raise for a live target outside [0, vocab). Silent on accelerators, where looking would stall the stream."""
-    if target.device.type != "cpu" and os.environ.get("SRFT_KERNELS_CHECK", "0") != "1":
+    if not _may_look(target):
         return
     wrong = (target < 0) | (target >= vocab)
     if live is not None:
@@ -185,3 +201,7 @@ def target_range(target: Tensor, live: Tensor | None, vocab: int) -> None:
             f"target{where} = {target[tuple(where)].item()} lies outside [0, {vocab}) and is not ignore_index; "
             f"{int(wrong.sum())} of {target.numel()} targets do"
         )
+
+
+def _may_look(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" or os.environ.get("SRFT_KERNELS_CHECK", "0") == "1"

@@ -5,7 +5,7 @@
     Statistics  (ℓ, H, lse) of every token, differentiable any way the caller likes: 2NHV flops forward; backward
                 recomputes the logits and multiplies once more for each gradient wanted: 6NHV.
 
-Both walk over "packed" rows (see Rows): ignored tokens are not there, tokens that cannot have a gradient come last.
+Both walk over Rows (pack.py): the tokens that take part, those that cannot have a gradient last.
 """
 
 from __future__ import annotations
@@ -20,28 +20,10 @@ from torch.autograd.function import once_differentiable
 
 from .gemm import HeadProducts, accumulation_dtype
 from .head import Head
+from .pack import Rows
 from .plan import Plan
 from .rows import Normalizer, aligned_size, backend, has_triton
-from .tokens import Tokens, TokenStats, per_token_loss
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The n tokens that take part, in the order they are worked through.
-
-    index    (n,) their places among the N tokens of the input; None: all of them, in place
-    active   the first `active` of them may carry gradient
-    tokens   their annotations
-    weight   (n,) their token weights, in the statistics' type
-    """
-
-    index: Tensor | None
-    active: int
-    tokens: Tokens
-    weight: Tensor
-
-    def __len__(self) -> int:
-        return len(self.weight)
+from .tokens import TokenStats, per_token_loss
 
 
 @dataclass(frozen=True)
@@ -70,7 +52,7 @@ class OnePass(torch.autograd.Function):
         parts, losses = [], []
         with _plain_matmul(input):
             products = HeadProducts(weight[: call.vocab], call.compute)
-            gradients = Gradients((input, weight, bias), ctx.needs_input_grad, products, rows.index, rows.active)
+            gradients = Gradients((input, weight, bias), ctx.needs_input_grad, products, rows)
             buffer = call.logits_buffer(products)
             token_weight = rows.weight
             # fp16 gradients of a mean over many tokens would underflow: carry them scaled by a power of two
@@ -78,7 +60,7 @@ class OnePass(torch.autograd.Function):
             if scale is not None:
                 token_weight = token_weight * scale
             for chunk in _chunks(call):
-                x = products.operand(_take(input, rows.index, chunk))
+                x = products.operand(rows.hidden(input, chunk))
                 logits = products.logits(x, buffer[: len(x)])
                 tokens = rows.tokens.rows(chunk)
                 if chunk.start < rows.active:
@@ -133,7 +115,7 @@ class Statistics(torch.autograd.Function):
             products = HeadProducts(weight[: call.vocab], call.compute)
             buffer = call.logits_buffer(products)
             for chunk in call.plan.chunks(len(rows)):
-                x = products.operand(_take(input, rows.index, chunk))
+                x = products.operand(rows.hidden(input, chunk))
                 logits = products.logits(x, buffer[: len(x)])
                 stats, normalizer = row_ops.statistics(
                     logits, rows.tokens.target[chunk], call.head, call.plan.block_rows
@@ -144,7 +126,7 @@ class Statistics(torch.autograd.Function):
         ctx.call = call
         ctx.set_materialize_grads(False)
         normalizer = [torch.cat(fields) for fields in zip(*normalizers)] if normalizers else outputs[:2]
-        ctx.save_for_backward(input, weight, bias, outputs[1], *normalizer)
+        ctx.save_for_backward(input, weight, bias, *normalizer)
         return outputs
 
     @staticmethod
@@ -154,18 +136,17 @@ class Statistics(torch.autograd.Function):
             return (None,) * 4
         input, weight, bias, *fields = ctx.saved_tensors
         call, row_ops = ctx.call, backend(ctx.call.plan.backend)
-        coefs, target, index, (entropy, *normalizer) = _rows_with_gradient(coefs, call.rows, fields)
+        coefs, rows, normalizer = _rows_with_gradient(coefs, call, fields)
         with _plain_matmul(input):
             products = HeadProducts(weight[: call.vocab], call.compute)
-            gradients = Gradients((input, weight, bias), ctx.needs_input_grad, products, index, len(target))
+            gradients = Gradients((input, weight, bias), ctx.needs_input_grad, products, rows)
             buffer = call.logits_buffer(products)
-            for chunk in call.plan.chunks(len(target)):
-                x = products.operand(_take(input, index, chunk))
+            for chunk in call.plan.chunks(len(rows)):
+                x = products.operand(rows.hidden(input, chunk))
                 logits = products.logits(x, buffer[: len(x)])
                 dlogits = row_ops.gradient(
                     logits,
-                    target[chunk],
-                    entropy[chunk],
+                    rows.tokens.target[chunk],
                     Normalizer(*(field[chunk] for field in normalizer)),
                     tuple(None if coef is None else coef[chunk] for coef in coefs),
                     call.head,
@@ -179,7 +160,7 @@ class Statistics(torch.autograd.Function):
 class Gradients:
     """The gradients to x, W and b as chunks of rows add to them; those that nobody wants cost nothing.
 
-    The first `active` packed rows, whose places among the N are `index`, will be added: the other rows of dx are 0.
+    The first `active` of the rows will be added: the other rows of dx are 0.
     """
 
     def __init__(
@@ -187,14 +168,13 @@ class Gradients:
         tensors: tuple[Tensor, Tensor, Tensor | None],
         wanted: tuple[bool, ...],
         products: HeadProducts,
-        index: Tensor | None,
-        active: int,
+        rows: Rows,
     ):
         input, weight, bias = tensors
-        self.products, self.index = products, index
+        self.products, self.index = products, rows.index
         self.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
-        self.empty = active == 0
-        new = torch.empty_like if index is None and not self.empty else torch.zeros_like
+        self.empty = rows.active == 0
+        new = torch.empty_like if rows.index is None and not self.empty else torch.zeros_like
         self.input = new(input, memory_format=torch.contiguous_format) if wanted[0] else None
         self.weight = weight.new_empty(weight.shape, dtype=products.dtype) if wanted[1] else None
         self.bias = bias.new_zeros(bias.shape, dtype=products.dtype) if wanted[2] else None
@@ -206,8 +186,13 @@ class Gradients:
         """Add a chunk's ∂L/∂a (n, V) with its hidden states (n, H)."""
         vocab = dlogits.shape[1]
         if self.input is not None:
-            rows = chunk if self.index is None else self.index[chunk]
-            self.input[rows] = self.products.input_gradient(dlogits).to(self.input.dtype)
+            made = self.products.input_gradient(dlogits).to(self.input.dtype)
+            if self.index is None:
+                places = self.input[chunk]
+                places.copy_(made[: len(places)])  # not the padding's
+            else:
+                places = self.index[chunk]
+                self.input[places] = made[: len(places)]
         if self.weight is not None:
             self.products.add_weight_gradient(self.weight[:vocab], dlogits, x, self.first)
         if self.bias is not None:
@@ -234,25 +219,24 @@ def _chunks(call: Call):
         yield slice(chunk.start + call.rows.active, chunk.stop + call.rows.active)
 
 
-def _take(x: Tensor, index: Tensor | None, chunk: slice) -> Tensor:
-    return x[chunk] if index is None else x[index[chunk]]
-
-
 def _joined(parts: list[TokenStats], like: Tensor, smooth: bool = False) -> TokenStats:
     if not parts:
         return TokenStats(*(torch.empty_like(like) for _ in range(4 if smooth else 3)))
     return TokenStats(*(torch.cat(fields) for fields in zip(*(part.fields() for part in parts))))
 
 
-def _rows_with_gradient(coefs: tuple[Tensor | None, ...], rows: Rows, fields: list[Tensor]):
-    """(coefs, target, index, fields) of the packed rows where any coefficient is not zero."""
+def _rows_with_gradient(coefs: tuple[Tensor | None, ...], call: Call, fields: list[Tensor]):
+    """(coefs, rows, fields) of the rows where any coefficient is not zero; of all rows where counting would stall."""
+    if (live := call.rows.live) is not None:  # what a dead row's annotations hold may have made 0 · ∞
+        coefs = tuple(None if coef is None else torch.where(live, coef, 0) for coef in coefs)
+    if not call.plan.compact or call.plan.batch_invariant:
+        return coefs, call.rows, fields
     # past the active rows a coefficient may still be 0 · ∞
-    keep = torch.stack([coef != 0 for coef in coefs if coef is not None]).any(0)[: rows.active].nonzero()[:, 0]
-    if len(keep) == len(rows):
-        return coefs, rows.tokens.target, rows.index, fields
-    index = keep if rows.index is None else rows.index[keep]
+    keep = torch.stack([coef != 0 for coef in coefs if coef is not None]).any(0)[: call.rows.active].nonzero()[:, 0]
+    if len(keep) == len(call.rows):
+        return coefs, call.rows, fields
     coefs = tuple(None if coef is None else coef[keep] for coef in coefs)
-    return coefs, rows.tokens.target[keep], index, [field[keep] for field in fields]
+    return coefs, call.rows.only(keep), [field[keep] for field in fields]
 
 
 def _plain_matmul(input: Tensor):
@@ -272,9 +256,9 @@ def _fp16_scale(token_weight: Tensor) -> Tensor:
 
 def _scaled_(gradient: Tensor, factor: Tensor) -> Tensor:
     """gradient · factor, in place; in most training factor is exactly 1 and nothing is read or written."""
-    if not gradient.is_cuda:
+    if gradient.device.type == "cpu":
         return gradient if factor.item() == 1 else gradient.mul_(factor.item())
-    if gradient.dtype != torch.float64 and has_triton():
+    if gradient.is_cuda and gradient.dtype != torch.float64 and has_triton():
         return backend("triton").scale_(gradient, factor)
     # not mul_(factor), which would first round the factor to a 16-bit gradient's type
     return gradient.copy_(gradient.to(accumulation_dtype(gradient.dtype)) * factor)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .engine import Call, OnePass, Rows, Statistics, weighted_sum
+from .engine import Call, OnePass, Statistics, weighted_sum
 from .gemm import accumulation_dtype
 from .head import Head
 from .objectives import CrossEntropy
+from .pack import pack, token_local
 from .plan import Plan
 from .rows import aligned
 from .tokens import Tokens, TokenStats, per_token_loss
@@ -49,15 +50,9 @@ class LossOutput:
 
     @classmethod
     def of(cls, loss: Tensor, stats: TokenStats, tokens: Tokens, objective: Any, spread: Callable) -> LossOutput:
-        """From the statistics of the live tokens; `spread` gives a field the shape of target."""
+        """From the statistics of the tokens that were worked through; `spread` gives a field the shape of target."""
         stats = stats.map(Tensor.detach)
-        metrics = getattr(objective, "metrics", None)
-        return cls(
-            loss,
-            spread(stats.logprobs),
-            spread(stats.entropy),
-            (lambda: metrics(stats, tokens)) if metrics and len(stats.logprobs) else dict,
-        )
+        return cls(loss, spread(stats.logprobs), spread(stats.entropy), lambda: _metrics(objective, stats, tokens))
 
 
 def linear_loss(
@@ -71,6 +66,7 @@ def linear_loss(
     softcap: float | None = None,
     ignore_index: int | None = -100,
     vocab_size: int | None = None,
+    live_tokens: int | None = None,
     token_weight: Tensor | None = None,
     advantages: Tensor | None = None,
     old_logprobs: Tensor | None = None,
@@ -93,6 +89,9 @@ def linear_loss(
         softcap: cap > 0 of cap · tanh(z / cap), before the temperature; or None.
         ignore_index: targets with this value take no part and cost nothing; None: there are none.
         vocab_size: the true vocabulary where the head has padding rows: those past it do not exist.
+        live_tokens: no more tokens than this are live, as the host knows from making the batch. On a GPU ignored tokens
+            beyond this number cost nothing; without it each costs as much as a live one, since counting them would
+            stall the stream (`Plan(compact=True)` counts). On a CPU they never cost anything.
         token_weight: (...), default 1 / (number of live tokens). See `token_mean`, `sequence_mean`, `constant_length`.
         advantages, old_logprobs, ref_logprobs, is_demo, **annotations: what the objective reads, shaped like target.
             The loss is not differentiated to them, nor to anything else that the objective holds.
@@ -103,7 +102,8 @@ def linear_loss(
 
     Raises:
         ValueError, TypeError: naming the argument, what was found and what was expected, before any work. On CUDA an
-        out-of-range target yields NaN in that token's outputs instead; SRFT_KERNELS_CHECK=1 raises there too.
+        out-of-range target yields NaN in that token's outputs instead, and more live tokens than `live_tokens` NaN
+        everywhere; SRFT_KERNELS_CHECK=1 raises there too.
     """
     checks.objective(objective)
     given = {"advantages": advantages, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "is_demo": is_demo}
@@ -117,6 +117,7 @@ def linear_loss(
         softcap=softcap,
         ignore_index=ignore_index,
         vocab_size=vocab_size,
+        live_tokens=live_tokens,
         token_weight=token_weight,
         annotations={**given, **annotations},
         plan=plan,
@@ -135,6 +136,7 @@ def linear_logprobs(
     softcap: float | None = None,
     ignore_index: int | None = -100,
     vocab_size: int | None = None,
+    live_tokens: int | None = None,
     plan: Plan | None = None,
 ) -> TokenStats:
     """Log-probability of each target, entropy (nats) and logsumexp of its distribution, without the logits.
@@ -153,6 +155,7 @@ def linear_logprobs(
         softcap=softcap,
         ignore_index=ignore_index,
         vocab_size=vocab_size,
+        live_tokens=live_tokens,
         plan=plan,
     )
     return _statistics(tensors, call).map(spread)
@@ -173,6 +176,7 @@ def linear_cross_entropy(
     temperature: float = 1.0,
     z_loss: float = 0.0,
     vocab_size: int | None = None,
+    live_tokens: int | None = None,
     plan: Plan | None = None,
 ) -> Tensor:
     """cross_entropy(linear(input, linear_weight, linear_bias), target), without the logits; arguments as in PyTorch.
@@ -219,6 +223,7 @@ def linear_cross_entropy(
         softcap=softcap,
         ignore_index=ignore_index,
         vocab_size=vocab_size,
+        live_tokens=live_tokens,
         token_weight=token_weight,
         annotations=annotations,
         smooth_weight=weight,
@@ -228,6 +233,14 @@ def linear_cross_entropy(
         stats = _statistics(tensors, call)
         return spread(per_token_loss(call.objective, stats, call.rows.tokens))
     return _weighted_loss(tensors, call)[0]
+
+
+def _metrics(objective: Any, stats: TokenStats, tokens: Tokens) -> dict[str, Tensor]:
+    """The objective's own, over the live tokens alone."""
+    if (live := tokens.get("live")) is not None:
+        stats, tokens = stats.map(lambda field: field[live]), tokens.rows(live)
+    of_objective = getattr(objective, "metrics", None)
+    return of_objective(stats, tokens) if of_objective and len(stats.logprobs) else {}
 
 
 def _weighted_loss(tensors: Tensors, call: Call) -> tuple[Tensor, TokenStats]:
@@ -255,6 +268,7 @@ def _prepare(
     softcap: float | None,
     ignore_index: int | None,
     vocab_size: int | None,
+    live_tokens: int | None,
     token_weight: Tensor | None = None,
     annotations: dict[str, Tensor | None] | None = None,
     smooth_weight: Tensor | None = None,
@@ -266,6 +280,7 @@ def _prepare(
     checks.positive("temperature", temperature)
     checks.positive("softcap", softcap)
     checks.plan(plan)
+    checks.live_tokens(live_tokens)
     dtype = accumulation_dtype(compute)
     annotations = {name: value for name, value in (annotations or {}).items() if value is not None}
     checks.annotations_needed(objective, annotations)
@@ -274,6 +289,7 @@ def _prepare(
     target = target.long()  # before comparing: as uint8, −100 is 156
     live = None if ignore_index is None else target != ignore_index
     checks.target_range(target, live, vocab)
+    checks.at_most_live(live_tokens, target, live)
 
     shape = target.shape
     # kernels read their columns one number after the other, whatever view the caller passed
@@ -282,56 +298,38 @@ def _prepare(
     if token_weight is not None:
         token_weight = checks.shaped_like_target("token_weight", token_weight, target)
         token_weight = token_weight.reshape(-1).to(dtype).contiguous()
-    rows = _pack(tokens, None if live is None else live.reshape(-1), token_weight, objective, dtype)
-
-    def spread(packed: Tensor) -> Tensor:
-        if rows.index is None:
-            return packed.reshape(shape)
-        return packed.new_zeros(shape.numel()).index_copy(0, rows.index, packed).reshape(shape)
-
-    plan = plan or Plan.choose(len(rows), input.shape[-1], vocab, compute, input.device)
+    tokens_at_most = len(tokens.target) if live_tokens is None else min(live_tokens, len(tokens.target))
+    plan = plan or Plan.choose(tokens_at_most, input.shape[-1], vocab, compute, input.device)
     checks.backend(plan, input, compute)
+    plan = _resolved(plan, objective, tokens)
+    rows, unpack = pack(
+        tokens,
+        None if live is None else live.reshape(-1),
+        token_weight,
+        objective,
+        dtype,
+        live_tokens,
+        plan.compact,
+        plan.chunk_rows if plan.batch_invariant else 1,
+    )
     bias = None if linear_bias is None else aligned(linear_bias.detach()[:vocab], dtype)
     smooth = None
     if getattr(objective, "label_smoothing", 0):
         smooth_weight = input.new_ones(vocab, dtype=dtype) if smooth_weight is None else smooth_weight
         smooth = aligned(smooth_weight / vocab, dtype)
     head = Head(bias, None if softcap is None else float(softcap), float(temperature), smooth)
-    call = Call(vocab, head, rows, objective, _with_passes(plan, objective, tokens), compute)
-    return (input.reshape(-1, input.shape[-1]), linear_weight, linear_bias), call, spread
+    call = Call(vocab, head, rows, objective, plan, compute)
+    return (
+        (input.reshape(-1, input.shape[-1]), linear_weight, linear_bias),
+        call,
+        lambda field: unpack(field).reshape(shape),
+    )
 
 
-def _pack(tokens: Tokens, live: Tensor | None, weight: Tensor | None, objective: Any, dtype: torch.dtype) -> Rows:
-    """Leave out ignored tokens, and put those that cannot have a gradient last."""
-    total = len(tokens.target)
-    if live is None:
-        live = torch.ones(total, dtype=torch.bool, device=tokens.target.device)
-    active = live
-    if weight is not None and _token_local(objective, tokens):  # else other tokens' losses may depend on this one's
-        active = live & (weight != 0)
-    if (inactive := getattr(objective, "inactive", None)) and (idle := inactive(tokens)) is not None:
-        active = active & ~idle
-    count, active_count = torch.stack([live.sum(), active.sum()]).tolist()
-    index = None
-    if active_count < total:
-        order = torch.where(active, 0, torch.where(live, 1, 2)).argsort(stable=True)
-        index = order[:count]
-        tokens = tokens.rows(index)
-        weight = weight if weight is None else weight[index]
-    if weight is None:
-        weight = torch.full((count,), 1 / max(count, 1), dtype=dtype, device=live.device)
-    return Rows(index, active_count, tokens, weight)
-
-
-def _token_local(objective: Any, tokens: Tokens) -> bool:
-    local = getattr(objective, "token_local", True)
-    return local(tokens) if callable(local) else local
-
-
-def _with_passes(plan: Plan, objective: Any, tokens: Tokens) -> Plan:
-    local = _token_local(objective, tokens)
-    if plan.passes is None:
-        return replace(plan, passes=1 if local else 2)
+def _resolved(plan: Plan, objective: Any, tokens: Tokens) -> Plan:
+    """The plan with `passes` and `compact` decided."""
+    compact = tokens.target.device.type == "cpu" if plan.compact is None else plan.compact
+    local = token_local(objective, tokens)
     if plan.passes == 1 and not local:
         raise ValueError(f"Plan(passes=1), but a token's loss depends on other tokens in {objective}: use passes=None")
-    return plan
+    return replace(plan, compact=compact, passes=plan.passes or (1 if local else 2))

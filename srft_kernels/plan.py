@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -30,6 +31,10 @@ class Plan:
     block_rows       rows per block inside a chunk (torch rows only)
     passes           1: gradients in the forward while the logits live (6NHV flops); 2: logits recomputed in the
                      backward (8NHV), for losses that are differentiated freely; None: 1 where the objective allows
+    compact          leave every ignored token out, which takes their number on the host: on a GPU one synchronisation
+                     per call. None: only on CPUs (see `live_tokens` of linear_loss)
+    batch_invariant  a token's ℓ, H and dx are bitwise the same whatever else is in the batch: every product has
+                     chunk_rows rows, the last chunk is filled up with zeros
     workspace_bytes  what `choose` counted beside inputs and returned gradients (0 in a plan made by hand)
     """
 
@@ -37,6 +42,8 @@ class Plan:
     chunk_rows: int = 256
     block_rows: int = 8
     passes: int | None = None
+    compact: bool | None = None
+    batch_invariant: bool = False
     workspace_bytes: int = 0
 
     def __post_init__(self):
@@ -57,7 +64,10 @@ class Plan:
         dtype: torch.dtype,
         device: torch.device | str,
         workspace_bytes: int | None = None,
+        *,
         passes: int | None = None,
+        compact: bool | None = None,
+        batch_invariant: bool = False,
     ) -> Plan:
         """The plan for `tokens` rows of size `hidden` against a head of `vocab` entries.
 
@@ -78,7 +88,11 @@ class Plan:
         scratch = 0 if triton else block_rows * row_bytes
         rows = max((budget - scratch) // row_bytes, least)
         step = 128 if rows >= 256 else 8 if rows >= 16 else 1
-        rows = max(1, min(rows // step * step, tokens))
+        rows = max(1, rows // step * step)
+        if batch_invariant:  # nothing may depend on the number of tokens, nor a row on its place in a block
+            block_rows = math.gcd(rows, 2 ** int(math.log2(block_rows)))
+        else:
+            rows = max(1, min(rows, tokens))
         narrow = dtype.itemsize < itemsize
         accumulator = narrow * vocab * hidden * itemsize
         widened = accumulator if narrow and device.type == "cpu" else 0
@@ -87,6 +101,8 @@ class Plan:
             chunk_rows=rows,
             block_rows=min(block_rows, rows),
             passes=passes,
+            compact=compact,
+            batch_invariant=batch_invariant,
             workspace_bytes=rows * row_bytes + scratch + accumulator + widened,
         )
 
@@ -98,5 +114,6 @@ class Plan:
 
     def __str__(self) -> str:
         passes = {None: "one pass where the objective allows", 1: "one pass", 2: "two passes"}[self.passes]
+        passes += ", batch-invariant" * self.batch_invariant
         memory = f", {self.workspace_bytes / 1e6:.1f} MB of workspace" if self.workspace_bytes else ""
         return f"{self.backend} rows, chunks of {self.chunk_rows} tokens, {passes}{memory}"

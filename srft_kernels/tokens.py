@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,7 @@ class Tokens:
     """Annotations of n tokens by name: `tokens.target`, `tokens.advantages`, or whatever the caller passed.
 
     Reading one that was not given raises a ValueError that names it; `tokens.get(name)` returns None instead.
+    `live` is False at ignored tokens where some may be among these; where it is not given there are none.
     """
 
     def __init__(self, target: Tensor, **annotations: Tensor | None):
@@ -61,7 +63,13 @@ class Tokens:
 
     def rows(self, rows: slice | Tensor) -> Tokens:
         """The same annotations for some of the tokens."""
-        return Tokens(**{name: column[rows] for name, column in self._columns.items()})
+        return self.map(lambda column: column[rows])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Tokens:
+        return Tokens(**{name: function(column) for name, column in self._columns.items()})
+
+    def replace(self, **columns: Tensor) -> Tokens:
+        return Tokens(**{**self._columns, **columns})
 
 
 def coefficients(

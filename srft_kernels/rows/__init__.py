@@ -27,13 +27,15 @@ def aligned(vector: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Normalizer(NamedTuple):
-    """p_v = e^{z_v − shift − log_total}: a row's maximum and log Σ e^{z − shift}, each (n,).
+    """p_v = e^{d_v − log_total} with d = z − shift: a row's maximum, log Σ e^d, and Σ p·d, each (n,).
 
-    Kept apart because their sum, the logsumexp, has rounded away what p needs where logits are huge.
+    Kept apart because their sums, the logsumexp and the entropy log_total − mean, have rounded away what the gradient
+    needs: p where logits are huge, and log p + H = d − mean.
     """
 
     shift: Tensor
     log_total: Tensor
+    mean: Tensor
 
 
 def has_triton() -> bool:

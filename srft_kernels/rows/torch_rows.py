@@ -28,9 +28,9 @@ def statistics(logits: Tensor, target: Tensor, head: Head, block_rows: int) -> t
     stats, normalizers = [], []
     for rows, exp in _blocks(logits, block_rows):
         d, shift, _ = _shifted_(logits[rows], head)
-        block_stats, total = _statistics(d, exp, shift, target[rows], head)
+        block_stats, total, mean = _statistics(d, exp, shift, target[rows], head)
         stats.append(block_stats)
-        normalizers.append(Normalizer(shift[:, 0], total.log()))
+        normalizers.append(Normalizer(shift[:, 0], total.log(), mean))
     return _joined(stats), Normalizer(*(torch.cat(fields) for fields in zip(*normalizers)))
 
 
@@ -44,9 +44,9 @@ def loss_and_gradient(
     parts, losses = [], []
     for rows, exp in _blocks(logits, block_rows):
         d, shift, cap_slope = _shifted_(logits[rows], head, with_slope=True)
-        stats, total = _statistics(d, exp, shift, tokens.target[rows], head)
+        stats, total, mean = _statistics(d, exp, shift, tokens.target[rows], head)
         loss, coefs = coefficients(objective, stats, tokens.rows(rows), weight[rows])
-        _gradient_(d, exp, total, stats.entropy, tokens.target[rows], coefs, head, cap_slope)
+        _gradient_(d, exp, total, mean, tokens.target[rows], coefs, head, cap_slope)
         parts.append(stats)
         losses.append(loss)
     return _joined(parts), torch.cat(losses), logits.to(dtype)
@@ -55,7 +55,6 @@ def loss_and_gradient(
 def gradient(
     logits: Tensor,
     target: Tensor,
-    entropy: Tensor,
     normalizer: Normalizer,
     coefs: tuple[Tensor | None, ...],
     head: Head,
@@ -68,7 +67,7 @@ def gradient(
         torch.exp(d.clamp_(min=FLOOR), out=exp)
         block_coefs = tuple(None if coef is None else coef[rows] for coef in coefs)
         total = normalizer.log_total[rows].exp()
-        _gradient_(d, exp, total, entropy[rows], target[rows], block_coefs, head, cap_slope)
+        _gradient_(d, exp, total, normalizer.mean[rows], target[rows], block_coefs, head, cap_slope)
     return logits.to(dtype)
 
 
@@ -114,8 +113,8 @@ def _at_target(d: Tensor, target: Tensor) -> Tensor:
     return torch.where(inside, picked, torch.nan)
 
 
-def _statistics(d: Tensor, exp: Tensor, shift: Tensor, target: Tensor, head: Head) -> tuple[TokenStats, Tensor]:
-    """(statistics, Σ e^d) of a block; leaves e^d in `exp`, and d without −inf where that matters."""
+def _statistics(d: Tensor, exp: Tensor, shift: Tensor, target: Tensor, head: Head) -> tuple[TokenStats, Tensor, Tensor]:
+    """(statistics, Σ e^d, Σ p·d) of a block; leaves e^d in `exp`, and d without −inf where that matters."""
     at_target = _at_target(d, target)
     smooth_sum = None if head.smooth is None else d @ head.smooth
     torch.exp(d, out=exp)
@@ -125,22 +124,22 @@ def _statistics(d: Tensor, exp: Tensor, shift: Tensor, target: Tensor, head: Hea
     # 0 · (−inf) is rare, and on a CPU cheaper to find than to forestall
     if d.device.type != "cpu" or weighted.isnan().any():
         weighted = torch.linalg.vecdot(exp, d.clamp_(min=FLOOR))
-    entropy = log_total - weighted / total
+    mean = weighted / total
     smooth = None if smooth_sum is None else smooth_sum - head.smooth.sum() * log_total
-    return TokenStats(at_target - log_total, entropy, shift[:, 0] + log_total, smooth), total
+    return TokenStats(at_target - log_total, log_total - mean, shift[:, 0] + log_total, smooth), total, mean
 
 
 def _gradient_(
     d: Tensor,
     exp: Tensor,
     total: Tensor,
-    entropy: Tensor,
+    mean: Tensor,
     target: Tensor,
     coefs: tuple[Tensor | None, ...],
     head: Head,
     cap_slope: Tensor | None,
 ) -> None:
-    """Overwrite d (b, V) with ∂L/∂(raw logits), from p_v = e^d / total and log p_v = d − log total.
+    """Overwrite d (b, V) with ∂L/∂(raw logits), from p_v = e^d / total and log p_v + H = d − mean.
 
     ∂L/∂z_v = g(1[v=y] − p_v) − h p_v(log p_v + H) + k p_v + u(ω_v − Σω · p_v) = e^d (α + β d) + g 1[v=y] + u ω_v
     """
@@ -156,7 +155,7 @@ def _gradient_(
     if h is None:
         torch.mul(exp, (alpha / total * scale)[:, None], out=d)
     else:
-        alpha = alpha - h * (entropy - total.log())
+        alpha = alpha + h * mean
         d.mul_((-h / total * scale)[:, None]).add_((alpha / total * scale)[:, None]).mul_(exp)
     if g is not None:
         inside = (target >= 0) & (target < d.shape[1])

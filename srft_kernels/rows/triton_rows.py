@@ -63,7 +63,7 @@ def _logits(row_ptr, bias_ptr, columns, vocab, stride, softcap, temperature):
 
 @triton.jit
 def _statistics(row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, softcap, temperature, BLOCK: tl.constexpr):
-    """Online over a row: (ℓ, H, lse, smooth, max, log Σ e^d), all in one read.
+    """Online over a row: (ℓ, H, lse, smooth, max, log Σ e^d, Σ p·d), all in one read.
 
     Running over blocks: the maximum m, s = Σ e^d and t = Σ e^d·d for d = z − m ≤ 0. When the maximum rises by δ, every
     d falls by δ: t ← e^{−δ}(t − δ·s), s ← e^{−δ}·s. The maximum starts at −inf, so all-negative rows are ordinary rows.
@@ -104,41 +104,46 @@ def _statistics(row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, softcap, t
     log_s = tl.log(s)
     logprob = at_target - m - log_s
     smooth = smooth_sum + smooth_total * (smooth_shift - m - log_s)
-    return logprob, log_s - t / s, m + log_s, smooth, m, log_s
+    return logprob, log_s - t / s, m + log_s, smooth, m, log_s, t / s
 
 
 @triton.jit
 def _write_gradient(
-    row_ptr, out_ptr, target, m, log_s, entropy, g, h, k, u,
+    row_ptr, out_ptr, target, m, log_s, mean, g, h, k, u,
     bias_ptr, smooth_ptr, smooth_total, vocab, stride, softcap, temperature,
     ORDER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """∂L/∂a of a row: g(1[v=y] − p_v) − h p_v(log p_v + H) + k p_v + u(ω_v − Σω·p_v), through temperature and cap."""
     g = tl.where((target >= 0) & (target < vocab), g, float("nan"))  # no such column: no gradient that is right
-    s = tl.exp(log_s)
-    alpha = (k - g - u * smooth_total - h * (entropy - log_s)) / s
-    beta = -h / s
-    for start in range(0, vocab, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        z, level = _logits(row_ptr, bias_ptr, columns, vocab, stride, softcap, temperature)
-        d = z - m
-        e = tl.exp(d)
-        dz = tl.where(e == 0, 0.0, e * (alpha + beta * d))  # 0 · (−inf) is 0 here
-        dz += tl.where(columns == target, g, 0.0)
-        if smooth_ptr is not None:
-            dz += u * tl.load(smooth_ptr + columns, mask=columns < stride, other=0.0)
-        if temperature is not None:
-            dz = tl.div_rn(dz, temperature)
-        if softcap is not None:
-            dz = dz * (1 - level * level)
-        dz = tl.where(columns < vocab, dz, 0.0)
-        written = columns < stride
-        # A narrow gradient lands on bytes of this block or of earlier ones: every thread must have read its part first.
-        if ORDER == "barrier":
-            tl.debug_barrier()
-        if ORDER == "reduction":
-            written &= tl.max(e, 0) != -1.0  # always so, but known only when every thread's loads are there
-        tl.store(out_ptr + columns, dz.to(out_ptr.dtype.element_ty), mask=written)
+    if (g == 0.0) & (h == 0.0) & (k == 0.0) & (u == 0.0):  # ignored, or without advantage: nothing to read
+        for start in range(0, vocab, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            tl.store(out_ptr + columns, tl.zeros((BLOCK,), out_ptr.dtype.element_ty), mask=columns < stride)
+    else:
+        s = tl.exp(log_s)
+        alpha = (k - g - u * smooth_total + h * mean) / s
+        beta = -h / s
+        for start in range(0, vocab, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            z, level = _logits(row_ptr, bias_ptr, columns, vocab, stride, softcap, temperature)
+            d = z - m
+            e = tl.exp(d)
+            dz = tl.where(e == 0, 0.0, e * (alpha + beta * d))  # 0 · (−inf) is 0 here
+            dz += tl.where(columns == target, g, 0.0)
+            if smooth_ptr is not None:
+                dz += u * tl.load(smooth_ptr + columns, mask=columns < stride, other=0.0)
+            if temperature is not None:
+                dz = tl.div_rn(dz, temperature)
+            if softcap is not None:
+                dz = dz * (1 - level * level)
+            dz = tl.where(columns < vocab, dz, 0.0)
+            written = columns < stride
+            # A narrow gradient lands on bytes of this block or of earlier ones: every thread must have read first.
+            if ORDER == "barrier":
+                tl.debug_barrier()
+            if ORDER == "reduction":
+                written &= tl.max(e, 0) != -1.0  # always so, but known only when every thread's loads are there
+            tl.store(out_ptr + columns, dz.to(out_ptr.dtype.element_ty), mask=written)
 
 
 @triton.jit
@@ -146,12 +151,12 @@ def _statistics_kernel(
     logits_ptr,  # (n, stride) fp32
     target_ptr,  # (n,) int64
     bias_ptr, smooth_ptr,  # (V,) fp32 or None
-    out_ptr,  # (6, n) fp32: ℓ, H, lse, smooth, max, log Σ e^d
+    out_ptr,  # (7, n) fp32: ℓ, H, lse, smooth, max, log Σ e^d, Σ p·d
     rows, vocab, stride, softcap, temperature, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # row · stride passes 2³¹
     target = tl.load(target_ptr + row)
-    logprob, entropy, logsumexp, smooth, m, log_s = _statistics(
+    logprob, entropy, logsumexp, smooth, m, log_s, mean = _statistics(
         logits_ptr + row * stride, target, bias_ptr, smooth_ptr, vocab, stride, softcap, temperature, BLOCK
     )
     tl.store(out_ptr + row, logprob)
@@ -160,12 +165,13 @@ def _statistics_kernel(
     tl.store(out_ptr + 3 * rows + row, smooth)
     tl.store(out_ptr + 4 * rows + row, m)
     tl.store(out_ptr + 5 * rows + row, log_s)
+    tl.store(out_ptr + 6 * rows + row, mean)
 
 
 @triton.jit
 def _gradient_kernel(
     logits_ptr, dlogits_ptr,  # (n, stride) fp32; (n, dstride), the same memory
-    target_ptr, entropy_ptr, m_ptr, log_s_ptr,  # (n,)
+    target_ptr, m_ptr, log_s_ptr, mean_ptr,  # (n,)
     g_ptr, h_ptr, k_ptr, u_ptr,  # (n,) fp32 or None
     bias_ptr, smooth_ptr, smooth_total_ptr,  # (V,), (V,), () fp32 or None
     vocab, stride, dstride, softcap, temperature, ORDER: tl.constexpr, BLOCK: tl.constexpr,
@@ -180,7 +186,7 @@ def _gradient_kernel(
     smooth_total = zero if smooth_total_ptr is None else tl.load(smooth_total_ptr)
     _write_gradient(
         logits_ptr + row * stride, dlogits_ptr + row * dstride, tl.load(target_ptr + row),
-        tl.load(m_ptr + row), log_s, tl.load(entropy_ptr + row), g, h, k, u,
+        tl.load(m_ptr + row), log_s, tl.load(mean_ptr + row), g, h, k, u,
         bias_ptr, smooth_ptr, smooth_total, vocab, stride, softcap, temperature, ORDER, BLOCK,
     )  # fmt: skip
 
@@ -199,7 +205,7 @@ def _loss_gradient_kernel(
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
     row_ptr = logits_ptr + row * stride
-    logprob, entropy, logsumexp, smooth, m, log_s = _statistics(
+    logprob, entropy, logsumexp, smooth, m, log_s, mean = _statistics(
         row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, softcap, temperature, BLOCK
     )
     loss, g, h, k, u = token_loss(OBJECTIVE, numbers, columns, row, logprob, entropy, logsumexp, smooth)
@@ -215,7 +221,7 @@ def _loss_gradient_kernel(
     u = tl.where(silent, 0.0, weight * u)
     smooth_total = m * 0.0 if smooth_total_ptr is None else tl.load(smooth_total_ptr)
     _write_gradient(
-        row_ptr, dlogits_ptr + row * dstride, target, m, log_s, entropy, g, h, k, u,
+        row_ptr, dlogits_ptr + row * dstride, target, m, log_s, mean, g, h, k, u,
         bias_ptr, smooth_ptr, smooth_total, vocab, stride, softcap, temperature, ORDER, BLOCK,
     )  # fmt: skip
 
@@ -236,14 +242,14 @@ def _scale_kernel(x_ptr, factor_ptr, count, BLOCK: tl.constexpr):
 def statistics(logits: Tensor, target: Tensor, head: Head, block_rows: int) -> tuple[TokenStats, Normalizer]:
     """Statistics of the tokens whose raw logits (n, V) these are, fp32, rows padded (see Call.logits_buffer)."""
     n, vocab = logits.shape
-    out = logits.new_empty(6, n)
+    out = logits.new_empty(7, n)
     with _device_of(logits):
         _statistics_kernel[(n,)](
             logits, target, head.bias, head.smooth, out, n, vocab, logits.stride(0), head.softcap,
             _temperature(head), **_block(vocab),
         )  # fmt: skip
     smooth = None if head.smooth is None else out[3]
-    return TokenStats(out[0], out[1], out[2], smooth), Normalizer(out[4], out[5])
+    return TokenStats(out[0], out[1], out[2], smooth), Normalizer(out[4], out[5], out[6])
 
 
 def loss_and_gradient(
@@ -253,7 +259,7 @@ def loss_and_gradient(
     if (device_code := fused(objective, tokens)) is None:
         stats, normalizer = statistics(logits, tokens.target, head, block_rows)
         loss, coefs = coefficients(objective, stats, tokens, weight)
-        return stats, loss, gradient(logits, tokens.target, stats.entropy, normalizer, coefs, head, block_rows, dtype)
+        return stats, loss, gradient(logits, tokens.target, normalizer, coefs, head, block_rows, dtype)
     structure, numbers = device_code
     n, vocab = logits.shape
     out, dlogits = logits.new_empty(4, n), _over(logits, dtype)
@@ -269,7 +275,6 @@ def loss_and_gradient(
 def gradient(
     logits: Tensor,
     target: Tensor,
-    entropy: Tensor,
     normalizer: Normalizer,
     coefs: tuple[Tensor | None, ...],
     head: Head,
@@ -282,7 +287,7 @@ def gradient(
     g, h, k, u = (None if coef is None else coef.contiguous() for coef in (*coefs, None)[:4])
     with _device_of(logits):
         _gradient_kernel[(n,)](
-            logits, dlogits, target, entropy, *normalizer, g, h, k, u, head.bias, head.smooth, _total(head),
+            logits, dlogits, target, *normalizer, g, h, k, u, head.bias, head.smooth, _total(head),
             vocab, logits.stride(0), dlogits.stride(0), head.softcap, _temperature(head),
             _order(logits, dlogits), **_block(vocab),
         )  # fmt: skip

@@ -175,11 +175,22 @@ def plans(backend: str, passes: int | None = None, chunks: tuple[int, ...] = (1,
 
 
 def full_statistics(
-    input: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, dtype: torch.dtype | None = None
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    problem: Problem,
+    dtype: torch.dtype | None = None,
+    plan: sk.Plan | None = None,
 ) -> sk.TokenStats:
-    """ℓ, H, lse of the live tokens as one writes them with full logits; `dtype` is the type after the projection."""
+    """ℓ, H, lse of the live tokens as one writes them with full logits; `dtype` is the type after the projection.
+
+    The projection is made in one product, or in products of as many rows as a plan's: BLAS libraries sum in other
+    orders for one or two rows than for many.
+    """
     size = problem.head.get("vocab_size")
-    z = F.linear(input[problem.live], weight[:size], None if bias is None else bias[:size])
+    x, bias = input[problem.live], None if bias is None else bias[:size]
+    chunks = plan.chunks(len(x)) if plan and len(x) else [slice(None)]
+    z = torch.cat([F.linear(x[chunk], weight[:size], bias) for chunk in chunks])
     z = z.to(dtype or z.dtype)
     if cap := problem.head.get("softcap"):
         z = cap * torch.tanh(z / cap)
@@ -205,10 +216,17 @@ class Result:
         return cls({name: value.detach() for name, value in named.items()})
 
 
-def full(problem: Problem, objective: Callable, dtype: torch.dtype | None, logits: torch.dtype, **columns) -> Result:
+def full(
+    problem: Problem,
+    objective: Callable,
+    dtype: torch.dtype | None,
+    logits: torch.dtype,
+    plan: sk.Plan | None = None,
+    **columns,
+) -> Result:
     """Autograd through full logits of Σ objective / (live tokens), with inputs in `dtype` and softmax in `logits`."""
     leaves = problem.leaves(dtype)
-    stats = full_statistics(*(leaves if len(leaves) == 3 else (*leaves, None)), problem, logits)
+    stats = full_statistics(*(leaves if len(leaves) == 3 else (*leaves, None)), problem, logits, plan)
     columns = {name: c[problem.live].to(logits) if c.is_floating_point() else c[problem.live]
                for name, c in columns.items()}  # fmt: skip
     loss = objective(stats, sk.Tokens(problem.target[problem.live], **columns)).sum() / max(int(problem.live.sum()), 1)
@@ -219,9 +237,9 @@ def truth(problem: Problem, objective: Callable, **columns: Tensor) -> Result:
     return full(problem, objective, torch.float64, torch.float64, **columns)
 
 
-def eager(problem: Problem, objective: Callable, **columns: Tensor) -> Result:
+def eager(problem: Problem, objective: Callable, plan: sk.Plan | None = None, **columns: Tensor) -> Result:
     """What a user has without this package: the projection in the input type, `.float()`, log_softmax."""
-    return full(problem, objective, None, torch.float32, **columns)
+    return full(problem, objective, None, torch.float32, plan, **columns)
 
 
 def ours(problem: Problem, objective: Callable, plan: sk.Plan | None = None, **columns: Tensor) -> Result:

@@ -145,8 +145,8 @@ def test_rows_past_two_to_the_31():
     stats, normalizer = triton_rows.statistics(logits, target, Head(), 1)
     torch.testing.assert_close(stats.entropy, want[0].entropy)
     coefs = (torch.ones(n), None, None)
-    got = triton_rows.gradient(logits, target, stats.entropy, normalizer, coefs, Head(), 1, torch.float32)
-    want = torch_rows.gradient(buffer(values), target, stats.entropy, normalizer, coefs, Head(), 8, torch.float32)
+    got = triton_rows.gradient(logits, target, normalizer, coefs, Head(), 1, torch.float32)
+    want = torch_rows.gradient(buffer(values), target, normalizer, coefs, Head(), 8, torch.float32)
     torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-6)
 
 
