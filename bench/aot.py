@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import srft_kernels as sk
-from srft_kernels.rows import triton_rows
+from srft_kernels.rows import triton_rows, tuning
 from srft_kernels.rows.triton_objectives import Columns, Structure, fused
 
 TARGETS = {
@@ -80,14 +80,13 @@ FP32_TOO = ("smoothed", "srft_paper")  # the gradient's type has nothing to do w
 
 def variants(order: str = "barrier") -> Iterator[tuple[Any, str, dict[str, Any]]]:
     """(kernel, name, {argument: Triton type, or a compile-time value}) of everything that is launched."""
-    block = {"BLOCK": triton_rows._block(VOCAB)["BLOCK"]}
     outputs = (("bf16", {"dlogits_ptr": BF16, "ORDER": order}), ("fp32", {"dlogits_ptr": F32, "ORDER": "none"}))
     for name, head in (("plain", PLAIN), ("bias, smoothing, cap, temperature", RICH)):
         smooth = {"u_ptr": head["smooth_ptr"], "smooth_total_ptr": head["smooth_ptr"]}
-        yield triton_rows._statistics_kernel, name, head | block
+        yield triton_rows._statistics_kernel, name, head
         for out, output in outputs:
             coefs = {"g_ptr": F32, "h_ptr": F32, "k_ptr": F32, **smooth}
-            yield triton_rows._gradient_kernel, f"{out} {name}", head | coefs | output | block
+            yield triton_rows._gradient_kernel, f"{out} {name}", head | coefs | output
     for name, (objective, given) in OBJECTIVES.items():
         structure, numbers = fused(objective, given)
         head = RICH if name == "smoothed" else PLAIN
@@ -101,9 +100,9 @@ def variants(order: str = "barrier") -> Iterator[tuple[Any, str, dict[str, Any]]
             "OBJECTIVE": structure,
         }
         for out, output in outputs if name in FP32_TOO else outputs[:1]:
-            yield triton_rows._loss_gradient_kernel, f"{out} {name}", arguments | output | block
+            yield triton_rows._loss_gradient_kernel, f"{out} {name}", arguments | output
     for out, pointer in (("bf16", BF16), ("fp32", F32)):
-        yield triton_rows._scale_kernel, out, {"x_ptr": pointer, "factor_ptr": F32, "count": "i64", "BLOCK": 4096}
+        yield triton_rows._scale_kernel, out, {"x_ptr": pointer, "factor_ptr": F32, "count": "i64"}
 
 
 def compile_for(kernel, arguments: dict[str, Any], target: GPUTarget, num_warps: int):
@@ -130,13 +129,15 @@ def compile_for(kernel, arguments: dict[str, Any], target: GPUTarget, num_warps:
 def report(kernel, variant: str, arguments: dict[str, Any], name: str) -> dict[str, Any]:
     """Compile one variant for one target and read what came out."""
     target = TARGETS[name]
-    warps = triton_rows._block(VOCAB)["num_warps"] if "stride" in kernel.arg_names else 8
-    compiled = compile_for(kernel, arguments, target, warps)
-    numbers = arguments["BLOCK"] / (warps * target.warp_size)  # per thread and step
+    title = kernel.__name__.strip("_").removesuffix("_kernel")
+    launch = tuning.launch(title, VOCAB, name) if title in tuning.KERNELS else triton_rows.SCALE
+    warps = launch.warps
+    compiled = compile_for(kernel, arguments | {"BLOCK": launch.block}, target, warps)
+    numbers = launch.block / (warps * target.warp_size)  # per thread and step
     found = amd(compiled) if target.backend == "hip" else nvidia(compiled)
     code = found.pop("code")
-    row = {"kernel": kernel.__name__.strip("_").removesuffix("_kernel"), "variant": variant, "target": name}
-    row |= {"block": arguments["BLOCK"], "warps": warps, **found, "shared": compiled.metadata.shared}
+    row = {"kernel": title, "variant": variant, "target": name}
+    row |= {"block": launch.block, "warps": warps, **found, "shared": compiled.metadata.shared}
     row["programs"] = resident(name, warps, row["registers"], row["shared"])
     row["loops"] = [
         {

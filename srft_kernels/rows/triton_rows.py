@@ -25,12 +25,10 @@ from torch import Tensor
 
 from ..head import Head
 from ..tokens import Tokens, TokenStats, coefficients
-from . import Normalizer
+from . import Normalizer, tuning
 from .triton_objectives import Columns, fused, token_loss
 
-# Columns per loop step and warps per program: 16 numbers, four 16-byte loads, in flight per thread.
-MAX_BLOCK = 8192
-ELEMENTS_PER_WARP = 512
+SCALE = tuning.Launch(4096, 8)
 
 
 # ---------------------------------------------------------------------------------------------------- device code
@@ -154,18 +152,19 @@ def _statistics_kernel(
     out_ptr,  # (7, n) fp32: ℓ, H, lse, smooth, max, log Σ e^d, Σ p·d
     rows, vocab, stride, softcap, temperature, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)  # row · stride passes 2³¹
-    target = tl.load(target_ptr + row)
-    logprob, entropy, logsumexp, smooth, m, log_s, mean = _statistics(
-        logits_ptr + row * stride, target, bias_ptr, smooth_ptr, vocab, stride, softcap, temperature, BLOCK
-    )
-    tl.store(out_ptr + row, logprob)
-    tl.store(out_ptr + rows + row, entropy)
-    tl.store(out_ptr + 2 * rows + row, logsumexp)
-    tl.store(out_ptr + 3 * rows + row, smooth)
-    tl.store(out_ptr + 4 * rows + row, m)
-    tl.store(out_ptr + 5 * rows + row, log_s)
-    tl.store(out_ptr + 6 * rows + row, mean)
+    for row in tl.range(tl.program_id(0), rows, tl.num_programs(0), disable_licm=True):
+        target = tl.load(target_ptr + row)
+        row_ptr = logits_ptr + row * stride.to(tl.int64)  # row · stride passes 2³¹
+        logprob, entropy, logsumexp, smooth, m, log_s, mean = _statistics(
+            row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, softcap, temperature, BLOCK
+        )
+        tl.store(out_ptr + row, logprob)
+        tl.store(out_ptr + rows + row, entropy)
+        tl.store(out_ptr + 2 * rows + row, logsumexp)
+        tl.store(out_ptr + 3 * rows + row, smooth)
+        tl.store(out_ptr + 4 * rows + row, m)
+        tl.store(out_ptr + 5 * rows + row, log_s)
+        tl.store(out_ptr + 6 * rows + row, mean)
 
 
 @triton.jit
@@ -174,21 +173,21 @@ def _gradient_kernel(
     target_ptr, m_ptr, log_s_ptr, mean_ptr,  # (n,)
     g_ptr, h_ptr, k_ptr, u_ptr,  # (n,) fp32 or None
     bias_ptr, smooth_ptr, smooth_total_ptr,  # (V,), (V,), () fp32 or None
-    vocab, stride, dstride, softcap, temperature, ORDER: tl.constexpr, BLOCK: tl.constexpr,
+    rows, vocab, stride, dstride, softcap, temperature, ORDER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    log_s = tl.load(log_s_ptr + row)
-    zero = log_s * 0.0
-    g = zero if g_ptr is None else tl.load(g_ptr + row)
-    h = zero if h_ptr is None else tl.load(h_ptr + row)
-    k = zero if k_ptr is None else tl.load(k_ptr + row)
-    u = zero if u_ptr is None else tl.load(u_ptr + row)
-    smooth_total = zero if smooth_total_ptr is None else tl.load(smooth_total_ptr)
-    _write_gradient(
-        logits_ptr + row * stride, dlogits_ptr + row * dstride, tl.load(target_ptr + row),
-        tl.load(m_ptr + row), log_s, tl.load(mean_ptr + row), g, h, k, u,
-        bias_ptr, smooth_ptr, smooth_total, vocab, stride, softcap, temperature, ORDER, BLOCK,
-    )  # fmt: skip
+    for row in tl.range(tl.program_id(0), rows, tl.num_programs(0), disable_licm=True):
+        log_s = tl.load(log_s_ptr + row)
+        zero = log_s * 0.0
+        g = zero if g_ptr is None else tl.load(g_ptr + row)
+        h = zero if h_ptr is None else tl.load(h_ptr + row)
+        k = zero if k_ptr is None else tl.load(k_ptr + row)
+        u = zero if u_ptr is None else tl.load(u_ptr + row)
+        smooth_total = zero if smooth_total_ptr is None else tl.load(smooth_total_ptr)
+        _write_gradient(
+            logits_ptr + row * stride.to(tl.int64), dlogits_ptr + row * dstride.to(tl.int64), tl.load(target_ptr + row),
+            tl.load(m_ptr + row), log_s, tl.load(mean_ptr + row), g, h, k, u,
+            bias_ptr, smooth_ptr, smooth_total, vocab, stride, softcap, temperature, ORDER, BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -202,28 +201,28 @@ def _loss_gradient_kernel(
     rows, vocab, stride, dstride, softcap, temperature,
     OBJECTIVE: tl.constexpr, ORDER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    target = tl.load(target_ptr + row)
-    row_ptr = logits_ptr + row * stride
-    logprob, entropy, logsumexp, smooth, m, log_s, mean = _statistics(
-        row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, softcap, temperature, BLOCK
-    )
-    loss, g, h, k, u = token_loss(OBJECTIVE, numbers, columns, row, logprob, entropy, logsumexp, smooth)
-    tl.store(out_ptr + row, loss)
-    tl.store(out_ptr + rows + row, logprob)
-    tl.store(out_ptr + 2 * rows + row, entropy)
-    tl.store(out_ptr + 3 * rows + row, logsumexp)
-    weight = tl.load(weight_ptr + row)
-    silent = weight == 0.0  # whatever the derivatives are, infinite or not
-    g = tl.where(silent, 0.0, weight * g)
-    h = tl.where(silent, 0.0, weight * h)
-    k = tl.where(silent, 0.0, weight * k)
-    u = tl.where(silent, 0.0, weight * u)
-    smooth_total = m * 0.0 if smooth_total_ptr is None else tl.load(smooth_total_ptr)
-    _write_gradient(
-        row_ptr, dlogits_ptr + row * dstride, target, m, log_s, mean, g, h, k, u,
-        bias_ptr, smooth_ptr, smooth_total, vocab, stride, softcap, temperature, ORDER, BLOCK,
-    )  # fmt: skip
+    for row in tl.range(tl.program_id(0), rows, tl.num_programs(0), disable_licm=True):
+        target = tl.load(target_ptr + row)
+        row_ptr = logits_ptr + row * stride.to(tl.int64)
+        logprob, entropy, logsumexp, smooth, m, log_s, mean = _statistics(
+            row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, softcap, temperature, BLOCK
+        )
+        loss, g, h, k, u = token_loss(OBJECTIVE, numbers, columns, row, logprob, entropy, logsumexp, smooth)
+        tl.store(out_ptr + row, loss)
+        tl.store(out_ptr + rows + row, logprob)
+        tl.store(out_ptr + 2 * rows + row, entropy)
+        tl.store(out_ptr + 3 * rows + row, logsumexp)
+        weight = tl.load(weight_ptr + row)
+        silent = weight == 0.0  # whatever the derivatives are, infinite or not
+        g = tl.where(silent, 0.0, weight * g)
+        h = tl.where(silent, 0.0, weight * h)
+        k = tl.where(silent, 0.0, weight * k)
+        u = tl.where(silent, 0.0, weight * u)
+        smooth_total = m * 0.0 if smooth_total_ptr is None else tl.load(smooth_total_ptr)
+        _write_gradient(
+            row_ptr, dlogits_ptr + row * dstride.to(tl.int64), target, m, log_s, mean, g, h, k, u,
+            bias_ptr, smooth_ptr, smooth_total, vocab, stride, softcap, temperature, ORDER, BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -243,10 +242,11 @@ def statistics(logits: Tensor, target: Tensor, head: Head, block_rows: int) -> t
     """Statistics of the tokens whose raw logits (n, V) these are, fp32, rows padded (see Call.logits_buffer)."""
     n, vocab = logits.shape
     out = logits.new_empty(7, n)
+    grid, options = _launch("statistics", logits)
     with _device_of(logits):
-        _statistics_kernel[(n,)](
+        _statistics_kernel[grid](
             logits, target, head.bias, head.smooth, out, n, vocab, logits.stride(0), head.softcap,
-            _temperature(head), **_block(vocab),
+            _temperature(head), **options,
         )  # fmt: skip
     smooth = None if head.smooth is None else out[3]
     return TokenStats(out[0], out[1], out[2], smooth), Normalizer(out[4], out[5], out[6])
@@ -263,11 +263,12 @@ def loss_and_gradient(
     structure, numbers = device_code
     n, vocab = logits.shape
     out, dlogits = logits.new_empty(4, n), _over(logits, dtype)
+    grid, options = _launch("loss_gradient", logits)
     with _device_of(logits):
-        _loss_gradient_kernel[(n,)](
+        _loss_gradient_kernel[grid](
             logits, dlogits, tokens.target, weight, _columns(tokens), numbers,
             head.bias, head.smooth, _total(head), out, n, vocab, logits.stride(0), dlogits.stride(0),
-            head.softcap, _temperature(head), structure, _order(logits, dlogits), **_block(vocab),
+            head.softcap, _temperature(head), structure, _order(logits, dlogits), **options,
         )  # fmt: skip
     return TokenStats(out[1], out[2], out[3]), out[0], dlogits
 
@@ -285,20 +286,21 @@ def gradient(
     n, vocab = logits.shape
     dlogits = _over(logits, dtype)
     g, h, k, u = (None if coef is None else coef.contiguous() for coef in (*coefs, None)[:4])
+    grid, options = _launch("gradient", logits)
     with _device_of(logits):
-        _gradient_kernel[(n,)](
+        _gradient_kernel[grid](
             logits, dlogits, target, *normalizer, g, h, k, u, head.bias, head.smooth, _total(head),
-            vocab, logits.stride(0), dlogits.stride(0), head.softcap, _temperature(head),
-            _order(logits, dlogits), **_block(vocab),
+            n, vocab, logits.stride(0), dlogits.stride(0), head.softcap, _temperature(head),
+            _order(logits, dlogits), **options,
         )  # fmt: skip
     return dlogits
 
 
 def scale_(x: Tensor, factor: Tensor) -> Tensor:
     """x *= factor (0-d, on x's device) without a host synchronisation, and for nothing when it is 1."""
-    block = 4096
+    grid = (triton.cdiv(x.numel(), SCALE.block),)
     with _device_of(x):
-        _scale_kernel[(triton.cdiv(x.numel(), block),)](x, factor.float(), x.numel(), BLOCK=block, num_warps=8)
+        _scale_kernel[grid](x, factor.float(), x.numel(), BLOCK=SCALE.block, num_warps=SCALE.warps)
     return x
 
 
@@ -329,9 +331,11 @@ def _columns(tokens: Tokens) -> Columns:
     )
 
 
-def _block(vocab: int) -> dict[str, int]:
-    block = min(triton.next_power_of_2(vocab), MAX_BLOCK)
-    return {"BLOCK": block, "num_warps": max(1, min(block // ELEMENTS_PER_WARP, 16))}
+def _launch(kernel: str, logits: Tensor) -> tuple[tuple[int], dict[str, int]]:
+    """(grid, launch options) of a row kernel on these logits (n, V)."""
+    n, vocab = logits.shape
+    settings = tuning.launch(kernel, vocab, tuning.target(logits.device))
+    return settings.grid(n, logits.device), {"BLOCK": settings.block, "num_warps": settings.warps}
 
 
 def _temperature(head: Head) -> float | None:

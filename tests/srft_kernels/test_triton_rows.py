@@ -8,7 +8,7 @@ import torch
 
 import srft_kernels as sk
 from srft_kernels.head import Head
-from srft_kernels.rows import aligned, aligned_size, torch_rows
+from srft_kernels.rows import aligned, aligned_size, torch_rows, tuning
 
 from . import cases
 
@@ -17,9 +17,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpr
 
 
 @pytest.fixture(params=[8192, 32], ids=["one block", "many blocks"])
-def blocks(request, monkeypatch):
+def blocks(request):
     """A row of 131 numbers in one loop step, and in five, with running maxima that rise."""
-    monkeypatch.setattr(triton_rows, "MAX_BLOCK", request.param)
+    with tuning.forced(tuning.Launch(request.param, 1)):
+        yield
 
 
 def annotations(n: int, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -1,0 +1,249 @@
+"""`make tune`: measure launch settings of the row kernels on this device and put the best into the package's table.
+
+    python -m bench.tune [--device cuda|cpu] [--seconds 60] [--out FILE]
+
+From another program: `tune(device, seconds)`, which returns what it measured and writes nothing.
+
+Each kernel runs on one chunk of logits of each vocabulary (most important first) with each candidate: blocks and warps
+with a program per row, then the best of them with fewer programs that walk over rows. The kernels overwrite their
+logits, so a fresh copy is made before every call, outside the clock. A candidate whose results are not those of the
+table's settings is refused, and one replaces them only where it is GAIN faster. On a CPU this is a rehearsal in
+Triton's interpreter on small rows; its times mean nothing, and it writes no table unless --out names one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import srft_kernels as sk
+from srft_kernels.head import Head
+from srft_kernels.rows import aligned_size, tuning
+
+from .environment import environment
+from .timing import seconds as timed
+
+VOCABS = {"cuda": (151_936, 128_256, 32_000, 65_536), "cpu": (96, 24)}
+CHUNK = {"cuda": 2**30, "cpu": 2**10}  # bytes of logits: the default plan's, and a rehearsal's
+BLOCKS = {"cuda": (8192, 4096, 16384, 2048), "cpu": (32, 16)}
+WARPS = {"cuda": (16, 8, 32, 4), "cpu": (1, 2)}
+PROGRAMS = (0.5, 0.75, 1, 2)  # per multiprocessor: rows in flight, some of which the L2 may hold
+PER_THREAD = (8, 32)  # numbers per thread and step: from two 16-byte loads in flight to what registers hold
+ROUNDS = {"cuda": 9, "cpu": 1}
+GAIN = 0.02  # faster by less is noise
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the largest number
+
+
+def tune(device: str, seconds: float, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """{"rows": of the table, "timings": of every candidate, "skipped": for want of time, "environment"}."""
+    kind = "cuda" if device.startswith("cuda") else "cpu"
+    dtype = dtype or (torch.bfloat16 if kind == "cuda" else torch.float32)
+    deadline = time.perf_counter() + seconds
+    found: dict[str, Any] = {"environment": environment(device, "make tune"), "rows": [], "timings": [], "skipped": []}
+    for vocab in VOCABS[kind]:
+        for kernel in reversed(tuning.KERNELS):
+            if time.perf_counter() > deadline:
+                found["skipped"].append(f"{kernel} {vocab}")
+                continue
+            timings, complete = measure(kernel, vocab, device, dtype, deadline)
+            found["timings"] += timings
+            if not complete:
+                found["skipped"].append(f"{kernel} {vocab}: the later candidates")
+            if (row := best(timings, found["environment"])) is not None:
+                found["rows"].append(row)
+    return found
+
+
+def candidates(kind: str, warp: int) -> list[tuning.Launch]:
+    low, high = PER_THREAD
+    return [
+        tuning.Launch(block, warps)
+        for block in BLOCKS[kind]
+        for warps in WARPS[kind]
+        if low <= block / (warps * warp) <= high and warps * warp <= 1024
+    ]
+
+
+def measure(
+    kernel: str, vocab: int, device: str, dtype: torch.dtype, deadline: float
+) -> tuple[list[dict[str, Any]], bool]:
+    """(a timing per candidate, the table's settings first; whether time was left for all of them)."""
+    kind = "cuda" if device.startswith("cuda") else "cpu"
+    where = torch.device(device)
+    rows = max(2, CHUNK[kind] // (4 * aligned_size(vocab)))
+    generator = torch.Generator(device).manual_seed(0)
+    logits = torch.empty(rows, aligned_size(vocab), device=device)[:, :vocab]
+    fresh = torch.randn(rows, vocab, device=device, generator=generator)
+    run = caller(kernel, logits, dtype, generator)
+    timings: list[dict[str, Any]] = []
+    expected: list[Tensor] = []
+
+    def time_it(launch: tuning.Launch) -> float:
+        row = {"kernel": kernel, "target": tuning.target(where), "vocab": vocab, "rows": rows, **vars(launch)}
+        timings.append(row)
+        with tuning.forced(launch):
+            try:
+                logits.copy_(fresh)
+                results = [result.clone() for result in run()]  # compiles
+                if not expected:
+                    expected.extend(results)
+                row["error"] = max(map(relative_error, results, expected))
+                if not row["error"] <= TOLERANCE[dtype]:
+                    row["status"] = "wrong"
+                    return float("inf")
+                times = []
+                for _ in range(ROUNDS[kind]):
+                    logits.copy_(fresh)
+                    times.append(timed(run, device))
+            except Exception as error:  # too many registers or threads for this device, say: not a candidate
+                row["status"] = f"failed: {type(error).__name__}: {str(error).strip()[:200]}"
+                return float("inf")
+        row |= {"status": "ok", "seconds": statistics.median(times)}
+        row["bytes_per_second"] = rows * vocab * TRAFFIC[kernel](dtype.itemsize) / row["seconds"]
+        return row["seconds"]
+
+    usual = tuning.launch(kernel, vocab, tuning.target(where))
+    fastest, least = usual, time_it(usual)
+    tried = {usual}
+    for stage in range(2):
+        if stage == 0:
+            warp = 64 if torch.version.hip else 32 if kind == "cuda" else 1
+            stage_candidates = candidates(kind, warp)
+        else:
+            stage_candidates = [tuning.Launch(fastest.block, fastest.warps, programs) for programs in PROGRAMS]
+        for launch in (launch.fitted(vocab) for launch in stage_candidates):
+            if time.perf_counter() > deadline:
+                return timings, False
+            if launch not in tried:
+                tried.add(launch)
+                if (taken := time_it(launch)) < least:
+                    fastest, least = launch, taken
+    return timings, True
+
+
+# Bytes per logit that must move at least: the second read, where it misses the L2, comes on top.
+TRAFFIC: dict[str, Callable[[int], int]] = {
+    "statistics": lambda out: 4,
+    "gradient": lambda out: 4 + out,
+    "loss_gradient": lambda out: 4 + out,
+}
+
+
+def caller(kernel: str, logits: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Callable[[], list[Tensor]]:
+    """What launches a kernel on these logits, with the SRFT loss; returns its results."""
+    from srft_kernels.rows import triton_rows
+
+    n, vocab = logits.shape
+    draw = lambda: torch.randn(n, device=logits.device, generator=generator)  # noqa: E731
+    tokens = sk.Tokens(
+        torch.randint(vocab, (n,), device=logits.device, generator=generator),
+        advantages=draw(),
+        rewards=(draw() > 0).float(),
+        is_demo=draw() > 0,
+    )
+    head = Head()
+    if kernel == "loss_gradient":
+        weight = torch.full((n,), 1 / n, device=logits.device)
+
+        def run() -> list[Tensor]:
+            stats, loss, dlogits = triton_rows.loss_and_gradient(
+                logits, tokens, weight, sk.srft_paper(), head, 1, dtype
+            )
+            return [*stats.fields(), loss, dlogits]
+
+        return run
+    logits.normal_(generator=generator)
+    normalizer = triton_rows.statistics(logits, tokens.target, head, 1)[1]
+    if kernel == "statistics":
+        return lambda: list(triton_rows.statistics(logits, tokens.target, head, 1)[0].fields())
+    coefs = draw(), draw(), draw()
+    return lambda: [triton_rows.gradient(logits, tokens.target, normalizer, coefs, head, 1, dtype)]
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    return float((value.float() - expected.float()).abs().amax() / expected.float().abs().amax().clamp(min=1e-30))
+
+
+def best(timings: list[dict[str, Any]], made: dict[str, Any]) -> dict[str, Any] | None:
+    """The table's row that these timings of one kernel on one vocabulary make; None where nothing was timed."""
+    good = [timing for timing in timings if timing["status"] == "ok"]
+    if not good or good[0] is not timings[0]:
+        return None
+    usual, fastest = good[0], min(good, key=lambda timing: timing["seconds"])
+    if fastest["seconds"] > (1 - GAIN) * usual["seconds"]:
+        fastest = usual
+    return {
+        **{name: fastest[name] for name in ("kernel", "target")},
+        "vocab": 1 << (fastest["vocab"] - 1).bit_length(),  # sizes up to a power of two share a row
+        **{name: fastest[name] for name in ("block", "warps", "programs")},
+        "measured": {
+            "device": made["device"],
+            "vocab": fastest["vocab"],
+            "rows": fastest["rows"],
+            "microseconds": round(1e6 * fastest["seconds"], 1),
+            "of_the_settings_before": round(1e6 * usual["seconds"], 1),
+            "packages": {name: made["packages"].get(name) for name in ("torch", "triton")},
+            "commit": made["commit"],
+        },
+    }
+
+
+def merged(rows: list[dict[str, Any]], table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The table with these rows instead of those for the same, small vocabularies before large, rules for any last."""
+    identity = lambda row: (row["kernel"], row["target"], row["vocab"])  # noqa: E731
+    new = {identity(row) for row in rows}
+    kept = [row for row in table if identity(row) not in new]
+    return sorted(
+        [*rows, *kept],
+        key=lambda row: (row["target"] == "*", row["kernel"] == "*", row["target"], row["kernel"],
+                         row["vocab"] is None, row["vocab"] or 0),
+    )  # fmt: skip
+
+
+def write(rows: list[dict[str, Any]], path: Path) -> None:
+    path.write_text(json.dumps(merged(rows, tuning.table()), indent=1) + "\n", encoding="utf-8")
+    tuning.reload()
+
+
+def lines(found: dict[str, Any]) -> Iterator[str]:
+    for timing in found["timings"]:
+        launch = f"block {timing['block']:>6} warps {timing['warps']:>2} programs {timing['programs'] or 'rows':>4}"
+        speed = f"{1e6 * timing['seconds']:>10.1f} µs {timing['bytes_per_second'] / 1e12:6.2f} TB/s" \
+            if timing["status"] == "ok" else timing["status"]  # fmt: skip
+        yield f"{timing['kernel']:<14} {timing['target']:<7} {timing['vocab']:>7} {launch} {speed}"
+    yield from (f"skipped: {what}" for what in found["skipped"])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--out", type=Path, help="default: the package's table; on a CPU none")
+    options = parser.parse_args(arguments)
+    cuda = options.device.startswith("cuda")
+    if cuda and not torch.cuda.is_available():
+        print("make tune: torch finds no CUDA device here; `make tune DEVICE=cpu` rehearses without one",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    if not cuda:
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
+    found = tune(options.device, options.seconds)
+    print(*lines(found), sep="\n")
+    if (out := options.out or (tuning.TABLE if cuda else None)) is not None:
+        write(found["rows"], out)
+        print(f"\n{out}: {len(found['rows'])} rows measured")
+    return 0 if found["rows"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Launch settings of the Triton row kernels, looked up in a table by kernel, device and size of the vocabulary.
+
+Nothing is searched for while a model trains. tuning.json is the table, a list of rows; the first that fits is used:
+
+    kernel     "statistics", "gradient", "loss_gradient", or "*"
+    target     "sm_90", "gfx942", …, or "*"
+    vocab      the largest V that it is for; null: any
+    block      columns per loop step
+    warps      per program
+    programs   per multiprocessor (0.5: half as many), each walking over many rows; null: one program per row
+    measured   device, time and versions; null where nobody has measured, and then `why` gives the reason
+
+`python -m bench.tune` measures on the device that is there and puts its rows first. A row's sums are formed block by
+block and warp by warp, so results are bitwise the same under one table, and differ by rounding between two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TABLE = Path(__file__).with_name("tuning.json")
+KERNELS = ("statistics", "gradient", "loss_gradient")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Columns per step, warps per program, and programs per multiprocessor (None: a program per row)."""
+
+    block: int
+    warps: int
+    programs: float | None = None
+
+    def fitted(self, vocab: int) -> Launch:
+        """For rows of `vocab` numbers: no larger a block than the row, and as many numbers per thread as before."""
+        block = min(self.block, 1 << (vocab - 1).bit_length())
+        return Launch(block, max(1, self.warps * block // self.block), self.programs)
+
+    def grid(self, rows: int, device: torch.device) -> tuple[int]:
+        return (rows if self.programs is None else min(rows, max(1, round(self.programs * multiprocessors(device)))),)
+
+
+_forced: Launch | None = None
+
+
+def launch(kernel: str, vocab: int, target: str) -> Launch:
+    """The settings of a kernel for rows of `vocab` logits on a target ("sm_90")."""
+    return (_forced or _choose(kernel, vocab, target)).fitted(vocab)
+
+
+@contextlib.contextmanager
+def forced(settings: Launch) -> Iterator[None]:
+    """These settings for every kernel, instead of the table's: to measure them, and for tests."""
+    global _forced
+    before, _forced = _forced, settings
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@lru_cache
+def target(device: torch.device) -> str:
+    """What a device's code is compiled for; "cpu" in the interpreter."""
+    if device.type != "cuda":
+        return device.type
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@lru_cache
+def table() -> list[dict[str, Any]]:
+    return json.loads(TABLE.read_text(encoding="utf-8"))
+
+
+def reload() -> None:
+    """Read the table again."""
+    table.cache_clear()
+    _choose.cache_clear()
+
+
+@lru_cache
+def _choose(kernel: str, vocab: int, target: str) -> Launch:
+    for row in table():
+        if row["kernel"] in (kernel, "*") and row["target"] in (target, "*") and vocab <= (row["vocab"] or vocab):
+            return Launch(row["block"], row["warps"], row["programs"])
+    raise LookupError(f"{TABLE} has no row for the {kernel} kernel on {target}: its last row should be for any")
