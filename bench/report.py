@@ -1,4 +1,7 @@
-"""`python -m bench.report`: bench/results/*.json → docs/performance.md, with figures under docs/figures/.
+"""bench/results/*.json → docs/performance.md, with figures under docs/figures/.
+
+    python -m bench.report              what is in bench/results/, where `make gpu` on a GPU leaves its JSON
+    python -m bench.report FILE...      these too: .benchmarks/latest.json is where `make bench` leaves its own
 
 Everything on that page comes from those files. What none of them has from a GPU is said to be not measured.
 """
@@ -8,10 +11,13 @@ from __future__ import annotations
 import json
 import re
 import sys
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .environment import ROOT
+from .table import KEPT, of_kept
 
 RESULTS, DOCS = ROOT / "bench" / "results", ROOT / "docs"
 GROUPS = (
@@ -30,13 +36,21 @@ INTRO = """# Performance
 
 Made by `python -m bench.report` from `bench/results/*.json`; not written by hand.
 
+- `make gpu` on a GPU, or `make bench` anywhere, leaves a JSON; `python -m bench.report` makes this page of those in
+  `bench/results/`, and of any others that it is given: `python -m bench.report .benchmarks/latest.json`.
 - **× products**: time over the task's bare matrix products (2NHV flops each) of the same shape and type, timed in the
   same run, in turns with it. 1.00 is what the hardware allows: nothing but the products. Median of the rounds' ratios.
+  They are the products of a plan that does not keep the logits: 1 scores, 3 make a loss with both gradients in one
+  pass, 4 in two. Eager PyTorch keeps the logits and needs 3 for the latter: that ratio stands beside.
 - **TFLOP/s** counts those products on live tokens only, over the median time.
 - **peak**: the most memory held during the call above inputs and returned gradients (CUDA: the allocator's peak; CPU:
   the process's).
 - **error**: the largest ‖out − truth‖ / ‖truth‖ of loss, log-probs, entropies and gradients on sampled rows, truth in
-  fp64. Past the tolerance a provider is WRONG and has no time.
+  fp64. **dW others**: that of the head's gradient on entries that are nobody's target, small numbers which those of
+  targets would hide.
+- WRONG, and so without a time, is who errs more than three times as much as eager PyTorch does in the same type on the
+  same inputs (and more than by one rounding of the result), whose gradient is 2 % too long or too short, or who gives
+  an ignored token a gradient.
 - *noisy*: the rounds' ratios spread over more than 5 % (GPU) or 15 % (CPU) between quartiles, or other processes took
   more than a tenth of the CPU meanwhile: read no more into it.
 - Inputs: *random* rows are nearly flat; *peaked* ones have the 0.1–0.5 nats of a policy in training; *model* ones are
@@ -48,9 +62,13 @@ class Result:
     """One JSON file: rows by case, and what it was measured on."""
 
     def __init__(self, path: Path):
-        data = json.loads(path.read_text(encoding="utf-8"))
+        # Infinity and NaN are not JSON, and Python writes them all the same
+        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
         self.name, self.machine = path.stem, data["machine_info"]
         self.profiles, self.tests = data.get("profiles", []), data.get("tests", {})
+        self.partial = bool(data.get("partial"))
+        self.seconds = data.get("total_seconds") or data.get("seconds")
+        self.problems = data.get("problems", []) + [f"{who}: {why}" for who, why in data.get("left_out", {}).items()]
         self.cases: dict[str, dict[str, list]] = {}  # group → case → rows
         for row in data["benchmarks"]:
             extra = row["extra_info"] | {"median": row["stats"]["median"], "status": "ok"}
@@ -61,7 +79,8 @@ class Result:
             if row["status"] == "unavailable":
                 self.absent[row["provider"], row["reason"]] = None
             elif row["status"] == "skipped":
-                self.skipped.append(f"{row['case']} ({row['reason']})")
+                who = "" if row["provider"] == "all providers" else f"{row['provider']}, "
+                self.skipped.append(f"{who}{row['case']} ({one_line(row['reason'])})")
             else:
                 self.cases.setdefault(row["group"], {}).setdefault(row["case"], []).append(row)
 
@@ -83,13 +102,16 @@ class Result:
         lines: dict[str, list[tuple[float, float]]] = {}
         for rows in self.cases.get(group, {}).values():
             for row in rows:
-                if x in row and y in row:
+                if row.get(x) is not None and row.get(y) is not None:
                     lines.setdefault(row["provider"], []).append((row[x], row[y] * scale))
         return {name: sorted(points) for name, points in lines.items()}
 
 
-def main(results: Path = RESULTS, docs: Path = DOCS) -> int:
-    found = [Result(path) for path in sorted(results.glob("*.json"))]
+def main(files: Sequence[Path] = (), results: Path = RESULTS, docs: Path = DOCS) -> int:
+    paths = dict.fromkeys(path.resolve() for path in (*sorted(results.glob("*.json")), *files))
+    found = [Result(path) for path in paths]
+    if len({result.name for result in found}) < len(found):
+        sys.exit("bench.report: figures are named after their files, so two files may not have one name")
     found.sort(key=lambda result: result.machine.get("kind") != "cuda")
     parts = [INTRO]
     if not any(result.machine.get("kind") == "cuda" for result in found):
@@ -103,7 +125,10 @@ def main(results: Path = RESULTS, docs: Path = DOCS) -> int:
 
 
 def section(result: Result, docs: Path) -> str:
-    lines = [f"## {result.title}", "", f"{result.source}.", ""]
+    lines = [f"## {result.title}", "", f"{result.source}." + took(result.seconds), ""]
+    if result.partial:
+        lines += ["**Partial**: the run ended before all of it was measured.", ""]
+    lines += [f"- {one_line(problem)}" for problem in result.problems] + [""] * bool(result.problems)
     for name, words in result.tests.items():
         lines += [f"Tests on it: `{name}`: {words['summary']}.", ""]
     for group in GROUPS:
@@ -125,25 +150,57 @@ def section(result: Result, docs: Path) -> str:
     return "\n".join(lines)
 
 
+def took(seconds: float | None) -> str:
+    return "" if not seconds else f" Everything took {int(seconds // 60)} min {seconds % 60:.0f} s."
+
+
+def one_line(text: str, most: int = 300) -> str:
+    """Text as it may stand in a cell of a table."""
+    return " ".join(text.split()).replace("|", "/")[:most]
+
+
+COLUMNS = ("median", "× products", "TFLOP/s", "peak", "error", "dW others")
+
+
 def table(case: str, rows: list[dict[str, Any]]) -> list[str]:
-    note = next((row["note"] for row in rows if row.get("note")), "")
-    lines = [f"**{case.partition(': ')[2]}**" + (f" ({note})" if note else ""), ""]
-    lines += ["| | median | × products | TFLOP/s | peak | error | |", "|---|---|---|---|---|---|---|"]
+    notes = dict.fromkeys(row[key] for row in rows for key in ("note", "unchecked") if row.get(key))
+    lines = [f"**{case.partition(': ')[2]}**" + (f" ({'; '.join(notes)})" if notes else ""), ""]
+    steps = any(row.get("tokens_per_second") is not None for row in rows)
+    columns = (*COLUMNS, "tokens/s", "sampling") if steps else COLUMNS
+    lines += [f"| | {' | '.join(columns)} | |", "|---" * (len(columns) + 2) + "|"]
     for row in rows:
         if row["status"] != "ok":
-            lines.append(f"| {row['provider']} | {row['status'].upper()} | | | | | {row['reason'].splitlines()[0]} |")
+            lines.append(
+                f"| {row['provider']} | {row['status'].upper()} {'| ' * len(columns)}| {one_line(row['reason'])} |"
+            )
             continue
         cells = [
             row["provider"],
-            f"{row['median'] * 1e3:,.1f} ms",
+            number(row, "median", "{:,.1f} ms", 1e3),
             number(row, "ratio_to_products", "{:.2f}"),
             number(row, "tflops", "{:.3g}"),
             number(row, "peak_bytes", "{:,.1f} MB", 1e-6),
             number(row, "error", "{:.0e}"),
-            "noisy" if row.get("noisy") else "",
+            number(row.get("errors") or {}, "dW others", "{:.0e}"),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        if steps:
+            cells += [number(row, "tokens_per_second", "{:,.0f}"), number(row, "seconds_rollout", "{:.3g} s")]
+        lines.append(f"| {' | '.join(cells)} | {'; '.join(remarks(row))} |")
     return [*lines, ""]
+
+
+def remarks(row: dict[str, Any]) -> list[str]:
+    found = ["noisy"] * bool(row.get("noisy"))
+    if (row.get("products") or 0) > KEPT and row.get("ratio_to_products"):
+        found.append(of_kept(row["ratio_to_products"], row["products"]))
+    if row.get("hot_seconds"):
+        floor = row.get("hot_products_seconds")
+        found.append(
+            f"hot L2: {row['hot_seconds'] * 1e3:,.2f} ms" + (f", {row['hot_seconds'] / floor:.2f} ×" if floor else "")
+        )
+    if row.get("peak_from") == "allocator and driver":
+        found.append("peak with what it holds outside of torch's allocator")
+    return found
 
 
 def number(row: dict[str, Any], name: str, form: str, scale: float = 1.0) -> str:
@@ -161,18 +218,21 @@ def kernels(profile: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+CURVES = {  # group: x and y in the rows, their labels, scale and whether logarithmic of y
+    "cost against N": ("tokens", "ratio_to_products", "tokens N", "× products", 1.0, False),
+    "cost against V": ("vocab", "ratio_to_products", "vocabulary V", "× products", 1.0, False),
+    "peak memory": ("tokens", "peak_bytes", "tokens N", "peak, MB", 1e-6, True),
+    "masked batches": ("live", "median", "live part of the tokens", "time, ms", 1e3, False),
+}
+
+
 def figure(result: Result, group: str, docs: Path) -> str | None:
-    """An SVG for the groups that are about a curve; its path from the page, or None."""
-    drawn = {
-        "full loss": bars,
-        "cost against N": lambda r, ax: curve(r, ax, group, "tokens", "ratio_to_products", "× products", "tokens N"),
-        "cost against V": lambda r, ax: curve(r, ax, group, "vocab", "ratio_to_products", "× products", "vocabulary V"),
-        "peak memory": lambda r, ax: curve(r, ax, group, "tokens", "peak_bytes", "peak, MB", "tokens N", 1e-6, True),
-        "masked batches": lambda r, ax: curve(
-            r, ax, group, "live", "median", "time, ms", "live part of the tokens", 1e3
-        ),
-    }.get(group)
-    if drawn is None or group not in result.cases:
+    """An SVG for the groups that have one and have been measured; its path from the page, or None."""
+    if group not in ("full loss", *CURVES):
+        return None
+    needed = CURVES[group][1] if group in CURVES else "ratio_to_products"
+    measured = [row for rows in result.cases.get(group, {}).values() for row in rows if row.get(needed) is not None]
+    if not measured:
         return None
     try:
         import matplotlib
@@ -184,25 +244,23 @@ def figure(result: Result, group: str, docs: Path) -> str | None:
     matplotlib.rcParams |= {"svg.hashsalt": "srft-kernels", "svg.fonttype": "none"}  # the same figure, the same file
     name = f"{result.name}-{re.sub('[^a-z0-9]+', '-', group.lower())}.svg"
     figure, ax = pyplot.subplots(figsize=(7.2, 3.6), layout="constrained")
-    drawn(result, ax)
+    if group in CURVES:
+        curve(result, ax, group, *CURVES[group])
+    else:
+        bars(measured, ax)
     ax.set_title(f"{group}, {result.title}", fontsize=10)
-    m = result.machine
-    named = (
-        f"driver {m.get('driver')}; torch {m.get('packages', {}).get('torch')}; {m.get('commit')}; {m.get('command')}"
-    )
-    ax.annotate(named, (0, 0), (0, -42), xycoords="axes fraction", textcoords="offset points", fontsize=6, color="0.4")
+    figure.supxlabel(textwrap.fill(result.source, 185), fontsize=5.5, color="0.4", x=0.01, ha="left")
     (docs / "figures").mkdir(parents=True, exist_ok=True)
     figure.savefig(docs / "figures" / name, metadata={"Date": None})
     pyplot.close(figure)
     return f"figures/{name}"
 
 
-def bars(result: Result, ax: Any) -> None:
+def bars(rows: list[dict[str, Any]], ax: Any) -> None:
     """Time against the floor: a bar per provider and case."""
-    rows = [row for rows in result.cases["full loss"].values() for row in rows if row.get("ratio_to_products")]
     names = [f"{row['provider']}, {row['case'].partition(': ')[2]}" for row in rows]
     colours = ["tab:blue" if row["provider"] == "srft_kernels" else "0.7" for row in rows]
-    ax.figure.set_figheight(0.9 + 0.24 * len(rows))
+    ax.figure.set_figheight(1.2 + 0.24 * len(rows))
     ax.barh(names, [row["ratio_to_products"] for row in rows], color=colours)
     ax.axvline(1, color="black", linewidth=0.8)
     ax.tick_params(axis="y", labelsize=7)
@@ -211,7 +269,7 @@ def bars(result: Result, ax: Any) -> None:
 
 
 def curve(
-    result: Result, ax: Any, group: str, x: str, y: str, y_label: str, x_label: str, scale: float = 1, log: bool = False
+    result: Result, ax: Any, group: str, x: str, y: str, x_label: str, y_label: str, scale: float, log: bool
 ) -> None:
     for name, points in result.points(group, x, y, scale).items():
         ax.plot(*zip(*points), marker="o", label=name)
@@ -228,4 +286,4 @@ def curve(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main([Path(argument) for argument in sys.argv[1:]]))

@@ -21,7 +21,8 @@ MACHINE = {
 def row(group: str, provider: str, **extra) -> dict:
     case = f"{group}: srft 8192×4096×151936 peaked" + (f" {extra['live']:.0%} live" if "live" in extra else "")
     info = {"case": case, "provider": provider, "ratio_to_products": 1.25, "tflops": 640.0, "peak_bytes": 2e9,
-            "error": 0.003, "tokens": 8192, "vocab": 151936, "live": 1.0, "note": "", "noisy": False}  # fmt: skip
+            "error": 0.003, "errors": {"dW others": 0.001},
+            "tokens": 8192, "vocab": 151936, "live": 1.0, "note": "", "noisy": False}  # fmt: skip
     return {"group": group, "stats": {"median": 0.0484}, "extra_info": info | extra}
 
 
@@ -32,7 +33,7 @@ def untimed(provider: str, status: str, reason: str) -> dict:
 
 @pytest.fixture
 def page(tmp_path):
-    def build(machine: dict, *rows: dict) -> str:
+    def build(machine: dict, *rows: dict, files: tuple = (), **more) -> str:
         (tmp_path / "results").mkdir(exist_ok=True)
         data = {
             "machine_info": machine,
@@ -43,9 +44,9 @@ def page(tmp_path):
             ],
             "profiles": [{"case": "c", "kernels": [{"name": "gemm|x", "calls": 3, "milliseconds": 9.0, "share": 0.9}]}],
             "tests": {"tests": {"passed": True, "summary": "70 passed", "failures": []}},
-        }
+        } | more
         (tmp_path / "results" / f"{machine['kind']}.json").write_text(json.dumps(data), encoding="utf-8")
-        assert report.main(tmp_path / "results", tmp_path / "docs") == 0
+        assert report.main(files, tmp_path / "results", tmp_path / "docs") == 0
         return (tmp_path / "docs" / "performance.md").read_text(encoding="utf-8")
 
     return build
@@ -55,8 +56,8 @@ def test_numbers_sources_and_what_is_missing(page, tmp_path):
     memory = [row("peak memory", "srft_kernels", tokens=n, peak_bytes=1e9, case=f"peak memory: {n}") for n in (1, 2, 4)]
     masked = [row("masked batches", "srft_kernels", live=live) for live in (0.1, 1.0)]
     text = page(MACHINE, row("full loss", "srft_kernels", noisy=True), *memory, *masked)
-    assert "| srft_kernels | 48.4 ms | 1.25 | 640 | 2,000.0 MB | 3e-03 | noisy |" in text
-    assert "| Fast | WRONG |" in text and "- QuACK: gone" in text
+    assert "| srft_kernels | 48.4 ms | 1.25 | 640 | 2,000.0 MB | 3e-03 | 1e-03 | noisy |" in text
+    assert "| Fast | WRONG | | | | | | | error dx 0.5 (allowed 0.1) |" in text and "- QuACK: gone" in text
     source = (
         "NVIDIA H200, driver 580.1, CUDA 13.0; Python 3.12.3, torch 2.11.0, triton 3.6.0; commit abc123; `make gpu`"
     )
@@ -65,7 +66,8 @@ def test_numbers_sources_and_what_is_missing(page, tmp_path):
     for name in ("full-loss", "peak-memory", "masked-batches"):
         assert f"](figures/cuda-{name}.svg)" in text
         drawn = (tmp_path / "docs" / "figures" / f"cuda-{name}.svg").read_text(encoding="utf-8")
-        assert "580.1" in drawn and "abc123" in drawn
+        for named in ("NVIDIA H200", "580.1", "13.0", "3.12.3", "2.11.0", "3.6.0", "abc123", "make gpu"):
+            assert named in drawn, (name, named)
 
 
 def test_without_a_gpu_it_says_so(page):
@@ -83,5 +85,49 @@ def test_the_same_results_make_the_same_files(page, tmp_path):
 
 def test_no_results_at_all(tmp_path):
     (tmp_path / "results").mkdir()
-    report.main(tmp_path / "results", tmp_path / "docs")
+    report.main((), tmp_path / "results", tmp_path / "docs")
     assert "Not measured" in (tmp_path / "docs" / "performance.md").read_text(encoding="utf-8")
+
+
+def test_what_a_run_that_ended_early_left(page):
+    failed = untimed("verl", "failed", "RuntimeError: a | b\n  and more") | {"case": "full loss: a case"}
+    skipped = untimed("all providers", "skipped", "no time left") | {"case": "scoring: never begun"}
+    text = page(MACHINE, partial=True, seconds=252.4, left_out={"QuACK": "hung"}, untimed=[failed, skipped])
+    assert "**Partial**" in text and "4 min 12 s" in text and "- QuACK: hung" in text
+    assert "| verl | FAILED | | | | | | | RuntimeError: a / b and more |" in text
+    assert "- scoring: never begun (no time left)" in text
+    assert "Partial" not in page(MACHINE, row("full loss", "srft_kernels"))
+
+
+def test_a_number_that_is_not_there_is_a_dash(page):
+    strange = row("full loss", "a", ratio_to_products=float("inf"), tflops=None, peak_bytes=float("nan"))
+    text = page(MACHINE, strange, row("peak memory", "a", peak_bytes=None))
+    assert "| a | 48.4 ms | – | – | – | 3e-03 |" in text
+    assert "inf" not in text.lower().replace("information", "") and "NaN" not in text
+
+
+def test_two_passes_have_both_floors_and_hot_times_stand_beside(page):
+    text = page(MACHINE, row("two pass", "a", products=4, hot_seconds=0.03, hot_products_seconds=0.02))
+    assert "| 1.25 |" in text and "1.67 × the 3 products of who keeps the logits; hot L2: 30.00 ms, 1.50 ×" in text
+
+
+def test_a_step_has_what_only_a_step_has(page):
+    text = page(MACHINE, row("training step", "a", tokens_per_second=12345.6, seconds_rollout=1.5))
+    assert "| tokens/s | sampling |" in text and "| 12,346 | 1.5 s |" in text
+
+
+def test_what_was_not_checked_is_said(page):
+    text = page(MACHINE, row("1 M tokens", "a", unchecked="the loss and dW are not checked"))
+    assert "(the loss and dW are not checked)" in text
+
+
+def test_files_of_elsewhere_are_read_too(page, tmp_path):
+    other = tmp_path / "latest.json"
+    machine = MACHINE | {"device": "another device"}
+    other.write_text(json.dumps({"machine_info": machine, "benchmarks": [row("scoring", "elsewhere")]}))
+    text = page(MACHINE, row("full loss", "srft_kernels"), files=(other,))
+    assert "## another device" in text and "| elsewhere | 48.4 ms |" in text and "## NVIDIA H200" in text
+    twice = tmp_path / "cuda.json"
+    twice.write_text(other.read_text())
+    with pytest.raises(SystemExit, match="one name"):
+        page(MACHINE, files=(twice,))
