@@ -26,7 +26,7 @@ from .inputs import Inputs
 
 ROWS = 256  # sampled tokens; their targets are the sampled target entries of the head
 OTHERS = 2048  # sampled entries that are nobody's target: small gradients, which those of targets would hide in a norm
-AFFORDABLE = 8.0  # seconds of fp64 product for the statistics of all tokens
+AFFORDABLE = 15.0  # seconds of fp64 product for the statistics of all tokens
 YARDSTICK = 1024  # tokens on which eager PyTorch says how large an error is honest
 
 # ‖out − truth‖ / ‖truth‖ that no honest kernel exceeds: what is allowed where eager PyTorch cannot tell.
