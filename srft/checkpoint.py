@@ -1,29 +1,97 @@
-"""Checkpoints: a directory that `transformers` (and `model.path`) can load, there completely or not at all."""
+"""Checkpoints: a directory that `transformers` (and `model.path`) can load, there completely or not at all.
 
+Where a run can go on from it (`srft train --resume`), its subdirectory `state` holds the fp32 weights and the
+optimizer's moments, written by torch.distributed.checkpoint: each rank its part, to be loaded on any number of ranks.
+"""
+
+import re
 import shutil
+import warnings
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from srft.errors import UserError
 from srft.model import LoadedModel
+from srft.ranks import Ranks
+
+STATE = "state"
 
 
-def save(loaded: LoadedModel, directory: Path) -> Path:
-    """Write model (safetensors) and tokenizer to `directory`, which must not exist yet; returns it.
+def save(
+    loaded: LoadedModel, directory: Path, ranks: Ranks | None = None, state: dict[str, Tensor] | None = None
+) -> Path:
+    """Write model (safetensors), tokenizer and `state` to `directory`, which must not exist yet; returns it.
 
     They are written beside it first and then renamed, so an interrupted save leaves nothing that looks like a
-    checkpoint. Raises UserError where that fails (a full disk, say).
+    checkpoint. All ranks must call it. Raises UserError where that fails (a full disk, say).
     """
-    if directory.exists():
-        raise UserError(f"checkpoint: {directory} exists already; name another directory")
+    ranks = ranks or Ranks()
     partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # the left-over of an interrupted save
     try:
-        partial.mkdir(parents=True)
-        loaded.model.save_pretrained(partial)
-        loaded.tokenizer.save_pretrained(partial)
-        return partial.rename(directory)
+        if ranks.main:
+            if directory.exists():
+                raise UserError(f"checkpoint: {directory} exists already; name another directory")
+            shutil.rmtree(partial, ignore_errors=True)  # the left-over of an interrupted save
+            partial.mkdir(parents=True)
+            loaded.tokenizer.save_pretrained(partial)
+        weights = ranks.weights(loaded)
+        if ranks.main:
+            loaded.model.save_pretrained(partial, state_dict=weights)
+        if state is not None:
+            write_state(state, partial / STATE, ranks)
+        if ranks.main:
+            partial.rename(directory)
+            older = directory.parent.glob(f"checkpoint-*/{STATE}") if state else ()
+            for each in older:  # three times the size of an fp32 model: only the newest is kept
+                if each.parent != directory:
+                    shutil.rmtree(each)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)  # it may be what filled the disk
+        if ranks.main:
+            shutil.rmtree(partial, ignore_errors=True)  # it may be what filled the disk
         raise UserError(f"checkpoint: {directory} could not be written: {error}") from error
+    return directory
+
+
+def write_state(state: dict[str, Tensor], directory: Path, ranks: Ranks) -> None:
+    """Raises OSError, on every rank, where any rank cannot write."""
+    _state_io("save", state, directory, ranks)
+
+
+def read_state(state: dict[str, Tensor], directory: Path, ranks: Ranks) -> None:
+    """Load into the tensors of `state`, whatever number of ranks wrote it. UserError where they are not those saved."""
+    try:
+        _state_io("load", state, directory, ranks)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be loaded: {error}; take another checkpoint") from error
+
+
+def _state_io(function: str, state: dict[str, Tensor], directory: Path, ranks: Ranks) -> None:
+    from torch.distributed import checkpoint as dcp
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # of one process, as it should be
+            getattr(dcp, function)(state, checkpoint_id=directory, no_dist=ranks.size == 1)
+    except dcp.CheckpointException as error:  # not an Exception
+        raise OSError("; ".join(str(failure[0]) for failure in error.failures.values())) from error
+
+
+def resumable(directory: str) -> Path:
+    """The checkpoint that `directory` is, or the newest in it that a run can go on from."""
+    path = Path(directory)
+    if (path / STATE).is_dir():
+        return path
+    checkpoints = [each.parent for each in path.glob(f"checkpoint-*/{STATE}") if each.parent.name[11:].isdecimal()]
+    if not checkpoints:
+        found = "there is no such directory" if not path.is_dir() else f"found no checkpoint-N with a {STATE} in it"
+        raise UserError(f"--resume {directory}: expected the directory of a run with run.checkpoint_every; {found}")
+    return max(checkpoints, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The steps that a checkpoint's run had done."""
+    if not (name := re.fullmatch(r"checkpoint-(\d+)", checkpoint.resolve().name)):
+        raise UserError(f"--resume {checkpoint}: expected a directory called checkpoint-N, within that of its run")
+    return int(name[1])

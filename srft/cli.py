@@ -9,11 +9,13 @@ from pathlib import Path
 
 from srft.config import help_text, load
 from srft.errors import UserError, nearest
+from srft.ranks import Ranks, join
 
 HELP = """\
 srft: single-stage supervised + reinforcement fine-tuning of language models
 
   srft train [CONFIG.toml] [--section.key value …]      train, measured before and after on held-out prompts
+  srft train --resume RUN_DIR [--section.key value …]   go on from the last checkpoint of a run that was stopped
   srft eval  [CONFIG.toml] [--checkpoint DIR] [--section.key value …]      avg@k and pass@k on held-out prompts
   srft report RUN_DIR                                   write RUN_DIR/report.html again from the run's files
   srft COMMAND --help                                   more on one command; `srft train --help` lists every setting
@@ -24,12 +26,14 @@ Examples
   srft train --data.tasks chain_sum gsm_symbolic --rollout.max_new_tokens 200
   srft train --data.train_file train.jsonl --model.path ./my-model
   srft eval --checkpoint runs/2026-01-31-12-00-00/final --eval.samples 16
+  torchrun --nproc_per_node=8 -m srft train my.toml     the same run on the 8 GPUs of a node
 
 --debug shows the traceback of an error.
 """
 
 TRAIN_HELP = """\
 srft train [CONFIG.toml] [--section.key value …]
+srft train --resume RUN_DIR [--section.key value …]
 
 Samples prompts, generates rollouts, scores them and the demonstrations with a verifiable reward, takes one optimizer
 step on both; evaluates on held-out prompts before and after. Everything is written into run.dir: config.toml,
@@ -40,6 +44,9 @@ Settings come from the defaults below, then CONFIG.toml, then the command line:
   lr = 1e-5                                 --train.lr 1e-5
 Lists take several values (--data.tasks chain_sum gsm_symbolic), tables take dotted keys
 (--data.task_args.chain_sum.max_terms 4, --loss.options.entropy_sign 1).
+
+--resume goes on from the newest checkpoint of a run that had run.checkpoint_every, or from the checkpoint-N named, with
+the settings of RUN_DIR/config.toml; what was written after that checkpoint moves to RUN_DIR/previous-N.
 
 A data file has one row per prompt, .jsonl or .parquet: prompt (text) or messages (a chat), demonstration (a worked
 solution) and/or answer (what rewards compare with); other columns go to the reward function. For example
@@ -73,25 +80,28 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a wrong input, 1 for another error, 130 when interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
+    ranks = Ranks()
     try:
-        return dispatch([each for each in arguments if each != "--debug"])
+        ranks = join()
+        code = dispatch([each for each in arguments if each != "--debug"], ranks)
+        ranks.leave()
+        return code
     except UserError as error:
         if debug:
             raise
-        print(f"srft: error: {error}", file=sys.stderr)
-        return 2
+        return ranks.fail(f"srft: error: {error}", 2)
     except KeyboardInterrupt:
-        print("srft: interrupted", file=sys.stderr)
-        return 130
+        return ranks.fail("srft: interrupted", 130)
     except Exception as error:
         if debug:
             raise
         message = " ".join(str(error).split())
-        print(f"srft: error: unexpected {type(error).__name__}: {message}; --debug shows where", file=sys.stderr)
-        return 1
+        where = f"rank {ranks.rank}: " if ranks.size > 1 else ""
+        message = f"srft: error: {where}unexpected {type(error).__name__}: {message}; --debug shows where"
+        return ranks.fail(message, 1, error)
 
 
-def dispatch(arguments: list[str]) -> int:
+def dispatch(arguments: list[str], ranks: Ranks) -> int:
     commands = {
         "train": (train, TRAIN_HELP + help_text()),
         "eval": (evaluate, EVAL_HELP),
@@ -109,21 +119,34 @@ def dispatch(arguments: list[str]) -> int:
     function, help = commands[command]
     if "-h" in rest or "--help" in rest:
         print(help)
+    elif command == "train":
+        train(rest, ranks)
+    elif ranks.size > 1:
+        raise UserError(f"srft {command} runs in one process: start it without torchrun")
     else:
         function(rest)
     return 0
 
 
-def train(arguments: list[str]) -> None:
-    config = load(*config_file(arguments))
+def train(arguments: list[str], ranks: Ranks) -> None:
+    path, overrides = config_file(arguments)
+    overrides, resumed = take_option(overrides, "--resume")
+    if resumed:
+        from srft.checkpoint import resumable
+
+        if path:
+            raise UserError(f"--resume takes the settings from the run, found {path} too; leave one of them out")
+        resumed = resumable(resumed)
+        path = str(resumed.parent / "config.toml")
+    config = load(path, overrides)
     from srft.trainer import run
 
-    run(config)
+    run(config, ranks, resumed)
 
 
 def evaluate(arguments: list[str]) -> None:
     path, overrides = config_file(arguments)
-    overrides, checkpoint = take_checkpoint(overrides)
+    overrides, checkpoint = take_option(overrides, "--checkpoint")
     if checkpoint and Path(checkpoint).is_dir():
         directory = Path(checkpoint)
         if not path:
@@ -160,13 +183,14 @@ def config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
     return None, arguments
 
 
-def take_checkpoint(arguments: list[str]) -> tuple[list[str], str | None]:
-    """The arguments without `--checkpoint DIR` or `--checkpoint=DIR`, and DIR."""
+def take_option(arguments: list[str], name: str) -> tuple[list[str], str | None]:
+    """The arguments without `NAME DIR` or `NAME=DIR`, and DIR."""
     for index, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")
-        if option == "--checkpoint":
+        if option == name:
             given = [value] if equals else arguments[index + 1 : index + 2]
             if not given or not given[0] or given[0].startswith("--"):
-                raise UserError("--checkpoint: expected a directory or a model's name")
+                expected = "a directory or a model's name" if name == "--checkpoint" else "the directory of a run"
+                raise UserError(f"{name}: expected {expected}")
             return arguments[:index] + arguments[index + (1 if equals else 2) :], given[0]
     return arguments, None

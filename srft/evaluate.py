@@ -42,6 +42,18 @@ class Evaluation(Scores):
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> "Evaluation":
+        """From a line of evaluation.jsonl. JSON has no NaN and no numbers as keys."""
+
+        def numbers(scores: dict[str, Any]) -> dict[str, Any]:
+            scores = {key: math.nan if value is None else value for key, value in scores.items()}
+            levels = {int(k): math.nan if v is None else v for k, v in scores["pass_at"].items()}
+            return scores | {"pass_at": levels}
+
+        tasks = {task: Scores(**numbers(scores)) for task, scores in row["tasks"].items()}
+        return cls(**numbers({key: value for key, value in row.items() if key != "step"}) | {"tasks": tasks})
+
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
     """Chance that k of n samples, drawn without replacement, hold a correct one (unbiased; arXiv 2107.03374)."""

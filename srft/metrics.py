@@ -84,27 +84,50 @@ def create_run_dir(config: RunConfig) -> Path:
     return path
 
 
+def rewind_run_dir(path: Path, step: int) -> None:
+    """Make `path` what it was after `step`, where its run goes on; what was written later moves to `previous-N`."""
+    later = [*path.glob("interrupted-*"), *path.glob("final")]
+    later += [each for each in path.glob("checkpoint-*") if (n := each.name[11:]).isdecimal() and int(n) > step]
+    kept = {}
+    for name in ("metrics.jsonl", "samples.jsonl", "evaluation.jsonl"):
+        rows = read_jsonl(path / name)
+        up_to = [row for row in rows if row["step"] <= step]
+        whole = not (path / name).exists() or (path / name).read_bytes().endswith(b"\n")
+        if len(up_to) < len(rows) or not whole:
+            kept[path / name] = path / f".{name}.partial"
+            kept[path / name].write_text("".join(map(_line, up_to)), encoding="utf-8")
+    _set_aside(path, [*later, *kept])
+    for file, partial in kept.items():
+        partial.rename(file)
+
+
 def _move_aside(path: Path) -> None:
-    written = [entry for pattern in OURS for entry in path.glob(pattern)]
-    if written:
+    _set_aside(path, [entry for pattern in OURS for entry in path.glob(pattern)])
+
+
+def _set_aside(path: Path, entries: list[Path]) -> None:
+    if entries:
         number = next(n for n in range(1, 1_000_000) if not (path / f"previous-{n}").exists())
         (aside := path / f"previous-{number}").mkdir()
-        for entry in written:
+        for entry in entries:
             entry.rename(aside / entry.name)
 
 
 class RunLog:
-    """Appends to the run's files, one flushed line at a time; TensorBoard too where it was asked for."""
+    """Appends to the run's files, one flushed line at a time; TensorBoard too where it was asked for.
 
-    def __init__(self, directory: Path, tensorboard: bool = False):
-        self.directory = directory
+    done: the step after which a run goes on.   silent: writes nothing (a rank that is not the first).
+    """
+
+    def __init__(self, directory: Path, tensorboard: bool = False, *, done: int = 0, silent: bool = False):
+        self.directory, self.silent = directory, silent
         self.board = None
-        if tensorboard:
+        if tensorboard and not silent:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise missing("tensorboard", "run.tensorboard", extra="tensorboard") from error
-            self.board = SummaryWriter(directory / "tensorboard")
+            self.board = SummaryWriter(directory / "tensorboard", purge_step=done + 1 if done else None)
 
     def metrics(self, values: dict[str, float]) -> None:
         self._append("metrics.jsonl", values)
@@ -123,13 +146,23 @@ class RunLog:
         if self.board:
             self.board.add_scalar("eval/reward", evaluation.reward, step)
 
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Those that an earlier part of the run made."""
+        return read_jsonl(self.directory / "evaluation.jsonl")
+
     def _append(self, name: str, row: dict[str, Any]) -> None:
+        if self.silent:
+            return
         with (self.directory / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite(row), ensure_ascii=False) + "\n")
+            file.write(_line(row))
 
     def close(self) -> None:
         if self.board:
             self.board.close()
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(finite(row), ensure_ascii=False) + "\n"
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, config: TrainConfig):
         self.config = config
-        self.weights = [p for p in model.parameters() if p.requires_grad]
+        self.names, self.weights = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))
         self.masters = [p if p.dtype.itemsize >= 4 else self._master(p) for p in self.weights]
         decayed = [p for p in self.masters if p.ndim >= 2]
         others = [p for p in self.masters if p.ndim < 2]
@@ -52,18 +52,40 @@ class Optimizer:
         weight.register_post_accumulate_grad_hook(move_gradient)
         return master
 
+    def state(self) -> dict[str, Tensor]:
+        """fp32 weights and AdamW's moments by name, the very tensors: what is loaded into them is what goes on.
+
+        Follow a load with `refresh()`. On a sharded model they are DTensors, which torch.distributed.checkpoint saves
+        and loads on any number of ranks.
+        """
+        state = {}
+        for name, master in zip(self.names, self.masters):
+            moments = self.adamw.state[master]
+            if not moments:  # AdamW itself makes them in its first step
+                device = master.device if self.adamw.defaults["fused"] else "cpu"
+                moments["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                moments |= {moment: torch.zeros_like(master).detach() for moment in ("exp_avg", "exp_avg_sq")}
+            state[f"weight.{name}"] = master.detach()
+            state |= {f"{moment}.{name}": moments[moment] for moment in ("step", "exp_avg", "exp_avg_sq")}
+        return state
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Rounds the fp32 weights to the model's."""
+        for weight, master in zip(self.weights, self.masters):
+            if weight is not master:
+                weight.copy_(master)
+
     def step(self, step: int) -> dict[str, float]:
         """Clip, update, clear the gradients. An update whose gradient is not finite is left out, and counted."""
         present = [p for p in self.masters if p.grad is not None]
-        norm = float(torch.nn.utils.clip_grad_norm_(present, self.config.max_grad_norm or math.inf))
+        norm = torch.nn.utils.clip_grad_norm_(present, self.config.max_grad_norm or math.inf)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # of a sharded model, over all ranks
         rate = learning_rate(step, self.config)
         for group in self.adamw.param_groups:
             group["lr"] = rate
         if math.isfinite(norm):
             self.adamw.step()
-            with torch.no_grad():
-                for weight, master in zip(self.weights, self.masters):
-                    if weight is not master:
-                        weight.copy_(master)
+            self.refresh()
         self.adamw.zero_grad(set_to_none=True)
         return {"grad_norm": norm, "learning_rate": rate, "skipped_updates": float(not math.isfinite(norm))}

@@ -11,7 +11,7 @@ loss and gradient whatever the token budget is.
 """
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -128,10 +128,14 @@ def pack(
     pad_id: int = 0,
     device: torch.device | str = "cpu",
     share_up_to: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> list[Microbatch]:
     """The step's sequences as microbatches of at most `token_budget` padded tokens; no sequences, no microbatches.
 
     share_up_to: the longest row (tokens) in which completions may share their prompt; 0: they never do.
+    rank, ranks: make the microbatches of one rank only, each K-th of them. All ranks get equally many, so that their
+    collectives match: what is missing in the last round is one without completion tokens, whose gradient is 0.
     """
     if not sequences:
         return []
@@ -174,8 +178,17 @@ def pack(
     # A longer row may need the model's own mask (of a sliding window): it never meets rows with the mask from here.
     within = [i for i, length in enumerate(row_lengths) if length <= share_up_to]
     beyond = [i for i, length in enumerate(row_lengths) if length > share_up_to]
-    return [
-        microbatch([rows[kind[i]] for i in members])
+    groups = [
+        [rows[kind[i]] for i in members]
         for kind in (within, beyond)
         for members in split_by_budget([row_lengths[i] for i in kind], token_budget)
     ]
+    mine = [microbatch(group) for group in groups[rank::ranks]]
+    return mine if len(groups[::ranks]) == len(mine) else [*mine, without_targets(microbatch(groups[-1]))]
+
+
+def without_targets(microbatch: Microbatch) -> Microbatch:
+    """The same rows for the backbone, and nothing for the loss."""
+    names = ("hidden_rows", "step_rows", "target")
+    annotations = {name: values[:0] for name, values in microbatch.annotations.items()}
+    return replace(microbatch, **{name: getattr(microbatch, name)[:0] for name in names}, annotations=annotations)

@@ -13,6 +13,7 @@ What an objective learns from follows from its kind: SRFT from both, PolicyGradi
 demonstrations (and then nothing is generated).
 """
 
+import dataclasses
 import math
 import random
 import sys
@@ -33,12 +34,13 @@ from srft.config import Config, to_toml
 from srft.data import Example, load_examples
 from srft.errors import UserError
 from srft.evaluate import Evaluation, evaluate, table
-from srft.metrics import RunLog, create_run_dir, mean, peak_memory_mb, std
+from srft.metrics import RunLog, create_run_dir, mean, peak_memory_mb, rewind_run_dir, std
 from srft.model import LoadedModel, head_of, hidden_states, load_model
 from srft.objective import build_objective
 from srft.optim import Optimizer
 from srft.packing import Microbatch, Sequence, pack
 from srft.prompts import Prompter, build_prompter
+from srft.ranks import Ranks, broadcast
 from srft.rewards import Scorer, build_reward, check_answers
 from srft.rollout import Engine, Rollout, build_engine
 from srft.sharing import sharing_limit
@@ -72,49 +74,73 @@ class Problem:
     demonstration: list[int] | None
 
 
-def run(config: Config) -> RunResult:
+def run(config: Config, ranks: Ranks | None = None, resumed: Path | None = None) -> RunResult:
     """Evaluate, train, evaluate again, write the report; prints the result as its last line.
 
     Everything is written as soon as it is known, and an interruption or an error still saves the model as it is
-    (`interrupted-<step>`) and makes the report.
+    (`interrupted-<step>`) and makes the report; of several ranks, the last checkpoint is what stays.
+    resumed: a checkpoint with the state of its run, which goes on from there in the same directory.
     """
     started = time.perf_counter()
+    ranks = ranks or Ranks()
+    ranks.check(config.model)
     report.require_packages()  # a run of hours must not fail on its last page
     objective = build_objective(config.loss)
-    scorer = build_reward(config.reward, config.data)
+    scorer = ranks.scorer(alone := build_reward(config.reward, config.data))
     needed = config.train.steps * config.train.prompts_per_step
     examples = load_examples(config.data, "train", config.data.size)[:needed]
     held_out = load_examples(config.data, "eval", config.eval.prompts)
-    check_answers(scorer, config.data, held_out, examples if learns_from_rollouts(objective) else [])
-    loaded = load_model(config.model)
+    check_answers(alone, config.data, held_out, examples if learns_from_rollouts(objective) else [])
+    loaded = load_model(dataclasses.replace(config.model, path=str(resumed)) if resumed else config.model)
     prompter = build_prompter(loaded.tokenizer, config.data)
-    torch.manual_seed(config.train.seed)
-    trainer = Trainer(config, loaded, prompter, scorer, examples, objective)
-    eval_engine = build_engine(config.rollout.engine, loaded, config.eval.batch_size)
-
-    directory = create_run_dir(config.run)
-    (directory / "config.toml").write_text(to_toml(config), encoding="utf-8")
-    log = RunLog(directory, config.run.tensorboard)
-    print(f"{parameters(loaded)} on {loaded.device}; writing to {directory}")
-    print(f"evaluating {len(held_out)} held-out prompts × {config.eval.samples} samples before training …", flush=True)
-
-    def measure(step: int) -> Evaluation:
-        result = evaluate(eval_engine, held_out, prompter, scorer, config.eval, config.rollout.max_new_tokens)
-        log.evaluation(step, result)
-        tqdm.write(f"held-out after {step} of {config.train.steps} steps\n{table(result)}")
-        return result
+    ranks.shard(loaded)
+    trainer = Trainer(config, loaded, prompter, scorer, examples, objective, ranks=ranks)
+    eval_engine = ranks.engine(build_engine(config.rollout.engine, loaded, config.eval.batch_size))
 
     done = 0
+    if resumed:
+        done, directory = checkpoint.step_of(resumed), resumed.parent
+        if done > config.train.steps:
+            raise UserError(f"--resume {resumed}: {done} steps are done; train.steps {config.train.steps} is fewer")
+        checkpoint.read_state(trainer.optimizer.state(), resumed / checkpoint.STATE, ranks)
+        trainer.optimizer.refresh()
+        broadcast(ranks, lambda: rewind_run_dir(directory, done))
+    else:
+        directory = broadcast(ranks, lambda: create_run_dir(config.run))
+    if ranks.main:
+        (directory / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    log = RunLog(directory, config.run.tensorboard, done=done, silent=not ranks.main)
+    on = f"{ranks.size} × {loaded.device}" if ranks.size > 1 else loaded.device
+    print(f"{parameters(loaded)} on {on}; {f'going on after step {done} in' if resumed else 'writing to'} {directory}")
+    ranks.last_words = f"; what was written is in {directory}, no checkpoint yet"
+    evaluations = {row["step"]: Evaluation.of(row) for row in broadcast(ranks, lambda: log.evaluations())}
+
+    def measure(step: int) -> None:
+        """Evaluate where that is due after `step`, and was not done before the run was resumed."""
+        every = config.eval.every
+        if step in evaluations or not (step in (0, config.train.steps) or (every and step % every == 0)):
+            return
+        if step == 0:
+            prompts = f"{len(held_out)} held-out prompts × {config.eval.samples} samples"
+            print(f"evaluating {prompts} before training …", flush=True)
+        result = evaluate(eval_engine, held_out, prompter, scorer, config.eval, config.rollout.max_new_tokens)
+        evaluations[step] = result
+        log.evaluation(step, result)
+        tqdm.write(f"held-out after {step} of {config.train.steps} steps\n{table(result)}")
+
     try:
-        after = before = measure(0)
-        for done in steps_with_bar(trainer, log, config):
+        measure(done)
+        for done in steps_with_bar(trainer, log, config, done):  # noqa: B020
             if config.run.checkpoint_every and done % config.run.checkpoint_every == 0:
-                checkpoint.save(loaded, directory / f"checkpoint-{done}")
-            if done == config.train.steps or (config.eval.every and done % config.eval.every == 0):
-                after = measure(done)
-        checkpoint.save(loaded, directory / "final")
-        page = report.build(directory)
+                path = directory / f"checkpoint-{done}"
+                checkpoint.save(loaded, path, ranks, trainer.optimizer.state())
+                ranks.last_words = f"; its last checkpoint is {path}: srft train --resume {directory} goes on from it"
+            measure(done)
+        checkpoint.save(loaded, directory / "final", ranks)
+        page = broadcast(ranks, lambda: report.build(directory))
     except BaseException as error:
+        if ranks.size > 1:  # the others cannot be asked for their part of the model
+            raise
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped by an error"
         print(f"{reason} after step {done} of {config.train.steps}; what was written stays:", file=sys.stderr)
         for line in rescued(loaded, directory, done):
@@ -122,6 +148,7 @@ def run(config: Config) -> RunResult:
         raise
     finally:
         log.close()
+    before, after = evaluations[0], evaluations[config.train.steps]
     result = RunResult(directory, before, after, time.perf_counter() - started, page)
     print(result)
     return result
@@ -144,11 +171,14 @@ def rescued(loaded: LoadedModel, directory: Path, done: int) -> Iterator[str]:
         yield f"{directory} (no report: {error})"
 
 
-def steps_with_bar(trainer: "Trainer", log: RunLog, config: Config) -> Iterator[int]:
-    """Do the steps, log each, show the bar; yields the number of steps done. UserError where no update can be taken."""
+def steps_with_bar(trainer: "Trainer", log: RunLog, config: Config, done: int = 0) -> Iterator[int]:
+    """Do the steps after `done`, log each, show the bar; yields the number of steps done.
+
+    UserError where no update can be taken.
+    """
     skipped, patience = 0, min(5, config.train.steps)
-    with tqdm(total=config.train.steps, unit="step", dynamic_ncols=True) as bar:
-        for number in range(1, config.train.steps + 1):
+    with tqdm(total=config.train.steps, initial=done, unit="step", dynamic_ncols=True) as bar:
+        for number in range(done + 1, config.train.steps + 1):
             metrics, samples = trainer.step(number)
             log.metrics(metrics)
             log.samples(samples)
@@ -188,24 +218,21 @@ class Trainer:
         *,
         engine: Engine | None = None,
         loss_function: Callable[..., sk.LossOutput] = sk.linear_loss,
+        ranks: Ranks | None = None,
     ):
         self.config, self.loaded, self.prompter, self.scorer = config, loaded, prompter, scorer
+        self.ranks = ranks or Ranks()
         self.objective = build_objective(config.loss) if objective is None else objective
         self.learns_from_rollouts = learns_from_rollouts(self.objective)
-        self.learns_from_demos = not isinstance(self.objective, sk.PolicyGradient)
-        self.engine = engine or build_engine(config.rollout.engine, loaded, config.rollout.batch_size)
+        self.learns_from_demos = isinstance(self.objective, sk.SRFT) or not isinstance(
+            self.objective, sk.PolicyGradient
+        )
+        engine = engine or build_engine(config.rollout.engine, loaded, config.rollout.batch_size)
+        self.engine = self.ranks.engine(engine)
         self.loss_function = loss_function
         self.optimizer = Optimizer(loaded.model, config.train)
-        self.share_up_to = sharing_limit(loaded.model) if config.train.share_prompts else 0
-        head = head_of(loaded.model)
-        self.weight = head.weight
-        # logits = cap·tanh(scale·a/cap)/T is the head's cap'·tanh(a/cap')/T' with cap' = cap/scale and T' = T/scale.
-        self.head_options = {
-            "linear_bias": head.bias,
-            "temperature": config.rollout.temperature / head.logit_scale,
-            "softcap": head.softcap and head.softcap / head.logit_scale,
-            "vocab_size": head.vocab_size,
-        }
+        shares = config.train.share_prompts
+        self.share_up_to = self.ranks.whole(lambda: sharing_limit(loaded.model)) if shares else 0
         # Encoding everything now finds a prompt that is too long before any time is spent.
         self.problems = [self._problem(example) for example in examples]
         if not self.learns_from_rollouts and examples and not any(p.demonstration for p in self.problems):
@@ -215,6 +242,8 @@ class Trainer:
     def step(self, number: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Step `number`, from 1. Returns the line for metrics.jsonl and some generations."""
         started = time.perf_counter()
+        # Dropout follows from the step and the rank alone, so that a resumed run goes on as if it had not stopped.
+        torch.manual_seed(random.Random(f"{self.config.train.seed}/{number}/{self.ranks.rank}").getrandbits(63))
         problems = self._draw(number)
         groups = self._roll_out(problems, number) if self.learns_from_rollouts else [[] for _ in problems]
         sequences, samples, metrics = self._score(problems, groups)
@@ -228,19 +257,24 @@ class Trainer:
             pad_id=self.loaded.pad_id,
             device=self.loaded.device,
             share_up_to=self.share_up_to,
+            rank=self.ranks.rank,
+            ranks=self.ranks.size,
         )
         metrics |= self._learn(microbatches, number)
         ended = time.perf_counter()
         lengths = {kind: sum(len(s.completion) for s in sequences if s.is_demo == kind) for kind in (True, False)}
+        padded = sum(m.input_ids.numel() for m in microbatches)
+        of_ranks = self.ranks.gather((padded, len(microbatches), peak_memory_mb(self.loaded.device)))
+        padded, count, peak = zip(*of_ranks)
         metrics |= {
             "demo_tokens": lengths[True],
             "rollout_tokens": lengths[False],
-            "padded_tokens": sum(m.input_ids.numel() for m in microbatches),
-            "microbatches": len(microbatches),
+            "padded_tokens": sum(padded),
+            "microbatches": sum(count),
             "seconds_rollout": generated - started,
             "seconds_train": ended - generated,
             "tokens_per_second": sum(lengths.values()) / (ended - started),
-            "peak_memory_mb": peak_memory_mb(self.loaded.device),
+            "peak_memory_mb": max(peak),
         }
         return {"step": number, **metrics}, [{"step": number, **sample} for sample in samples]
 
@@ -362,18 +396,11 @@ class Trainer:
         outputs = []
         for microbatch in microbatches:
             annotations = microbatch.annotations | {name: row[microbatch.step_rows] for name, row in known.items()}
-            out = self.loss_function(
-                self._hidden(microbatch),
-                self.weight,
-                microbatch.target,
-                objective,
-                **self.head_options,
-                **annotations,
-            )
-            out.loss.backward()
-            loss += out.loss.detach()
-            outputs.append((out.logprobs, out.entropy))
-        metrics = {"loss": float(loss), **self._token_metrics(microbatches, outputs, known)}
+            part, *statistics = self._token_loss(microbatch, annotations)
+            part.backward()
+            loss += part.detach()
+            outputs.append(statistics)
+        metrics = {"loss": float(self.ranks.add(loss)), **self._token_metrics(microbatches, outputs, known)}
         return metrics | self.optimizer.step(number - 1)
 
     def _token_metrics(
@@ -402,16 +429,42 @@ class Trainer:
             values = self.objective.metrics(stats, tokens) | values
         return {name: float(value) for name, value in values.items()}
 
-    def _hidden(self, microbatch: Microbatch) -> Tensor:
-        """(n, H): the hidden states that predict the microbatch's targets; prompts and padding stay behind."""
+    def _head_input(self, microbatch: Microbatch) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+        """((hidden states (n, H) that predict the targets, head, targets (n,)), the head's other options).
+
+        Prompts and padding stay behind. To be called where the head is whole: within `ranks.forward`.
+        """
         inputs = microbatch.input_ids, microbatch.attention_mask, microbatch.position_ids
         hidden = hidden_states(self.loaded.model, *inputs)
-        return hidden.flatten(0, 1)[microbatch.hidden_rows]
+        head = head_of(self.loaded.model)
+        # logits = cap·tanh(scale·a/cap)/T is the head's cap'·tanh(a/cap')/T' with cap' = cap/scale and T' = T/scale.
+        options = {
+            "linear_bias": head.bias,
+            "temperature": self.config.rollout.temperature / head.logit_scale,
+            "softcap": head.softcap and head.softcap / head.logit_scale,
+            "vocab_size": head.vocab_size,
+        }
+        return (hidden.flatten(0, 1)[microbatch.hidden_rows], head.weight, microbatch.target), options
+
+    def _token_loss(self, microbatch: Microbatch, annotations: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(the microbatch's part of the loss, log-probs (n,), entropies (n,))."""
+
+        def forward() -> tuple[Tensor, Tensor, Tensor]:
+            tensors, options = self._head_input(microbatch)
+            out = self.loss_function(*tensors, self.objective, **options, **annotations)
+            return out.loss, out.logprobs, out.entropy
+
+        return self.ranks.forward(forward)
 
     @torch.no_grad()
     def _statistics(self, microbatches: list[Microbatch]) -> tuple[Tensor, Tensor]:
         """(log-probs, entropies) of the step's N tokens under the model as it is now."""
-        stats = [sk.linear_logprobs(self._hidden(m), self.weight, m.target, **self.head_options) for m in microbatches]
+
+        def score(microbatch: Microbatch) -> sk.TokenStats:
+            tensors, options = self._head_input(microbatch)
+            return sk.linear_logprobs(*tensors, **options)
+
+        stats = [self.ranks.forward(lambda m=m: score(m)) for m in microbatches]
         return (
             self._in_step_order(microbatches, [s.logprobs for s in stats]),
             self._in_step_order(microbatches, [s.entropy for s in stats]),
@@ -421,11 +474,9 @@ class Trainer:
         parts = [m.target if name == "target" else m.annotations[name] for m in microbatches]
         return self._in_step_order(microbatches, parts)
 
-    @staticmethod
-    def _in_step_order(microbatches: list[Microbatch], parts: list[Tensor]) -> Tensor:
-        """(N,): one tensor per microbatch, put together in the order of the step's tokens."""
+    def _in_step_order(self, microbatches: list[Microbatch], parts: list[Tensor]) -> Tensor:
+        """(N,): one tensor per microbatch, of all ranks, put together in the order of the step's tokens."""
         if not parts:
             return torch.zeros(0)
-        order = torch.cat([m.step_rows for m in microbatches])
-        values = torch.cat(parts)
+        order, values = self.ranks.rows(torch.cat([m.step_rows for m in microbatches]), torch.cat(parts))
         return torch.empty_like(values).index_copy_(0, order, values)

@@ -4,6 +4,7 @@ Every engine samples from exactly `softmax(logits / temperature)`, cut to the `t
 because that is the distribution whose log-probabilities the training loss computes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,10 +32,12 @@ class Engine(Protocol):
         temperature: float,
         top_p: float,
         seed: int,
+        numbers: Sequence[int] | None = None,
     ) -> list[list[Rollout]]:
         """`samples` completions of each prompt, in the order of `prompts`. Temperature 0 is greedy decoding.
 
-        The same arguments and weights give the same completions; the global random state is left as it was.
+        What is drawn follows from the weights, the seed, the prompt with its number (default: its place in `prompts`)
+        and the sample's number, whoever generates which of them together; the global random state is left as it was.
         """
         ...
 

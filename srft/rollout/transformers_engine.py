@@ -1,15 +1,17 @@
 """Rollouts by transformers' `generate`, with the prompt's keys and values computed once for all of its samples.
 
 Rows of similar prompt length share a batch (left-padded, so that every row continues at the same column); a batch ends
-as soon as all of its rows have produced an end-of-sequence token.
+as soon as all of its rows have produced an end-of-sequence token. A token is drawn as argmax(logits + Gumbel noise),
+with noise of the completion's own: who its neighbours in the batch are does not change it.
 """
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from srft.model import LoadedModel
 from srft.rollout import Rollout
@@ -35,33 +37,41 @@ class TransformersEngine:
         temperature: float,
         top_p: float,
         seed: int,
+        numbers: Sequence[int] | None = None,
     ) -> list[list[Rollout]]:
         """See `srft.rollout.Engine.generate`."""
-        sampling = {"do_sample": False}
-        if temperature > 0:
-            # top_k=0: the library's own default keeps the 50 likeliest tokens only.
-            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         generation = GenerationConfig(
             max_new_tokens=max_new_tokens,
             eos_token_id=sorted(self.eos_ids) or None,
             pad_token_id=self.pad_id,
-            **sampling,
+            do_sample=False,  # the likeliest token, of logits that the noise was added to
         )
+        warpers = [TemperatureLogitsWarper(temperature)] if temperature not in (0, 1) else []
+        warpers += [TopPLogitsWarper(top_p)] if temperature and top_p < 1 else []
         # Sorted by length there is little padding; the samples of a prompt stay neighbours and share its prefill.
         rows = sorted(
-            (index for index in range(len(prompts)) for _ in range(samples)), key=lambda i: (-len(prompts[i]), i)
+            ((index, sample) for index in range(len(prompts)) for sample in range(samples)),
+            key=lambda row: (-len(prompts[row[0]]), row),
         )
         completions: list[list[Rollout]] = [[] for _ in prompts]
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), self._plain_sampling():
-            torch.manual_seed(seed)
+        with self._plain_sampling():
             for start in range(0, len(rows), self.batch_size):
-                owners = rows[start : start + self.batch_size]
-                for owner, tokens in zip(owners, self._batch(prompts, owners, generation)):
-                    completions[owner].append(self._rollout(tokens))
+                batch = rows[start : start + self.batch_size]
+                owners = [index for index, _ in batch]
+                names = [f"{seed}/{numbers[index] if numbers else index}/{sample}" for index, sample in batch]
+                noise = [GumbelNoise(names, self.device)] if temperature else []
+                tokens = self._batch(prompts, owners, generation, LogitsProcessorList([*warpers, *noise]))
+                for owner, row in zip(owners, tokens):
+                    completions[owner].append(self._rollout(row))
         return completions
 
-    def _batch(self, prompts: list[list[int]], owners: list[int], generation: GenerationConfig) -> list[list[int]]:
+    def _batch(
+        self,
+        prompts: list[list[int]],
+        owners: list[int],
+        generation: GenerationConfig,
+        processors: LogitsProcessorList,
+    ) -> list[list[int]]:
         """New tokens of one batch of rows; row r continues `prompts[owners[r]]`. Rows are padded after their end."""
         distinct = list(dict.fromkeys(owners))
         longest = max(len(prompts[i]) for i in distinct)
@@ -71,7 +81,12 @@ class TransformersEngine:
         row_of = torch.tensor([distinct.index(i) for i in owners], device=self.device)
         cache = self._prefill(ids, mask, row_of) if len(distinct) < len(owners) and longest > 1 else None
         output = self.model.generate(
-            input_ids=ids[row_of], attention_mask=mask[row_of], generation_config=generation, past_key_values=cache
+            input_ids=ids[row_of],
+            attention_mask=mask[row_of],
+            generation_config=generation,
+            logits_processor=processors,
+            past_key_values=cache,
+            synced_gpus=False,  # ranks generate apart from each other, with whole weights
         )
         return output[:, longest:].tolist()
 
@@ -111,3 +126,22 @@ class TransformersEngine:
         finally:
             self.model.generation_config = own
             self.model.train(training)
+
+
+class GumbelNoise:
+    """Adds Gumbel noise to logits (rows, V), so that their argmax is a sample of their softmax.
+
+    names: one text per row, which seeds the row's own generator.
+    """
+
+    def __init__(self, names: list[str], device: torch.device):
+        seeds = [random.Random(name).getrandbits(63) for name in names]
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self.exponential: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.exponential is None:
+            self.exponential = torch.empty_like(scores)
+        for row, generator in zip(self.exponential, self.generators):
+            row.exponential_(generator=generator)
+        return scores - self.exponential.log()

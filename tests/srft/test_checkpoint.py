@@ -35,6 +35,19 @@ def test_a_failed_save_is_told_leaves_nothing_and_does_not_disturb_the_next(tiny
     assert checkpoint.save(tiny, tmp_path / "final").is_dir()
 
 
+def test_the_newest_checkpoint_with_a_state_is_found(tmp_path):
+    for name in ("checkpoint-9/state", "checkpoint-10/state", "checkpoint-11", ".checkpoint-12.partial/state"):
+        (tmp_path / name).mkdir(parents=True)
+    assert checkpoint.resumable(str(tmp_path)) == tmp_path / "checkpoint-10"
+    assert checkpoint.resumable(str(tmp_path / "checkpoint-9")) == tmp_path / "checkpoint-9"
+    assert checkpoint.step_of(tmp_path / "checkpoint-9") == 9
+    for wrong in (tmp_path / "checkpoint-11", tmp_path / "nowhere"):
+        with pytest.raises(UserError, match=r"--resume .*run.checkpoint_every; (found no|there is no such)"):
+            checkpoint.resumable(str(wrong))
+    with pytest.raises(UserError, match="called checkpoint-N"):
+        checkpoint.step_of(tmp_path / "renamed")
+
+
 def test_an_existing_checkpoint_is_not_overwritten(tiny, tmp_path):
     (tmp_path / "final").mkdir()
     with pytest.raises(UserError, match="exists already"):

@@ -58,7 +58,7 @@ def test_train(rooms, tmp_path):
     file = tmp_path / "my.toml"
     file.write_text("[train]\nsteps = 3\n")
     assert main(["train", str(file), "--train.lr", "1e-6", "--debug"]) == 0
-    (name, config), *_ = rooms
+    (name, config, *_), *_ = rooms
     assert (name, config.train.steps, config.train.lr) == ("run", 3, 1e-6)
 
 
@@ -105,8 +105,21 @@ def test_debug_shows_the_traceback():
         main(["train", "none.toml", "--debug"])
 
 
+def test_resume_takes_the_newest_checkpoint_and_the_settings_of_the_run(rooms, capsys, tmp_path):
+    (tmp_path / "checkpoint-4" / "state").mkdir(parents=True)
+    (tmp_path / "config.toml").write_text("[train]\nsteps = 7\n")
+    assert main(["train", "--resume", str(tmp_path), "--train.lr", "1e-6"]) == 0
+    ((name, config, _, resumed),) = rooms
+    assert (name, config.train.steps, config.train.lr) == ("run", 7, 1e-6) and resumed == tmp_path / "checkpoint-4"
+    assert "leave one of them out" in failure(capsys, "train", "my.toml", "--resume", str(tmp_path))
+    assert "--resume: expected the directory of a run" in failure(capsys, "train", "--resume")
+    assert "found no checkpoint-N with a state" in failure(
+        capsys, "train", f"--resume={tmp_path / 'checkpoint-4'}/state"
+    )
+
+
 def test_an_interruption_is_told(monkeypatch, capsys):
-    def interrupted(arguments):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(srft.cli, "dispatch", interrupted)
@@ -115,7 +128,7 @@ def test_an_interruption_is_told(monkeypatch, capsys):
 
 
 def test_what_nobody_foresaw_is_one_line_too(monkeypatch, capsys):
-    def failing(arguments):
+    def failing(*_):
         raise RuntimeError("out of\n  memory")
 
     monkeypatch.setattr(srft.cli, "dispatch", failing)

@@ -6,7 +6,7 @@ import torch
 
 from srft.config import RunConfig
 from srft.errors import UserError
-from srft.metrics import RunLog, create_run_dir, mean, peak_memory_mb, read_jsonl, std
+from srft.metrics import RunLog, create_run_dir, mean, peak_memory_mb, read_jsonl, rewind_run_dir, std
 
 
 def test_time_in_the_name_makes_a_new_directory_every_time(tmp_path):
@@ -53,6 +53,32 @@ def test_overwriting_moves_the_earlier_run_aside_and_touches_nothing_else(tmp_pa
         assert (tmp_path / f"previous-{number}" / "final").is_dir()
     assert (tmp_path / "mine.txt").read_text() == "precious"
     assert {each.name for each in tmp_path.iterdir()} == {"mine.txt", "previous-1", "previous-2"}
+
+
+def test_a_run_directory_goes_back_to_a_step_and_loses_nothing(tmp_path):
+    log = RunLog(tmp_path)
+    for step in (1, 2, 3):
+        log.metrics({"step": step, "loss": math.nan})
+        log.samples([{"step": step, "completion": "π\u2028"}] * 2)
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    log.evaluation(0, type("Evaluation", (), {"as_dict": lambda self: {"reward": 0.5}})())
+    (tmp_path / "final").mkdir(), (tmp_path / "checkpoint-best").mkdir()
+    everything = {each.name: each.read_bytes() for each in tmp_path.glob("*.jsonl")}
+    rewind_run_dir(tmp_path, 2)
+    for name, per_step in (("metrics.jsonl", 1), ("samples.jsonl", 2)):
+        assert (tmp_path / name).read_bytes() == b"".join(everything[name].splitlines(keepends=True)[: 2 * per_step])
+        assert (tmp_path / "previous-1" / name).read_bytes() == everything[name]
+    assert (tmp_path / "evaluation.jsonl").read_bytes() == everything["evaluation.jsonl"]
+    assert {each.name for each in tmp_path.glob("c*")} == {"checkpoint-1", "checkpoint-2", "checkpoint-best"}
+    moved = {"metrics.jsonl", "samples.jsonl", "checkpoint-3", "final"}
+    assert {each.name for each in (tmp_path / "previous-1").iterdir()} == moved
+    rewind_run_dir(tmp_path, 2)
+    assert not (tmp_path / "previous-2").exists()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')  # cut off as its process was killed
+    rewind_run_dir(tmp_path, 2)
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert (tmp_path / "metrics.jsonl").read_bytes().endswith(b"\n") and (tmp_path / "previous-2").is_dir()
 
 
 def test_lines_are_there_as_soon_as_they_are_written(tmp_path):

@@ -27,6 +27,22 @@ def test_groups_hold_every_sequence_once_within_the_budget(budget):
         assert len(group) * max(lengths[i] for i in group) <= budget or len(group) == 1
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+@pytest.mark.parametrize("budget", [1, 9, 1000])
+def test_ranks_share_the_microbatches_and_make_equally_many(ranks, budget):
+    everything = pack(sequences(*MIXED), token_budget=budget)
+    parts = [pack(sequences(*MIXED), token_budget=budget, rank=rank, ranks=ranks) for rank in range(ranks)]
+    assert {len(part) for part in parts} == {-(-len(everything) // ranks)}
+    together = [m for turn in zip(*parts) for m in turn]
+    for ours, whole in zip(together, everything):
+        for name in ("input_ids", "attention_mask", "hidden_rows", "step_rows", "target"):
+            assert torch.equal(getattr(ours, name), getattr(whole, name))
+        assert all(torch.equal(ours.annotations[name], whole.annotations[name]) for name in whole.annotations)
+    for spare in together[len(everything) :]:
+        assert len(spare.target) == len(spare.annotations["token_weight"]) == 0 and spare.input_ids.numel()
+    assert pack([], token_budget=budget, rank=1, ranks=ranks) == []
+
+
 def test_a_sequence_longer_than_the_budget_is_alone():
     assert split_by_budget([10, 2, 2], 4) == [[0], [1, 2]]
 

@@ -62,9 +62,9 @@ def test_padding_and_shared_prefill_leave_the_distribution_alone(make, batch_siz
     batches: list[tuple[list[int], list[list[int]], list[torch.Tensor]]] = []
     original = engine._batch
 
-    def record(prompts, owners, generation):
+    def record(prompts, owners, *settings):
         seen.clear()
-        tokens = original(prompts, owners, generation)
+        tokens = original(prompts, owners, *settings)
         steps = seen[-len(tokens[0]) :]  # before them: the shared prefill
         batches.append((owners, tokens, [s.clone() for s in steps]))
         return tokens
@@ -116,6 +116,16 @@ def test_seeded_and_the_global_random_state_is_left_alone():
     torch.manual_seed(2)
     assert engine.generate(PROMPTS, 4, **SETTINGS) == first
     assert engine.generate(PROMPTS, 4, **{**SETTINGS, "seed": 4}) != first
+
+
+def test_a_completion_does_not_depend_on_what_it_is_generated_with():
+    together = TransformersEngine(loaded(tiny_model(), {0, 1, 2, 3}), 64).generate(PROMPTS, 3, **SETTINGS)
+    assert TransformersEngine(loaded(tiny_model(), {0, 1, 2, 3}), 2).generate(PROMPTS, 3, **SETTINGS) == together
+    engine = TransformersEngine(loaded(tiny_model(), {0, 1, 2, 3}), 5)
+    assert engine.generate(PROMPTS[1::2], 3, **SETTINGS, numbers=[1, 3]) == together[1::2]
+    assert engine.generate(PROMPTS, 2, **SETTINGS) == [group[:2] for group in together]
+    twice = engine.generate([PROMPTS[0], PROMPTS[0]], 3, **SETTINGS)  # one prompt, drawn twice: other samples
+    assert twice[0] == together[0] != twice[1]
 
 
 def test_the_models_own_generation_settings_do_not_reach_the_samples():

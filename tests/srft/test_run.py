@@ -4,8 +4,11 @@ import json
 import math
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from srft import trainer as trainer_module
+from srft.checkpoint import resumable
 from srft.config import Config, ModelConfig, load
 from srft.errors import UserError
 from srft.model import load_model
@@ -84,6 +87,52 @@ def test_what_was_written_survives_an_exception(tiny_dir, tmp_path, monkeypatch,
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(tiny_dir, tmp_path, monkeypatch, dtype):
+    def failing(self, number, step=Trainer.step):
+        if number == 4:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    timed = ("seconds_rollout", "seconds_train", "tokens_per_second", "peak_memory_mb")
+    more = ["--model.dtype", dtype, "--run.checkpoint_every", "2", "--eval.every", "3", "--train.steps", "5"]
+    more += ["--train.lr", "1e-3", "--train.updates_per_rollout", "2"]
+    run(small_run(tiny_dir, tmp_path / "whole", *more))
+    stopped = tmp_path / "stopped"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "step", failing)
+        run(small_run(tiny_dir, stopped, *more))
+    assert resumable(str(stopped)) == stopped / "checkpoint-2"
+    resumed = run(load(str(stopped / "config.toml"), []), resumed=resumable(str(stopped)))
+    assert resumed.directory == stopped and resumed.report == stopped / "report.html"
+    for name in ("metrics.jsonl", "samples.jsonl", "evaluation.jsonl"):
+        expected, found = (lines_of(each / name) for each in (tmp_path / "whole", stopped))
+        assert [{k: v for k, v in line.items() if k not in timed} for line in found] == [
+            {k: v for k, v in line.items() if k not in timed} for line in expected
+        ]
+    weights = [load_file(each / "final" / "model.safetensors") for each in (tmp_path / "whole", stopped)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert [line["step"] for line in lines_of(stopped / "previous-1" / "metrics.jsonl")] == [1, 2, 3]
+    assert (stopped / "previous-1" / "interrupted-3").is_dir() and not (stopped / "interrupted-3").exists()
+    # the state of the optimizer is three times the model: only the newest checkpoint has it
+    assert [each.name for each in stopped.glob("checkpoint-*") if (each / "state").exists()] == ["checkpoint-4"]
+
+
+def test_a_run_goes_on_only_where_there_is_something_left_to_do(tiny_dir, tmp_path):
+    directory = tmp_path / "run"
+    result = run(small_run(tiny_dir, directory, "--run.checkpoint_every", "1"))
+    config, last = load(str(directory / "config.toml"), []), resumable(str(directory))
+    before = (directory / "metrics.jsonl").read_bytes()
+    again = run(config, resumed=last)
+    assert (again.before, again.after) == (result.before, result.after)
+    assert (directory / "metrics.jsonl").read_bytes() == before
+    with pytest.raises(UserError, match=r"checkpoint-2: 2 steps are done; train.steps 1 is fewer"):
+        run(load(str(directory / "config.toml"), ["--train.steps", "1"]), resumed=last)
+    (last / "state" / ".metadata").unlink()
+    with pytest.raises(UserError, match=r"state: cannot be loaded: .*; take another checkpoint"):
+        run(config, resumed=last)
+
+
 @pytest.mark.parametrize("done", [0, 1])
 def test_an_error_is_not_hidden_by_a_save_that_fails(tiny_dir, tmp_path, monkeypatch, capsys, done):
     def failing(self, number, step=Trainer.step):
@@ -103,7 +152,7 @@ def test_an_error_is_not_hidden_by_a_save_that_fails(tiny_dir, tmp_path, monkeyp
 
 
 def test_a_disk_that_is_full_at_the_end_still_gives_a_report(tiny_dir, tmp_path, monkeypatch):
-    def full(self, directory):
+    def full(self, directory, **_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)

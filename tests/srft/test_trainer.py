@@ -41,8 +41,8 @@ def make(loaded: LoadedModel, *overrides: str, data=None, reward=length_reward, 
     return Trainer(config, loaded, prompter, Scorer("test", reward), examples() if data is None else data, **options)
 
 
-def fresh(dtype: torch.dtype = torch.float32) -> LoadedModel:
-    return LoadedModel(tiny_model().to(dtype).train(), byte_tokenizer(), torch.device("cpu"), dtype, {0}, 0)
+def fresh(dtype: torch.dtype = torch.float32, **changes) -> LoadedModel:
+    return LoadedModel(tiny_model(**changes).to(dtype).train(), byte_tokenizer(), torch.device("cpu"), dtype, {0}, 0)
 
 
 def gradients(trainer: Trainer, microbatches) -> tuple[float, list[torch.Tensor]]:
