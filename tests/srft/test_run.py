@@ -94,6 +94,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(tiny_dir, tmp_path,
             raise KeyboardInterrupt
         return step(self, number)
 
+    monkeypatch.setattr(trainer_module.report, "build", lambda path: path / "report.html")  # takes the longest
     timed = ("seconds_rollout", "seconds_train", "tokens_per_second", "peak_memory_mb")
     more = ["--model.dtype", dtype, "--run.checkpoint_every", "2", "--eval.every", "3", "--train.steps", "5"]
     more += ["--train.lr", "1e-3", "--train.updates_per_rollout", "2"]
@@ -118,7 +119,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(tiny_dir, tmp_path,
     assert [each.name for each in stopped.glob("checkpoint-*") if (each / "state").exists()] == ["checkpoint-4"]
 
 
-def test_a_run_goes_on_only_where_there_is_something_left_to_do(tiny_dir, tmp_path):
+def test_a_run_goes_on_only_where_there_is_something_left_to_do(tiny_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_module.report, "build", lambda path: path / "report.html")
     directory = tmp_path / "run"
     result = run(small_run(tiny_dir, directory, "--run.checkpoint_every", "1"))
     config, last = load(str(directory / "config.toml"), []), resumable(str(directory))
