@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -543,6 +544,12 @@ def test_no_metrics_of_no_tokens():
 def test_impossible_options(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_documentation_has_every_preset():
+    table = (Path(sk.__file__).parent.parent / "docs/objectives.md").read_text()
+    presets = [name for name in vars(sk.presets) if callable(getattr(sk, name, None)) and name.islower()]
+    assert len(presets) > 14 and [name for name in presets if f"`{name}(" not in table] == []
 
 
 def test_presets_take_overrides_of_any_field():
