@@ -197,7 +197,7 @@ def innermost_loops(code: list[str]) -> list[list[str]]:
             instructions.append(line)
     spans = []
     for end, instruction in enumerate(instructions):
-        jump = re.search(r"(?:BRA|s_c?branch)\b.*?(\.L\w+)", instruction)
+        jump = re.search(r"(?:BRA\b|s_c?branch\w*).*?(\.L\w+)", instruction)
         if jump and at.get(jump.group(1), end) < end:
             spans.append((at[jump.group(1)], end + 1))
     inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]

@@ -37,6 +37,8 @@ def test_loops_are_what_lies_between_a_label_and_a_branch_back():
     code = ["LDC R1 ;", ".L_x_0:", "IADD R0 ;", ".L_x_1:", "FADD R2 ;", "BAR.SYNC 0x0 ;", "BRA `(.L_x_1) ;",
             "BRA `(.L_x_2) ;", "BRA `(.L_x_0) ;", ".L_x_2:", "EXIT ;"]  # fmt: skip
     assert aot.innermost_loops(code) == [["FADD R2 ;", "BAR.SYNC 0x0 ;", "BRA `(.L_x_1) ;"]]
+    amd = [".LBB0_1:", "v_add_f32 v0, v1, v2", "s_cbranch_scc1 .LBB0_1", "s_branch .LBB0_2", ".LBB0_2:", "s_endpgm"]
+    assert aot.innermost_loops(amd) == [amd[1:3]]
 
 
 def test_occupancy():
