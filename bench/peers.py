@@ -299,7 +299,7 @@ def trl(device: str) -> Abilities:
     def statistics(x: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         return f.apply(x, weight, None, target, 1.0, chunk, None, 1.0, ("entropy",))[:2]
 
-    return Abilities(statistics=statistics)
+    return Abilities(statistics=statistics, compacts=device.startswith("cuda"))  # elsewhere it scores every position
 
 
 PEERS = [

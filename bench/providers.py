@@ -35,11 +35,13 @@ class Abilities:
     """losses: by task, (inputs, task) → scalar, or (scalar, ℓ, H).   statistics: None where only losses are given.
 
     entropy      whether the statistics have H
+    compacts     whether ignored tokens never come to the statistics, because the peer's own callers take them out
     """
 
     losses: dict[str, Callable[[Inputs, Task], Any]] = field(default_factory=dict)
     statistics: Statistics | None = None
     entropy: bool = True
+    compacts: bool = False
 
     def call(self, name: str) -> Callable[[Inputs], dict[str, Tensor | None]] | None:
         """What computes a task: results by name (loss, logprobs, entropy, dx, dW); None where this cannot."""
@@ -70,11 +72,23 @@ class Abilities:
     def _loss_of_statistics(self, inputs: Inputs, task: Task) -> tuple[Tensor, Tensor, Tensor | None]:
         """The mean of the objective over the live tokens. Peers know no ignored ones: they get target 0 there."""
         live = inputs.live
-        logprobs, entropy = self.statistics(inputs.input, inputs.weight, inputs.target.clamp(min=0))
-        h = torch.zeros_like(logprobs) if entropy is None else entropy
-        stats = sk.TokenStats(logprobs.float(), h.float(), torch.zeros_like(logprobs))  # nobody reads lse
         tokens = sk.Tokens(inputs.target[live], **{name: column[live] for name, column in inputs.columns.items()})
-        return task.objective(stats.map(lambda field: field[live]), tokens).mean(), logprobs, entropy
+        if self.compacts:
+            found = self.statistics(inputs.input[live], inputs.weight, tokens.target)
+        else:
+            found = self.statistics(inputs.input, inputs.weight, inputs.target.clamp(min=0))
+        of_live = [None if field is None else field if self.compacts else field[live] for field in found]
+        logprobs = of_live[0].float()
+        entropy = torch.zeros_like(logprobs) if of_live[1] is None else of_live[1].float()
+        stats = sk.TokenStats(logprobs, entropy, torch.zeros_like(logprobs))  # nobody reads lse
+        if self.compacts:
+            found = [None if field is None else spread(field.detach(), live) for field in found]
+        return task.objective(stats, tokens).mean(), *found
+
+
+def spread(values: Tensor, live: Tensor) -> Tensor:
+    """Values of the live tokens at their places among all, 0 elsewhere."""
+    return torch.zeros(len(live), dtype=values.dtype, device=values.device).masked_scatter(live, values)
 
 
 def ours(device: str) -> Abilities:

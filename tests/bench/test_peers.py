@@ -38,7 +38,8 @@ def test_a_peer_is_right_or_says_why_it_cannot_be_here(provider):
             continue  # half a minute each
         if (call := abilities.call(name)) is None:
             continue
-        inputs = make(Case("full loss", name, Shape(128, 64, 1024), "peaked"), DEVICE, default_dtype(DEVICE))
+        case = Case("full loss", name, Shape(128, 64, 1024), "peaked", live=0.75)
+        inputs = make(case, DEVICE, default_dtype(DEVICE))
         reference = truth(inputs, TASKS[name])
         errors = reference.errors(call(inputs))
         assert errors and not reference.past(errors), (name, errors, reference.allowed)

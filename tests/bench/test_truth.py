@@ -42,6 +42,20 @@ def test_what_is_only_rounded_is_right(dtype, task, source):
         assert errors and not reference.past(errors), (errors, reference.allowed)
 
 
+def test_who_is_spared_ignored_tokens_has_the_same_results():
+    inputs = make(CASE, "cpu", torch.float32)
+    reference, able = truth(inputs, TASKS["srft"]), eager("cpu")
+    seen = []
+
+    def statistics(x, weight, target):
+        seen.append(len(x))
+        return able.statistics(x, weight, target)
+
+    results = replace(able, statistics=statistics, compacts=True).call("srft")(inputs)
+    assert seen == [CASE.live_tokens] and not reference.verdict(reference.errors(results))
+    assert len(results["logprobs"]) == len(inputs.target) and not results["entropy"][~inputs.live].any()
+
+
 def test_ours_is_within_eagers_own_error(known):
     _, reference, results = known
     assert {"loss", "logprobs", "entropy", "dx", "dW", "dW others", "dx ignored"} <= set(reference.errors(results))
