@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     debug = "--debug" in arguments
     ranks = Ranks()
     try:
-        ranks = join()
+        ranks = join(quiet=not debug)
         code = dispatch([each for each in arguments if each != "--debug"], ranks)
         ranks.leave()
         return code

@@ -144,7 +144,9 @@ class EvalConfig(Section):
 class RunConfig(Section):
     dir: str = option("runs/{time}", "where the run writes; {time} becomes the start of the run, ~ your home")
     tensorboard: bool = option(False, "write TensorBoard events too")
-    checkpoint_every: int = option(0, "keep a checkpoint every so many steps; 0: only the final one", low=0)
+    checkpoint_every: int = option(
+        0, "keep a checkpoint every so many steps, for --resume to go on from; 0: only the final one", low=0
+    )
     samples_per_step: int = option(2, "generations kept in samples.jsonl at each step", low=0)
     overwrite: bool = option(False, "write into a run directory that is not empty; what is in it moves to previous-N")
 

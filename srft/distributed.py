@@ -36,7 +36,7 @@ PATIENCE = 3.0  # seconds in which every living rank answers once one of them ha
 class TorchRanks(Ranks):
     """The ranks of a torchrun, joined: one process group, and silence on all ranks but the first."""
 
-    def __init__(self):
+    def __init__(self, quiet: bool = True):
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.local = int(os.environ["LOCAL_RANK"])
         if torch.cuda.is_available() and self.local < torch.cuda.device_count():
@@ -47,7 +47,8 @@ class TorchRanks(Ranks):
         self.telling = threading.Lock()
         self._listen()
         if not self.main:
-            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            sys.stderr = sys.stdout if quiet else sys.stderr
 
     def check(self, config: ModelConfig) -> None:
         if config.device.startswith("cuda:"):

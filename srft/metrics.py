@@ -84,9 +84,13 @@ def create_run_dir(config: RunConfig) -> Path:
     return path
 
 
-def rewind_run_dir(path: Path, step: int) -> None:
-    """Make `path` what it was after `step`, where its run goes on; what was written later moves to `previous-N`."""
+def rewind_run_dir(path: Path, step: int, config: str) -> None:
+    """Make `path` what it was after `step`, where its run goes on; what was written later moves to `previous-N`.
+
+    So does config.toml if it is to become another one, `config`.
+    """
     later = [*path.glob("interrupted-*"), *path.glob("final")]
+    later += [file for file in path.glob("config.toml") if file.read_text(encoding="utf-8") != config]
     later += [each for each in path.glob("checkpoint-*") if (n := each.name[11:]).isdecimal() and int(n) > step]
     kept = {}
     for name in ("metrics.jsonl", "samples.jsonl", "evaluation.jsonl"):

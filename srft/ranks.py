@@ -85,13 +85,13 @@ class Ranks:
         """The end of a run that went well."""
 
 
-def join() -> Ranks:
-    """The ranks that torchrun started; just this process where it did not."""
+def join(quiet: bool = True) -> Ranks:
+    """The ranks that torchrun started; just this process where it did not.   quiet: one rank alone tells errors."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return Ranks()
     from srft.distributed import TorchRanks
 
-    return TorchRanks()
+    return TorchRanks(quiet)
 
 
 def broadcast(ranks: Ranks, function: Callable[[], Any]) -> Any:

@@ -84,6 +84,9 @@ def run(config: Config, ranks: Ranks | None = None, resumed: Path | None = None)
     started = time.perf_counter()
     ranks = ranks or Ranks()
     ranks.check(config.model)
+    done = checkpoint.step_of(resumed) if resumed else 0
+    if done > config.train.steps:
+        raise UserError(f"--resume {resumed}: {done} steps are done; train.steps {config.train.steps} is fewer")
     report.require_packages()  # a run of hours must not fail on its last page
     objective = build_objective(config.loss)
     scorer = ranks.scorer(alone := build_reward(config.reward, config.data))
@@ -97,14 +100,11 @@ def run(config: Config, ranks: Ranks | None = None, resumed: Path | None = None)
     trainer = Trainer(config, loaded, prompter, scorer, examples, objective, ranks=ranks)
     eval_engine = ranks.engine(build_engine(config.rollout.engine, loaded, config.eval.batch_size))
 
-    done = 0
     if resumed:
-        done, directory = checkpoint.step_of(resumed), resumed.parent
-        if done > config.train.steps:
-            raise UserError(f"--resume {resumed}: {done} steps are done; train.steps {config.train.steps} is fewer")
+        directory = resumed.parent
         checkpoint.read_state(trainer.optimizer.state(), resumed / checkpoint.STATE, ranks)
         trainer.optimizer.refresh()
-        broadcast(ranks, lambda: rewind_run_dir(directory, done))
+        broadcast(ranks, lambda: rewind_run_dir(directory, done, to_toml(config)))
     else:
         directory = broadcast(ranks, lambda: create_run_dir(config.run))
     if ranks.main:
@@ -112,7 +112,8 @@ def run(config: Config, ranks: Ranks | None = None, resumed: Path | None = None)
     log = RunLog(directory, config.run.tensorboard, done=done, silent=not ranks.main)
     on = f"{ranks.size} × {loaded.device}" if ranks.size > 1 else loaded.device
     print(f"{parameters(loaded)} on {on}; {f'going on after step {done} in' if resumed else 'writing to'} {directory}")
-    ranks.last_words = f"; what was written is in {directory}, no checkpoint yet"
+    last = f"; its last checkpoint is {{}}: srft train --resume {directory} goes on from it"
+    ranks.last_words = last.format(resumed) if resumed else f"; what was written is in {directory}, no checkpoint yet"
     evaluations = {row["step"]: Evaluation.of(row) for row in broadcast(ranks, lambda: log.evaluations())}
 
     def measure(step: int) -> None:
@@ -130,11 +131,12 @@ def run(config: Config, ranks: Ranks | None = None, resumed: Path | None = None)
 
     try:
         measure(done)
-        for done in steps_with_bar(trainer, log, config, done):  # noqa: B020
+        steps = steps_with_bar(trainer, log, config, done)
+        for done in steps:
             if config.run.checkpoint_every and done % config.run.checkpoint_every == 0:
                 path = directory / f"checkpoint-{done}"
                 checkpoint.save(loaded, path, ranks, trainer.optimizer.state())
-                ranks.last_words = f"; its last checkpoint is {path}: srft train --resume {directory} goes on from it"
+                ranks.last_words = last.format(path)
             measure(done)
         checkpoint.save(loaded, directory / "final", ranks)
         page = broadcast(ranks, lambda: report.build(directory))
@@ -148,7 +150,7 @@ def run(config: Config, ranks: Ranks | None = None, resumed: Path | None = None)
         raise
     finally:
         log.close()
-    before, after = evaluations[0], evaluations[config.train.steps]
+    before, after = evaluations[min(evaluations)], evaluations[config.train.steps]
     result = RunResult(directory, before, after, time.perf_counter() - started, page)
     print(result)
     return result

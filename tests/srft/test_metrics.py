@@ -64,19 +64,21 @@ def test_a_run_directory_goes_back_to_a_step_and_loses_nothing(tmp_path):
     log.evaluation(0, type("Evaluation", (), {"as_dict": lambda self: {"reward": 0.5}})())
     (tmp_path / "final").mkdir(), (tmp_path / "checkpoint-best").mkdir()
     everything = {each.name: each.read_bytes() for each in tmp_path.glob("*.jsonl")}
-    rewind_run_dir(tmp_path, 2)
+    (tmp_path / "config.toml").write_text("old")
+    rewind_run_dir(tmp_path, 2, "new")
     for name, per_step in (("metrics.jsonl", 1), ("samples.jsonl", 2)):
         assert (tmp_path / name).read_bytes() == b"".join(everything[name].splitlines(keepends=True)[: 2 * per_step])
         assert (tmp_path / "previous-1" / name).read_bytes() == everything[name]
     assert (tmp_path / "evaluation.jsonl").read_bytes() == everything["evaluation.jsonl"]
     assert {each.name for each in tmp_path.glob("c*")} == {"checkpoint-1", "checkpoint-2", "checkpoint-best"}
-    moved = {"metrics.jsonl", "samples.jsonl", "checkpoint-3", "final"}
+    moved = {"config.toml", "metrics.jsonl", "samples.jsonl", "checkpoint-3", "final"}
     assert {each.name for each in (tmp_path / "previous-1").iterdir()} == moved
-    rewind_run_dir(tmp_path, 2)
+    (tmp_path / "config.toml").write_text("new")
+    rewind_run_dir(tmp_path, 2, "new")
     assert not (tmp_path / "previous-2").exists()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')  # cut off as its process was killed
-    rewind_run_dir(tmp_path, 2)
+    rewind_run_dir(tmp_path, 2, "new")
     assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
     assert (tmp_path / "metrics.jsonl").read_bytes().endswith(b"\n") and (tmp_path / "previous-2").is_dir()
 
