@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .filter import Filtered
 from .gemm import HeadProducts, accumulation_dtype
 from .head import Head
 from .pack import Rows
@@ -36,6 +37,7 @@ class Call:
     objective: Any
     plan: Plan
     compute: torch.dtype
+    filtered: Tensor | None = None  # (4,) the sum of Filtered.squares so far, with a plan that filters
 
     def logits_buffer(self, products: HeadProducts) -> Tensor:
         """Room for one chunk's logits (chunk_rows, V), its rows at aligned addresses."""
@@ -52,7 +54,7 @@ class OnePass(torch.autograd.Function):
         parts, losses = [], []
         with _plain_matmul(input):
             products = HeadProducts(weight[: call.vocab], call.compute)
-            gradients = Gradients((input, weight, bias), ctx.needs_input_grad, products, rows)
+            gradients = Gradients((input, weight, bias), ctx.needs_input_grad, products, rows, call)
             buffer = call.logits_buffer(products)
             token_weight = rows.weight
             # fp16 gradients of a mean over many tokens would underflow: carry them scaled by a power of two
@@ -139,7 +141,7 @@ class Statistics(torch.autograd.Function):
         coefs, rows, normalizer = _rows_with_gradient(coefs, call, fields)
         with _plain_matmul(input):
             products = HeadProducts(weight[: call.vocab], call.compute)
-            gradients = Gradients((input, weight, bias), ctx.needs_input_grad, products, rows)
+            gradients = Gradients((input, weight, bias), ctx.needs_input_grad, products, rows, call)
             buffer = call.logits_buffer(products)
             for chunk in call.plan.chunks(len(rows)):
                 x = products.operand(rows.hidden(input, chunk))
@@ -169,14 +171,17 @@ class Gradients:
         wanted: tuple[bool, ...],
         products: HeadProducts,
         rows: Rows,
+        call: Call,
     ):
         input, weight, bias = tensors
+        self.filter, self.filtered = call.plan.filter, call.filtered
         self.products, self.index = products, rows.index
         self.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
         self.empty = rows.active == 0
         new = torch.empty_like if rows.index is None and not self.empty else torch.zeros_like
         self.input = new(input, memory_format=torch.contiguous_format) if wanted[0] else None
-        self.weight = weight.new_empty(weight.shape, dtype=products.dtype) if wanted[1] else None
+        new = weight.new_empty if self.filter is None else weight.new_zeros
+        self.weight = new(weight.shape, dtype=products.dtype) if wanted[1] else None
         self.bias = bias.new_zeros(bias.shape, dtype=products.dtype) if wanted[2] else None
         if self.weight is not None:  # rows that no chunk writes: the vocabulary's padding, or all of them
             self.weight[0 if self.empty else len(products.weight) :].zero_()
@@ -185,8 +190,13 @@ class Gradients:
     def add(self, dlogits: Tensor, x: Tensor, chunk: slice) -> None:
         """Add a chunk's ∂L/∂a (n, V) with its hidden states (n, H)."""
         vocab = dlogits.shape[1]
+        if self.bias is not None:
+            self.bias[:vocab] += dlogits.sum(0, dtype=self.products.dtype)
+        products = self.products
+        if self.filter is not None:
+            products = Filtered(products, dlogits, self.filter)
         if self.input is not None:
-            made = self.products.input_gradient(dlogits).to(self.input.dtype)
+            made = products.input_gradient(dlogits).to(self.input.dtype)
             if self.index is None:
                 places = self.input[chunk]
                 places.copy_(made[: len(places)])  # not the padding's
@@ -194,9 +204,9 @@ class Gradients:
                 places = self.index[chunk]
                 self.input[places] = made[: len(places)]
         if self.weight is not None:
-            self.products.add_weight_gradient(self.weight[:vocab], dlogits, x, self.first)
-        if self.bias is not None:
-            self.bias[:vocab] += dlogits.sum(0, dtype=self.products.dtype)
+            products.add_weight_gradient(self.weight[:vocab], dlogits, x, self.first)
+        if self.filter is not None:
+            self.filtered += products.squares
         self.first = False
 
     def finish(self, rounded: bool = True) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -49,10 +49,20 @@ class LossOutput:
             return self._metrics()
 
     @classmethod
-    def of(cls, loss: Tensor, stats: TokenStats, tokens: Tokens, objective: Any, spread: Callable) -> LossOutput:
+    def of(
+        cls,
+        loss: Tensor,
+        stats: TokenStats,
+        tokens: Tokens,
+        objective: Any,
+        spread: Callable,
+        filtered: Tensor | None = None,
+    ) -> LossOutput:
         """From the statistics of the tokens that were worked through; `spread` gives a field the shape of target."""
         stats = stats.map(Tensor.detach)
-        return cls(loss, spread(stats.logprobs), spread(stats.entropy), lambda: _metrics(objective, stats, tokens))
+        return cls(
+            loss, spread(stats.logprobs), spread(stats.entropy), lambda: _metrics(objective, stats, tokens, filtered)
+        )
 
 
 def linear_loss(
@@ -123,7 +133,7 @@ def linear_loss(
         plan=plan,
     )
     loss, stats = _weighted_loss(tensors, call)
-    return LossOutput.of(loss, stats, call.rows.tokens, objective, spread)
+    return LossOutput.of(loss, stats, call.rows.tokens, objective, spread, call.filtered)
 
 
 def linear_logprobs(
@@ -235,12 +245,17 @@ def linear_cross_entropy(
     return _weighted_loss(tensors, call)[0]
 
 
-def _metrics(objective: Any, stats: TokenStats, tokens: Tokens) -> dict[str, Tensor]:
-    """The objective's own, over the live tokens alone."""
+def _metrics(objective: Any, stats: TokenStats, tokens: Tokens, filtered: Tensor | None = None) -> dict[str, Tensor]:
+    """The objective's own, over the live tokens alone, and what a filtered backward dropped so far."""
     if (live := tokens.get("live")) is not None:
         stats, tokens = stats.map(lambda field: field[live]), tokens.rows(live)
     of_objective = getattr(objective, "metrics", None)
-    return of_objective(stats, tokens) if of_objective and len(stats.logprobs) else {}
+    result = of_objective(stats, tokens) if of_objective and len(stats.logprobs) else {}
+    if filtered is not None:
+        dropped, whole = filtered.view(2, 2).unbind(1)
+        found = (dropped / whole.clamp(min=torch.finfo(whole.dtype).tiny)).sqrt()
+        result["filtered_norm"], result["filtered_dx_error"] = found  # of ∂L/∂a; of dx, on sampled tokens
+    return result
 
 
 def _weighted_loss(tensors: Tensors, call: Call) -> tuple[Tensor, TokenStats]:
@@ -318,7 +333,8 @@ def _prepare(
         smooth_weight = input.new_ones(vocab, dtype=dtype) if smooth_weight is None else smooth_weight
         smooth = aligned(smooth_weight / vocab, dtype)
     head = Head(bias, None if softcap is None else float(softcap), float(temperature), smooth)
-    call = Call(vocab, head, rows, objective, plan, compute)
+    filtered = None if plan.filter is None else input.new_zeros(4, dtype=dtype)
+    call = Call(vocab, head, rows, objective, plan, compute, filtered)
     return (
         (input.reshape(-1, input.shape[-1]), linear_weight, linear_bias),
         call,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .filter import Filter
 from .gemm import accumulation_dtype
 from .rows import aligned_size, has_triton
 
@@ -35,6 +36,7 @@ class Plan:
                      per call. None: only on CPUs (see `live_tokens` of linear_loss)
     batch_invariant  a token's ℓ, H and dx are bitwise the same whatever else is in the batch: every product has
                      chunk_rows rows, the last chunk is filled up with zeros
+    filter           a Filter: the backward products leave out columns of ∂L/∂a that hardly matter (filter.py)
     workspace_bytes  what `choose` counted beside inputs and returned gradients (0 in a plan made by hand)
     """
 
@@ -44,6 +46,7 @@ class Plan:
     passes: int | None = None
     compact: bool | None = None
     batch_invariant: bool = False
+    filter: Filter | None = None
     workspace_bytes: int = 0
 
     def __post_init__(self):
@@ -51,6 +54,12 @@ class Plan:
             raise ValueError(f"Plan(backend={self.backend!r}): expected 'torch' or 'triton'")
         if self.passes not in (None, 1, 2):
             raise ValueError(f"Plan(passes={self.passes}): expected 1, 2 or None")
+        if not (self.filter is None or isinstance(self.filter, Filter)):
+            raise TypeError(f"Plan(filter={self.filter!r}): expected a Filter or None")
+        if self.filter and self.batch_invariant:
+            raise ValueError(
+                "Plan(filter=..., batch_invariant=True): which columns are kept depends on the whole chunk"
+            )
         for name in ("chunk_rows", "block_rows"):
             if not (isinstance(value := getattr(self, name), int) and value > 0):
                 raise ValueError(f"Plan({name}={value!r}): expected a positive integer")
@@ -68,6 +77,7 @@ class Plan:
         passes: int | None = None,
         compact: bool | None = None,
         batch_invariant: bool = False,
+        filter: Filter | None = None,
     ) -> Plan:
         """The plan for `tokens` rows of size `hidden` against a head of `vocab` entries.
 
@@ -95,6 +105,7 @@ class Plan:
             rows = max(1, min(rows, tokens))
         narrow = dtype.itemsize < itemsize
         accumulator = narrow * vocab * hidden * itemsize
+        gathered = round((rows * row_bytes + 2 * vocab * hidden * itemsize) * filter.columns) if filter else 0
         widened = accumulator if narrow and device.type == "cpu" else 0
         return cls(
             backend="triton" if triton else "torch",
@@ -103,7 +114,8 @@ class Plan:
             passes=passes,
             compact=compact,
             batch_invariant=batch_invariant,
-            workspace_bytes=rows * row_bytes + scratch + accumulator + widened,
+            filter=filter,
+            workspace_bytes=rows * row_bytes + scratch + accumulator + widened + gathered,
         )
 
     def chunks(self, rows: int) -> Iterator[slice]:
@@ -115,5 +127,6 @@ class Plan:
     def __str__(self) -> str:
         passes = {None: "one pass where the objective allows", 1: "one pass", 2: "two passes"}[self.passes]
         passes += ", batch-invariant" * self.batch_invariant
+        passes += f", {self.filter.columns:.1%} of the columns in the backward" if self.filter else ""
         memory = f", {self.workspace_bytes / 1e6:.1f} MB of workspace" if self.workspace_bytes else ""
         return f"{self.backend} rows, chunks of {self.chunk_rows} tokens, {passes}{memory}"

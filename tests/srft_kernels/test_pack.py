@@ -78,7 +78,7 @@ def test_more_live_tokens_than_said():
     count = int(p.live.sum())
     with pytest.raises(ValueError, match=f"live_tokens={count - 1}, but {count} targets are live"):
         sk.linear_logprobs(p.input, p.weight, p.target, live_tokens=count - 1)
-    with pytest.raises(TypeError, match="an int ≥ 0, found 2.5"):
+    with pytest.raises(TypeError, match=r"an int ≥ 0, found 2\.5"):
         sk.linear_logprobs(p.input, p.weight, p.target, live_tokens=2.5)
 
 
