@@ -232,13 +232,14 @@ class PolicyGradient(Objective):
         if self.surrogate == "reinforce":
             return _times(-signal, stats.logprobs)
         ratio, (low, high) = self._ratio(stats, tokens), self.clip_bounds
-        clipped = ratio.clamp(1 - low, 1 + high)
         if self.surrogate == "cispo":
-            return _times(-signal * clipped.detach(), stats.logprobs)
+            return _times(-signal * ratio.detach().clamp(1 - low, 1 + high), stats.logprobs)
         if self.surrogate == "sapo":
             tau = torch.where(signal > 0, torch.full_like(ratio, self.tau_positive), self.tau_negative)
             return -signal * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
-        loss = torch.maximum(-ratio * signal, -clipped * signal)
+        loss = -ratio * signal
+        if (self.clip_low, self.clip_high) != (None, None):
+            loss = torch.maximum(loss, -ratio.clamp(1 - low, 1 + high) * signal)
         if self.dual_clip is None:
             return loss
         return torch.where(signal < 0, torch.minimum(loss, -signal * self.dual_clip), loss)
@@ -395,9 +396,9 @@ class SRFT(PolicyGradient):
 
     def _shaped(self, stats: TokenStats, tokens: Tokens) -> Tensor:
         """shape(u)."""
-        written = tokens.get("demo_logprobs")
-        log_u = stats.logprobs.detach() if written is None else log_ratio(stats.logprobs.detach(), written)
-        log_u = log_u.clamp(max=LOG_RATIO_LIMIT) + _slope(stats.logprobs)
+        log_u, written = stats.logprobs, tokens.get("demo_logprobs")
+        if written is not None:
+            log_u = log_ratio(log_u.detach(), written).clamp(max=LOG_RATIO_LIMIT) + _slope(log_u)
         u, c = log_u.exp(), self.demo_shaping
         if c is None:
             return u
@@ -413,9 +414,14 @@ class SRFT(PolicyGradient):
         """(SFT term, RL term of a demonstration, rollout term) of every token, as if it were of that kind."""
         positive = self._positive(tokens)
         demo_weight, rollout_weight = self._weights(stats, tokens, positive)
-        sft = _times(-demo_weight, stats.logprobs)
-        rl = _times(-self.demo_rl_coef * tokens.advantages, self._shaped(stats, tokens))
-        return sft, rl, _times(rollout_weight, self._surrogate(stats, tokens, self._signal(tokens, positive)))
+        sft = rl = torch.zeros_like(stats.logprobs)
+        if self.demo_sft_coef:
+            sft = _times(-demo_weight, stats.logprobs)
+        if self.demo_rl_coef:
+            rl = _times(-self.demo_rl_coef * tokens.advantages, self._shaped(stats, tokens))
+        rollout = self._surrogate(stats, tokens, self._signal(tokens, positive))
+        silent = 0 in (self.rollout_coef, self.negative_coef)
+        return sft, rl, _times(rollout_weight, rollout) if silent else rollout_weight * rollout
 
     def _policy(self, stats: TokenStats, tokens: Tokens) -> Tensor:
         demo_sft, demo_rl, rollout = self._parts(stats, tokens)
