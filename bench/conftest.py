@@ -16,17 +16,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from .cases import Case, cases
+from .cases import Case
 from .environment import ROOT, environment
 from .inputs import Unavailable
 from .measure import EVERYONE, CaseFailed, Limits, Row, everyone, kind_of, measure, release
 from .providers import Provider
 from .record import Record, finite
-from .step import LOSSES, measure_step, step_case
+from .step import LOSSES, every_case, measure_step
 from .table import table
 from .timing import LOST, ContextLost, told
 
-EACH = {"cuda": 30.0, "cpu": 60.0}  # seconds: see measure.Limits
+EACH = {"cuda": 30.0, "cpu": 30.0}  # seconds: see measure.Limits
 TOTAL = {"cuda": 75.0, "cpu": 150.0}
 
 
@@ -77,7 +77,8 @@ class Bench:
             if self.record:
                 self.record.add(rows)
             self.measured[case] = {row.provider: row for row in rows}
-            self.say(f"{time.perf_counter() - self.began:5.0f} s  {case}")
+            if any(row.status != "skipped" for row in rows):
+                self.say(f"{time.perf_counter() - self.began:5.0f} s  {case}")
         rows = self.measured[case]
         return rows.get(EVERYONE) or rows.get(provider)
 
@@ -97,7 +98,8 @@ class Bench:
         except CaseFailed as error:
             row = Row(case, EVERYONE, "failed", str(error))
         except ContextLost as error:
-            begin(error.provider)
+            known = [p.name for p in self.providers] + list(LOSSES)
+            begin(error.provider if error.provider in known else f"{EVERYONE}, {error.provider}")
             if self.record:
                 self.record.blame(error.reason)
             pytest.exit(f"the CUDA context is lost: {error}", returncode=LOST)
@@ -137,14 +139,15 @@ def record_of(config) -> Record | None:
 @pytest.fixture(scope="session")
 def bench(request) -> Bench:
     made = bench_of(request.config)
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+    reporter, capture = map(request.config.pluginmanager.get_plugin, ("terminalreporter", "capturemanager"))
 
-    def say(line: str) -> None:
-        reporter.ensure_newline()
-        reporter.write_line(line)
+    def say(line: str) -> None:  # after a minute of dots one wants to know where it is
+        with capture.global_and_fixture_disabled():
+            reporter.ensure_newline()
+            reporter.write_line(line)
 
-    if request.config.getoption("--benchmark") and reporter:
-        made.say = say  # after a minute of dots one wants to know where it is
+    if request.config.getoption("--benchmark") and reporter and capture:
+        made.say = say
     return made
 
 
@@ -161,16 +164,9 @@ def pytest_generate_tests(metafunc):
     config = metafunc.config
     device, group = config.getoption("--device"), config.getoption("--group")
     names = [provider.name for provider in everyone()]
-    chosen = [(case, name) for case in ordered(device) for name in names_of(case, names)]
+    chosen = [(case, name) for case in every_case(device) for name in names_of(case, names)]
     chosen = [(case, name) for case, name in chosen if group in case.group]
     metafunc.parametrize("case, provider", chosen, ids=[f"{case}-{name}" for case, name in chosen])
-
-
-def ordered(device: str) -> list[Case]:
-    """Those of cases.py, and the training step behind the first ones, which compare everybody."""
-    found = cases(device)
-    main = next((i for i, case in enumerate(found) if case.group == "masked batches"), len(found))
-    return [*found[:main], step_case(device), *found[main:]]
 
 
 def names_of(case: Case, names: list[str]) -> list[str]:
@@ -202,7 +198,14 @@ def command_of(config) -> str:
 def pytest_terminal_summary(terminalreporter, config):
     if not hasattr(config, "_bench") or not config._bench.rows():
         return
-    terminalreporter.write_line(table(config._bench.rows()))
+    rows = config._bench.rows()
+    left_out = [row for row in rows if row.provider == EVERYONE and row.status == "skipped"]
+    terminalreporter.write_line(table(row for row in rows if row not in left_out))
+    for reason in dict.fromkeys(row.reason for row in left_out):
+        terminalreporter.write_line(f"\nskipped, {reason}:")
+        for row in left_out:
+            if row.reason == reason:
+                terminalreporter.write_line(f"  {row.case}")
     if config.getoption("--benchmark"):
         record = config._bench.record
         terminalreporter.write_line(f"\n{record.data['seconds']:.0f} s; every round, as JSON: {record.path}")

@@ -36,9 +36,10 @@ from typing import Any
 import torch
 
 from .environment import ROOT, environment
-from .measure import EVERYONE
+from .measure import EVERYONE, Row
 from .providers import OURS
 from .record import Record
+from .step import every_case
 from .table import HEADER
 from .timing import LOST
 
@@ -161,7 +162,7 @@ def bench(record: Record, device: str, group: str, left: Callable[[], float]) ->
             [*command, f"--budget={left():.0f}", f"--record={record.path}"], left() + RESERVED * 2 / 3, stalled
         )
         start = text.rfind("\n", 0, max(0, text.find(HEADER) - 1)) if HEADER in text else -6000
-        print(text[start:], flush=True)
+        print(text[start:].partition("= slowest")[0].rstrip(" ="), flush=True)
         record.read()
         if status is None and not stalled():
             problems.append("stopped for time")
@@ -177,7 +178,10 @@ def bench(record: Record, device: str, group: str, left: Callable[[], float]) ->
             problems.append(f"exit status {status}: {text.strip()[-300:]}")
             if status != LOST:
                 break
-    record.write(**({"problems": problems} if problems else {}))
+    if problems:
+        record.data["problems"] = problems
+    never = [case for case in every_case(device) if group in case.group and str(case) not in record.done]
+    record.add(Row(case, EVERYONE, "skipped", "the bench ended before") for case in never)
 
 
 def profiles(record: Record, device: str, group: str, seconds: float) -> None:
@@ -185,7 +189,9 @@ def profiles(record: Record, device: str, group: str, seconds: float) -> None:
         status, text = run(["-m", "bench.profiles", device, str(record.path), group], seconds)
         record.read()
         if status != 0:
-            print(text[-2000:], flush=True)
+            print(f"  stopped after {seconds:.0f} s" if status is None else text[-2000:], flush=True)
+    else:
+        print("  skipped: no time left", flush=True)
 
 
 def problems(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -227,15 +233,17 @@ def summary(result: dict[str, Any]) -> str:
         lines += ["", "wrong or failed:"]
         lines += [f"  {row['status'].upper()} {row['provider']}, {row['case']}: {row['reason']}"[:300] for row in found]
     absent = dict.fromkeys((r["provider"], r["reason"]) for r in result["untimed"] if r["status"] == "unavailable")
-    skipped = dict.fromkeys(skipped_line(row) for row in result["untimed"] if row["status"] == "skipped")
-    lines += ["", *(f"not measured: {who}: {why}" for who, why in absent), *(f"skipped: {line}" for line in skipped)]
+    lines += ["", *(f"not measured: {who}: {why}" for who, why in absent)]
+    skipped: dict[str, dict[str, None]] = {}  # by reason
+    for row in result["untimed"]:
+        if row["status"] == "skipped":
+            who = "" if row["provider"] == EVERYONE else f"{row['provider']}, "
+            skipped.setdefault(row["reason"], {})[f"  {who}{row['case']}"] = None
+    for reason, cases in skipped.items():
+        lines += [f"skipped, {reason}:", *cases]
     return "\n".join(lines)
 
 
-def skipped_line(row: dict[str, Any]) -> str:
-    who = "" if row["provider"] == EVERYONE else f"{row['provider']}, "
-    return f"{who}{row['case']}: {row['reason']}"
-
-
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that `run` stops what it has started
     sys.exit(main())

@@ -21,7 +21,7 @@ import srft_kernels as sk
 from srft_kernels.functional import LossOutput
 
 from . import memory, timing
-from .cases import Case, Shape
+from .cases import Case, Shape, cases
 from .inputs import Unavailable, make
 from .measure import EVERYONE, Limits, Row, attempt, default_dtype, kind_of, release, stage, time_all
 from .truth import TOLERANCE
@@ -63,6 +63,13 @@ def step_case(device: str) -> Case:
     shape = Shape(0, model["hidden_size"], model["vocab_size"])  # as many tokens as the rollouts happen to have
     note = "rollouts not included; × products: of the head alone; TFLOP/s: 6 × (backbone + head) × tokens, no attention"
     return Case("training step", "srft", shape, "rollouts", note=note)
+
+
+def every_case(device: str) -> list[Case]:
+    """Those of cases.py, and the training step behind the first ones, which compare everybody."""
+    found = cases(device)
+    main = next((i for i, case in enumerate(found) if case.group == "masked batches"), len(found))
+    return [*found[:main], step_case(device), *found[main:]]
 
 
 class Recorded:
@@ -170,7 +177,8 @@ def measure_step(
         release(device)
     begin(EVERYONE)
     counted = replace(case, shape=Shape(tokens, case.shape.hidden, case.shape.vocab), inputs="random", ours=True)
-    inputs = make(counted, device, dtype)
+    with stage("inputs of the floor", device):
+        inputs = make(counted, device, dtype)
     time_all(counted, rows, calls, inputs, device, rounds or ROUNDS)
     for row in rows.values():
         if row.seconds:

@@ -91,27 +91,29 @@ def test_what_every_provider_needs_fails_the_case(monkeypatch, name, told):
 
 
 def test_buffers_kept_around_the_allocator_count_in_the_peak():
-    assert measure.peaks(5, 7, "cpu") == {"peak_bytes": 5, "peak_from": "process"}
-    code = 20 * 2**20  # kernels are loaded, too
-    assert measure.peaks(5, code, "cuda") == {"peak_bytes": 5, "peak_from": "allocator", "outside_bytes": code}
-    heap = 2**30
-    found = {"peak_bytes": 5 + heap, "peak_from": "allocator and driver", "outside_bytes": heap}
-    assert measure.peaks(5, heap, "cuda") == found
+    for device, outside, source in (
+        ("cpu", 0, "process"),
+        ("cuda", 0, "allocator"),
+        ("cuda", 7, "allocator and driver"),
+    ):
+        found = {"peak_bytes": 5 + outside, "peak_from": source, "outside_bytes": outside}
+        assert measure.peaks(5, outside, device) == found
 
 
-def test_a_heap_made_once_counts_in_every_case(monkeypatch):
+def test_a_heap_made_once_counts_in_every_case_and_code_in_none(monkeypatch):
     """The first case sees it being made; the second finds it there."""
-    heap, kept = 2**30, []
+    heap, code, kept = 2**30, 20 * 2**20, []
 
     def with_heap(x, weight, target):
         kept.append(True)
         return RIGHT(x, weight, target)
 
-    monkeypatch.setattr(measure.memory, "outside_bytes", lambda device: 2**29 + heap * bool(kept))
+    monkeypatch.setattr(measure.memory, "outside_bytes", lambda device: 2**29 + heap * bool(kept) + code * len(kept))
     monkeypatch.setattr(measure, "OUTSIDE", measure.Counter())
+    held = {OURS.name: 0, "heap": heap + code}  # in one go with the code
     for _ in range(2):
-        measure.measure(CASE, [OURS, provider("heap", with_heap)], "cpu", 1)
-        assert dict(measure.OUTSIDE) == {OURS.name: 0, "heap": heap}
+        rows = measure.measure(CASE, [OURS, provider("heap", with_heap)], "cpu", 1)
+        assert dict(measure.OUTSIDE) == held == {row.provider: row.extra["outside_bytes"] for row in rows}
 
 
 @pytest.fixture
@@ -189,6 +191,19 @@ def test_a_lost_context_ends_the_process_and_leaves_its_culprit_out(bench, monke
     session = bench(OURS, provider("peer", illegal), resume=True)
     assert "illegal memory access" in session.record.left_out["peer"] and not session.before
     assert session.row(CASE, "peer").status == "failed" and session.row(CASE, OURS.name).status == "ok"
+
+
+def test_a_context_lost_by_what_all_need_fails_the_case(bench, monkeypatch):
+    def lost(*_):
+        raise timing.ContextLost("bare products", "RuntimeError: illegal")
+
+    monkeypatch.setattr(conftest, "measure", lost)
+    session = bench(OURS)
+    with pytest.raises(pytest.exit.Exception):
+        session.row(CASE, OURS.name)
+    record = bench(OURS, resume=True).record
+    assert record.done == {str(CASE)} and not record.left_out
+    assert record.data["untimed"][0]["reason"] == "all providers, bare products: RuntimeError: illegal"
 
 
 def test_ours_that_takes_the_process_down_fails_its_case_only(bench):

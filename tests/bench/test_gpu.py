@@ -94,6 +94,7 @@ def run(tmp_path, monkeypatch):
             return left.pop(0)(Record(Path(path), resume=True)), "output of the process"
 
         monkeypatch.setattr(gpu, "run", pretend)
+        monkeypatch.setattr(gpu, "every_case", lambda device: CASES)
         record = Record(tmp_path / "run.json")
         record.write(machine_info={})
         gpu.bench(record, "cpu", "", lambda: 100.0)
@@ -153,6 +154,7 @@ def test_processes_that_keep_dying_come_to_an_end(run):
 
     saved, left = run(*[dies_again] * 20)
     assert len(saved.left_out) == gpu.RESTARTS + 1 == 20 - len(left)
+    assert {row["case"]: row["status"] for row in saved.data["untimed"]} == dict.fromkeys(map(str, CASES), "skipped")
 
 
 def test_a_bench_stopped_for_time_keeps_its_rows_and_blames_nobody(run):
@@ -185,7 +187,7 @@ def test_wrong_and_failed_rows_are_shown_ours_first():
     shown = text.splitlines()
     ours = next(i for i, line in enumerate(shown) if "WRONG srft_kernels" in line)
     assert str(CASE) in shown[ours] and "dx 0.5" in shown[ours] and "FAILED QuACK" in shown[ours + 1]
-    assert "not measured: eager: not here" in text and f"skipped: torch.compile, {CASE}: more than 30 s" in text
+    assert "not measured: eager: not here" in text and f"skipped, more than 30 s:\n  torch.compile, {CASE}" in text
 
 
 @pytest.mark.parametrize(

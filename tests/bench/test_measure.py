@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import bench.measure
 from bench.cases import TASKS, Case, Shape, cases
 from bench.inputs import ENTROPY, Unavailable, make
 from bench.measure import Row, everyone, measure
@@ -108,3 +109,11 @@ def test_every_group_is_there_for_every_device():
         assert {case.group for case in made} == groups and len(set(map(str, made))) == len(made)
     assert any(case.shape.tokens == 2**20 for case in cases("cuda"))
     assert all("scaled down" in case.note for case in cases("cpu") if case.group == "1 M tokens")
+
+
+def test_on_cuda_ours_has_its_time_in_a_warm_cache_too(monkeypatch):
+    monkeypatch.setattr(bench.measure, "kind_of", lambda device: "cuda")
+    found = {row.provider: row for row in measure(SMALL, everyone()[:2], "cpu", rounds=3)}
+    assert found["srft_kernels"].extra["dtype"] == "bfloat16" and found["srft_kernels"].status == "ok"
+    assert min(found["srft_kernels"].extra[name] for name in ("hot_seconds", "hot_products_seconds")) > 0
+    assert "hot_seconds" not in found["eager"].extra

@@ -1,5 +1,7 @@
 """Peaks against a count by hand, where the answer is known."""
 
+import time
+
 import pytest
 import torch
 
@@ -38,3 +40,35 @@ def test_the_loss_takes_its_gradients_and_the_workspace_of_its_plan(device):
     gradients = 4 * (shape.tokens * shape.hidden + shape.vocab * shape.hidden)
     workspace = sk.Plan.choose(shape.tokens, shape.hidden, shape.vocab, torch.float32, device).workspace_bytes
     assert peak == pytest.approx(gradients + workspace, rel=0.15)
+
+
+def test_what_a_call_takes_from_the_driver_around_the_allocator_counts(monkeypatch):
+    """A device by hand: 5 of the allocator's 8 reserved bytes are held; the call holds 3 more and 7 of the driver's."""
+    held, outside = {"now": 5, "most": 5}, {"now": 100}
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: held.update(most=held["now"]))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: held["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: held["most"])
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000 - 8 - outside["now"], 1000))
+
+    def call():
+        held["most"] = 8
+        outside["now"] = 107
+        time.sleep(0.2)  # long enough to be seen
+        outside["now"] = 100
+
+    assert peak_bytes(call, "cuda") == 3 + 7 and peak_bytes(lambda: None, "cuda") == 0
+
+
+def test_a_block_that_was_freed_is_not_held_on_to():
+    """Left alone, glibc keeps freed blocks of this size by now, and each is too small for the next one."""
+
+    def growing():
+        beside = []
+        for size in (4, 8, 12, 16):
+            torch.ones(size * MB // 4).mul_(2)
+            beside.append(torch.ones(MB // 40))  # stands behind it, so that it cannot grow
+
+    torch.ones(31 * MB // 4)  # glibc's threshold is at this size once it is freed
+    assert peak_bytes(growing) == pytest.approx(16 * MB, abs=3 * MB)
