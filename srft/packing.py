@@ -135,7 +135,8 @@ def pack(
 
     share_up_to: the longest row (tokens) in which completions may share their prompt; 0: they never do.
     rank, ranks: make the microbatches of one rank only, each K-th of them. All ranks get equally many, so that their
-    collectives match: what is missing in the last round is one without completion tokens, whose gradient is 0.
+    collectives match: what is missing in the last round is one without completion tokens, whose gradient is 0. A step
+    of few tokens is cut smaller, so that each rank has some.
     """
     if not sequences:
         return []
@@ -178,11 +179,18 @@ def pack(
     # A longer row may need the model's own mask (of a sliding window): it never meets rows with the mask from here.
     within = [i for i, length in enumerate(row_lengths) if length <= share_up_to]
     beyond = [i for i, length in enumerate(row_lengths) if length > share_up_to]
-    groups = [
-        [rows[kind[i]] for i in members]
-        for kind in (within, beyond)
-        for members in split_by_budget([row_lengths[i] for i in kind], token_budget)
-    ]
+
+    def cut(budget: int) -> list[list[list[int]]]:
+        return [
+            [rows[kind[i]] for i in members]
+            for kind in (within, beyond)
+            for members in split_by_budget([row_lengths[i] for i in kind], budget)
+        ]
+
+    groups = cut(token_budget)
+    while len(groups) < min(ranks, len(rows)):  # smaller ones rather than ranks without any
+        token_budget //= 2
+        groups = cut(token_budget)
     mine = [microbatch(group) for group in groups[rank::ranks]]
     return mine if len(groups[::ranks]) == len(mine) else [*mine, without_targets(microbatch(groups[-1]))]
 

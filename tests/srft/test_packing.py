@@ -29,18 +29,23 @@ def test_groups_hold_every_sequence_once_within_the_budget(budget):
 
 @pytest.mark.parametrize("ranks", [2, 3, 8])
 @pytest.mark.parametrize("budget", [1, 9, 1000])
-def test_ranks_share_the_microbatches_and_make_equally_many(ranks, budget):
-    everything = pack(sequences(*MIXED), token_budget=budget)
-    parts = [pack(sequences(*MIXED), token_budget=budget, rank=rank, ranks=ranks) for rank in range(ranks)]
-    assert {len(part) for part in parts} == {-(-len(everything) // ranks)}
-    together = [m for turn in zip(*parts) for m in turn]
-    for ours, whole in zip(together, everything):
-        for name in ("input_ids", "attention_mask", "hidden_rows", "step_rows", "target"):
-            assert torch.equal(getattr(ours, name), getattr(whole, name))
-        assert all(torch.equal(ours.annotations[name], whole.annotations[name]) for name in whole.annotations)
-    for spare in together[len(everything) :]:
-        assert len(spare.target) == len(spare.annotations["token_weight"]) == 0 and spare.input_ids.numel()
-    assert pack([], token_budget=budget, rank=1, ranks=ranks) == []
+@pytest.mark.parametrize("share_up_to", [0, 7])
+def test_ranks_share_the_tokens_and_make_equally_many_microbatches(ranks, budget, share_up_to):
+    options = {"token_budget": budget, "share_up_to": share_up_to}
+    (whole,) = pack(sequences(*MIXED), token_budget=1000)
+    parts = [pack(sequences(*MIXED), **options, rank=rank, ranks=ranks) for rank in range(ranks)]
+    assert len({len(part) for part in parts}) == 1
+    assert sum(any(len(m.target) for m in part) for part in parts) == min(ranks, len(MIXED))
+    found = {}
+    for m in (m for part in parts for m in part):
+        assert m.input_ids.numel() <= budget or len(m.input_ids) == 1
+        for i, row in enumerate(m.step_rows.tolist()):
+            assert row not in found
+            found[row] = m.target[i], {name: values[i] for name, values in m.annotations.items()}
+    assert sorted(found) == list(range(len(whole.target)))
+    for i, row in enumerate(whole.step_rows.tolist()):
+        assert found[row] == (whole.target[i], {name: values[i] for name, values in whole.annotations.items()})
+    assert pack([], **options, rank=1, ranks=ranks) == []
 
 
 def test_a_sequence_longer_than_the_budget_is_alone():

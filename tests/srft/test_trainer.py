@@ -312,7 +312,8 @@ def test_the_loop_imports_with_torch_and_transformers_alone():
     optional = "reasoning_gym math_verify pyarrow tensorboard jsonargparse matplotlib gguf vllm"
     code = (
         f"import sys\nfor name in {optional.split()!r}: sys.modules[name] = None\n"
-        "import srft.config, srft.trainer, srft.packing, srft.advantages, srft.evaluate, srft.report"
+        "import srft.config, srft.trainer, srft.packing, srft.advantages, srft.evaluate, srft.report\n"
+        "assert 'srft.distributed' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
