@@ -106,6 +106,22 @@ def live_tokens(value: Any) -> None:
         raise TypeError(f"live_tokens must be a number of tokens on the host, an int ≥ 0, found {value!r}")
 
 
+def weight_grad(value: Any, linear_weight: Tensor, compute: torch.dtype) -> None:
+    if value is None:
+        return
+    tensor("weight_grad", value)
+    expected = torch.float64 if compute == torch.float64 else torch.float32
+    if value.shape != linear_weight.shape or value.dtype != expected or value.device != linear_weight.device:
+        raise ValueError(
+            f"weight_grad must be {expected}, shaped like linear_weight {tuple(linear_weight.shape)} and on "
+            f"{linear_weight.device}, found {value.dtype}, {tuple(value.shape)}, {value.device}"
+        )
+    if not linear_weight.requires_grad:
+        raise ValueError("weight_grad was given, but linear_weight does not require a gradient: drop one of the two")
+    if compute == torch.float16:
+        raise TypeError("weight_grad cannot take fp16 gradients, which are scaled until the backward: use bf16")
+
+
 def at_most_live(live_tokens: int | None, target: Tensor, live: Tensor | None) -> None:
     """Raise for more live tokens than the caller said there are. Silent on accelerators, like `target_range`."""
     if live_tokens is None or not _may_look(target):

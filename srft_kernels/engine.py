@@ -37,6 +37,7 @@ class Call:
     objective: Any
     plan: Plan
     compute: torch.dtype
+    weight_grad: Tensor | None = None  # (V, H) that ∂loss/∂W is added to instead of returned
     filtered: Tensor | None = None  # (4,) the sum of Filtered.squares so far, with a plan that filters
 
     def logits_buffer(self, products: HeadProducts) -> Tensor:
@@ -83,7 +84,7 @@ class OnePass(torch.autograd.Function):
                 losses.append(loss)
         stats = _joined(parts, rows.weight)
         ctx.gradients = gradients.finish(rounded=scale is None)  # scaled sums over tokens may not fit into fp16
-        ctx.scale, ctx.dtypes = scale, gradients.dtypes
+        ctx.scale, ctx.dtypes, ctx.given = scale, gradients.dtypes, gradients.given
         outputs = stats.logprobs, stats.entropy, stats.logsumexp
         ctx.mark_non_differentiable(*outputs)
         return weighted_sum(torch.cat(losses) if losses else rows.weight, rows.weight), *outputs
@@ -96,6 +97,8 @@ class OnePass(torch.autograd.Function):
                 "backward ran a second time through this loss, whose gradients the first one handed over: "
                 "give the first one retain_graph=True"
             )
+        if ctx.given:
+            _assert_one(grad_loss)
         gradients = ctx.gradients
         if torch._C._autograd._get_current_graph_task_keep_graph():  # backward(retain_graph=True)
             gradients = tuple(None if gradient is None else gradient.clone() for gradient in gradients)
@@ -175,17 +178,20 @@ class Gradients:
     ):
         input, weight, bias = tensors
         self.filter, self.filtered = call.plan.filter, call.filtered
+        self.given = call.weight_grad is not None
         self.products, self.index = products, rows.index
         self.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
         self.empty = rows.active == 0
         new = torch.empty_like if rows.index is None and not self.empty else torch.zeros_like
         self.input = new(input, memory_format=torch.contiguous_format) if wanted[0] else None
-        new = weight.new_empty if self.filter is None else weight.new_zeros
-        self.weight = new(weight.shape, dtype=products.dtype) if wanted[1] else None
         self.bias = bias.new_zeros(bias.shape, dtype=products.dtype) if wanted[2] else None
-        if self.weight is not None:  # rows that no chunk writes: the vocabulary's padding, or all of them
-            self.weight[0 if self.empty else len(products.weight) :].zero_()
-        self.first = True
+        self.weight, self.first = call.weight_grad, not self.given
+        if wanted[1] and not self.given:
+            new = weight.new_empty if self.filter is None else weight.new_zeros
+            self.weight = new(weight.shape, dtype=products.dtype)
+            written = 0 if self.empty else len(products.weight)
+            if written < len(weight):  # rows that no chunk writes: the vocabulary's padding, or all of them
+                self.weight[written:].zero_()
 
     def add(self, dlogits: Tensor, x: Tensor, chunk: slice) -> None:
         """Add a chunk's ∂L/∂a (n, V) with its hidden states (n, H)."""
@@ -211,7 +217,7 @@ class Gradients:
 
     def finish(self, rounded: bool = True) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(dx, dW, db), if `rounded` in the types of the inputs."""
-        made = (self.input, self.weight, self.bias)
+        made = (self.input, None if self.given else self.weight, self.bias)
         if not rounded:
             return made
         return tuple(None if g is None else g.to(dtype) for g, dtype in zip(made, self.dtypes))
@@ -262,6 +268,15 @@ def _fp16_scale(token_weight: Tensor) -> Tensor:
     if len(token_weight) == 0:
         return token_weight.new_ones(())
     return torch.exp2(-token_weight.abs().amax().clamp(min=2.0**-60, max=2.0**60).log2().floor())
+
+
+def _assert_one(factor: Tensor) -> None:
+    """What was added to `weight_grad` in the forward cannot be scaled any more. On an accelerator nothing waits."""
+    message = "linear_loss(weight_grad=...) was scaled after the call: put every factor of the loss into token_weight"
+    if factor.device.type != "cpu":
+        torch._assert_async(factor == 1, message)
+    elif factor != 1:
+        raise RuntimeError(f"{message} (found a factor of {factor.item():g})")
 
 
 def _scaled_(gradient: Tensor, factor: Tensor) -> Tensor:

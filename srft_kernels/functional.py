@@ -82,6 +82,7 @@ def linear_loss(
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     is_demo: Tensor | None = None,
+    weight_grad: Tensor | None = None,
     plan: Plan | None = None,
     **annotations: Tensor | None,
 ) -> LossOutput:
@@ -105,6 +106,9 @@ def linear_loss(
         token_weight: (...), default 1 / (number of live tokens). See `token_mean`, `sequence_mean`, `constant_length`.
         advantages, old_logprobs, ref_logprobs, is_demo, **annotations: what the objective reads, shaped like target.
             The loss is not differentiated to them, nor to anything else that the objective holds.
+        weight_grad: fp32 (V, H), a master gradient that ∂loss/∂linear_weight is added to, in place and unrounded;
+            `linear_weight.grad` then gets nothing. In one pass that happens in the call itself, so the loss must reach
+            backward as it is, with every factor (accumulation steps, loss scale) in token_weight.
         plan: how to run; default `Plan.choose(...)`.
 
     Returns:
@@ -130,6 +134,7 @@ def linear_loss(
         live_tokens=live_tokens,
         token_weight=token_weight,
         annotations={**given, **annotations},
+        weight_grad=weight_grad,
         plan=plan,
     )
     loss, stats = _weighted_loss(tensors, call)
@@ -287,6 +292,7 @@ def _prepare(
     token_weight: Tensor | None = None,
     annotations: dict[str, Tensor | None] | None = None,
     smooth_weight: Tensor | None = None,
+    weight_grad: Tensor | None = None,
     plan: Plan | None = None,
 ) -> tuple[Tensors, Call, Callable[[Tensor], Tensor]]:
     """((x, W, b) with x flat; the checked call on packed rows; what gives a packed field (n,) the shape of target)."""
@@ -296,6 +302,7 @@ def _prepare(
     checks.positive("softcap", softcap)
     checks.plan(plan)
     checks.live_tokens(live_tokens)
+    checks.weight_grad(weight_grad, linear_weight, compute)
     dtype = accumulation_dtype(compute)
     annotations = {name: value for name, value in (annotations or {}).items() if value is not None}
     checks.annotations_needed(objective, annotations)
@@ -334,7 +341,7 @@ def _prepare(
         smooth = aligned(smooth_weight / vocab, dtype)
     head = Head(bias, None if softcap is None else float(softcap), float(temperature), smooth)
     filtered = None if plan.filter is None else input.new_zeros(4, dtype=dtype)
-    call = Call(vocab, head, rows, objective, plan, compute, filtered)
+    call = Call(vocab, head, rows, objective, plan, compute, weight_grad, filtered)
     return (
         (input.reshape(-1, input.shape[-1]), linear_weight, linear_bias),
         call,
