@@ -4,6 +4,8 @@ without its logits. See `linear_loss`, `linear_logprobs`, `linear_cross_entropy`
 from . import reference
 from .aggregation import constant_length, hpt_switch, sequence_mean, token_mean
 from .correction import Correction
+from .distillation import DistillationOutput, linear_distillation
+from .filter import Filter
 from .functional import LossOutput, linear_cross_entropy, linear_logprobs, linear_loss
 from .modules import LinearCrossEntropyLoss, SRFTLoss
 from .objectives import SRFT, CrossEntropy, PolicyGradient
@@ -33,6 +35,8 @@ __all__ = [
     "SRFT",
     "Correction",
     "CrossEntropy",
+    "DistillationOutput",
+    "Filter",
     "LinearCrossEntropyLoss",
     "LossOutput",
     "Plan",
@@ -51,6 +55,7 @@ __all__ = [
     "hpt",
     "hpt_switch",
     "linear_cross_entropy",
+    "linear_distillation",
     "linear_logprobs",
     "linear_loss",
     "luffy",

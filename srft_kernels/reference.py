@@ -5,11 +5,13 @@ Nothing here is chunked, fused or careful about memory. What the rest of the pac
 
 from __future__ import annotations
 
+from math import log
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .distillation import DistillationOutput
 from .functional import LossOutput
 from .tokens import Tokens, TokenStats
 
@@ -85,3 +87,47 @@ def linear_loss(
 
 def _spread(field: Tensor, live: Tensor) -> Tensor:
     return field.new_zeros(live.shape).masked_scatter(live, field)
+
+
+def linear_distillation(
+    input: Tensor,
+    linear_weight: Tensor,
+    teacher_input: Tensor,
+    teacher_weight: Tensor,
+    *,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    linear_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    vocab_size: int | None = None,
+    mask: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    plan: Any = None,
+) -> DistillationOutput:
+    """`srft_kernels.linear_distillation` with full logits: the same arguments (`plan` is ignored) and output."""
+    live = torch.ones(input.shape[:-1], dtype=torch.bool, device=input.device) if mask is None else mask
+    student = {"linear_bias": linear_bias, "temperature": temperature, "softcap": softcap}
+    teacher = {"linear_bias": teacher_bias, "temperature": teacher_temperature or temperature,
+               "softcap": teacher_softcap}  # fmt: skip
+    p = logits(input[live], linear_weight, vocab_size=vocab_size, **student).log_softmax(-1)
+    with torch.no_grad():
+        q = logits(teacher_input[live], teacher_weight, vocab_size=vocab_size, **teacher).log_softmax(-1)
+    if divergence == "forward_kl":
+        found = _kl(q, p)
+    elif divergence == "reverse_kl":
+        found = _kl(p, q)
+    else:
+        nowhere = (p == -torch.inf) & (q == -torch.inf)  # logaddexp has no gradient there
+        m = torch.logaddexp(p.masked_fill(nowhere, 0) + log(1 - beta), q.masked_fill(nowhere, 0) + log(beta))
+        found = beta * _kl(q, m) + (1 - beta) * _kl(p, m)
+    weighted = found.sum() / max(len(found), 1) if token_weight is None else (found * token_weight[live]).sum()
+    return DistillationOutput(weighted, _spread(found.detach(), live))
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p ‖ q) (n,) of log-probabilities (n, V); a probability of 0 adds 0."""
+    return (p.exp() * (p - q).masked_fill(p == -torch.inf, 0)).sum(-1)

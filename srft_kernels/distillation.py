@@ -1,0 +1,253 @@
+"""Distillation on hidden states: the divergence between a student's head and a teacher's, without the logits of either.
+
+Both heads' logits are made for one chunk of tokens at a time, and the gradient to the student while they are there:
+2NV(3 H_student + H_teacher) flops with all gradients. The teacher is a constant.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .engine import Call, Gradients, OnePass, _chunks, _fp16_scale, _plain_matmul, weighted_sum
+from .gemm import HeadProducts, accumulation_dtype
+from .head import Head
+from .pack import pack
+from .plan import Plan
+from .rows import aligned, backend
+from .tokens import Tokens
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon")
+
+
+@dataclass(frozen=True)
+class DistillationOutput:
+    """What `linear_distillation` returns.
+
+    loss        scalar, Σ_t token_weight_t · divergence_t; differentiable
+    divergence  of each token in nats, shaped like mask, detached; 0 where masked
+    """
+
+    loss: Tensor
+    divergence: Tensor
+
+
+def linear_distillation(
+    input: Tensor,
+    linear_weight: Tensor,
+    teacher_input: Tensor,
+    teacher_weight: Tensor,
+    *,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    linear_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    vocab_size: int | None = None,
+    mask: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    plan: Plan | None = None,
+) -> DistillationOutput:
+    """Σ_t token_weight_t · D(p_t, q_t) of a student p = softmax(input · linear_weightᵀ) and a teacher q, logits unmade.
+
+    Args:
+        input: the student's hidden states (..., H); fp32, bf16, fp16, or fp64 (PyTorch rows only). Never modified.
+        linear_weight: its head (V, H).
+        teacher_input: the teacher's hidden states (..., H_teacher) of the same tokens; any H_teacher, any type above
+            (fp64 with fp64 alone). Nothing of the teacher gets a gradient.
+        teacher_weight: its head (V, H_teacher).
+        divergence: "forward_kl", KL(q ‖ p) = Σ_v q_v log(q_v / p_v): the student covers what the teacher does;
+            "reverse_kl", KL(p ‖ q), for data the student sampled; or "jensen_shannon", the generalised one of
+            arXiv 2306.13649: β KL(q ‖ m) + (1 − β) KL(p ‖ m) with m = β q + (1 − β) p.
+        beta: β of "jensen_shannon", 0 < β < 1. Towards either end that divergence goes to 0, as β KL(q ‖ p) and as
+            (1 − β) KL(p ‖ q): where other libraries take beta=0 or beta=1, ask for "forward_kl" or "reverse_kl".
+        linear_bias, teacher_bias: (V,), or None.
+        temperature: T > 0 of softmax(z / T), for both heads. The loss is not multiplied by T², as some papers do to
+            keep the size of its gradient: that is a factor for `token_weight`, or for the loss.
+        teacher_temperature: another one for the teacher.
+        softcap, teacher_softcap: cap > 0 of cap · tanh(z / cap) in each head, before the temperature; or None.
+        vocab_size: the vocabulary that both heads share, where one has padding rows: those past it do not exist.
+        mask: (...) boolean, False where a token takes no part (target != -100, say); None: all do.
+        token_weight: (...), default 1 / (number of tokens that take part). See `token_mean`, `sequence_mean`.
+        plan: how to run; default as `Plan.choose`, with chunks of half as many tokens since each has two rows.
+
+    Returns:
+        DistillationOutput. With no token the loss is exactly 0, and so are its gradients.
+
+    Where p has what the reference of a KL has not (KL(q ‖ p) with p_v = 0 < q_v, KL(p ‖ q) with q_v = 0 < p_v) it is
+    +∞; that of KL(q ‖ p) still has its gradient p − q, that of KL(p ‖ q) has none (NaN).
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was found and what was expected, before any work.
+    """
+    compute = checks.head(input, linear_weight, linear_bias)
+    of_teacher = ("teacher_input", "teacher_weight", "teacher_bias")
+    teacher_compute = checks.head(teacher_input, teacher_weight, teacher_bias, of_teacher)
+    dtype = accumulation_dtype(compute)
+    _check(input, teacher_input, dtype, accumulation_dtype(teacher_compute), divergence, beta)
+    vocab = _vocabulary(linear_weight, teacher_weight, vocab_size)
+    teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
+    for name, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature),
+                        ("softcap", softcap), ("teacher_softcap", teacher_softcap)):  # fmt: skip
+        checks.positive(name, value)
+    checks.plan(plan)
+
+    shape = input.shape[:-1]
+    columns = {"mask": mask, "token_weight": token_weight}
+    for name, column in columns.items():
+        if column is not None:
+            columns[name] = _per_token(name, column, input)
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"mask must be boolean, True where a token takes part, found {mask.dtype}")
+    live, weight = columns["mask"], columns["token_weight"]
+    # two rows of logits per token are one of twice the vocabulary
+    plan = plan or Plan.choose(shape.numel(), input.shape[-1], 2 * vocab, compute, input.device)
+    checks.backend(plan, input, compute)
+    if plan.passes == 2 or plan.filter is not None:
+        raise ValueError(f"{plan!r}, but distillation has one pass and no filter: use passes=None and filter=None")
+    compact = input.device.type == "cpu" if plan.compact is None else plan.compact
+    plan = replace(plan, passes=1, compact=compact)
+    rows, unpack = pack(
+        Tokens(torch.zeros(shape.numel(), dtype=torch.int64, device=input.device)),  # there are no targets
+        live,
+        None if weight is None else weight.to(dtype),
+        None,
+        dtype,
+        None,
+        compact,
+        plan.chunk_rows if plan.batch_invariant else 1,
+    )
+    teacher = Teacher(
+        teacher_input.detach().reshape(-1, teacher_input.shape[-1]),
+        teacher_weight.detach()[:vocab],
+        _head(teacher_bias, teacher_softcap, teacher_temperature, vocab, dtype),
+        teacher_compute,
+    )
+    head = _head(linear_bias, softcap, temperature, vocab, dtype)
+    call = Call(vocab, head, rows, Divergence(divergence, float(beta), teacher), plan, compute)
+    tensors = input.reshape(-1, input.shape[-1]), linear_weight, linear_bias
+    if not torch.is_grad_enabled():
+        tensors = tuple(None if tensor is None else tensor.detach() for tensor in tensors)
+    loss, found = Distillation.apply(*tensors, call)
+    return DistillationOutput(loss, unpack(found).reshape(shape))
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The other head: hidden states (N, H_teacher), weight (V, H_teacher), what follows its product, operands' type."""
+
+    input: Tensor
+    weight: Tensor
+    head: Head
+    compute: torch.dtype
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """What is made of a student's row: the call's objective."""
+
+    kind: str
+    beta: float
+    teacher: Teacher
+
+
+class Distillation(OnePass):
+    """(loss, divergence (n,)) with the gradients of the loss to the student's x, W and b made on the way."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, call: Call):
+        rows, objective, row_ops = call.rows, call.objective, _rows(call.plan.backend)
+        teacher, found = objective.teacher, []
+        with _plain_matmul(input):
+            products = HeadProducts(weight[: call.vocab], call.compute)
+            teacher_products = HeadProducts(teacher.weight, teacher.compute)
+            gradients = Gradients((input, weight, bias), ctx.needs_input_grad, products, rows, call)
+            buffer, teacher_buffer = call.logits_buffer(products), call.logits_buffer(teacher_products)
+            scale = _fp16_scale(rows.weight) if call.compute == torch.float16 else None
+            token_weight = rows.weight if scale is None else rows.weight * scale
+            for chunk in _chunks(call):
+                x = products.operand(rows.hidden(input, chunk))
+                teacher_x = teacher_products.operand(rows.hidden(teacher.input, chunk))
+                active = any(ctx.needs_input_grad) and chunk.start < rows.active
+                divergence, dlogits = row_ops.divergence(
+                    products.logits(x, buffer[: len(x)]),
+                    teacher_products.logits(teacher_x, teacher_buffer[: len(x)]),
+                    token_weight[chunk],
+                    objective.kind,
+                    objective.beta,
+                    call.head,
+                    teacher.head,
+                    call.plan.block_rows,
+                    products.compute if active else None,
+                )
+                if active:
+                    gradients.add(dlogits, x, chunk)
+                found.append(divergence)
+        ctx.gradients = gradients.finish(rounded=scale is None)
+        ctx.scale, ctx.dtypes, ctx.given = scale, gradients.dtypes, False
+        found = torch.cat(found) if found else torch.empty_like(rows.weight)
+        ctx.mark_non_differentiable(found)
+        return weighted_sum(found, rows.weight), found
+
+
+def _rows(name: str) -> ModuleType:
+    backend(name)  # for its message where Triton is missing
+    return importlib.import_module(f".rows.{name}_distillation", __package__)
+
+
+def _head(bias: Tensor | None, softcap: float | None, temperature: float, vocab: int, dtype: torch.dtype) -> Head:
+    bias = None if bias is None else aligned(bias.detach()[:vocab], dtype)
+    return Head(bias, None if softcap is None else float(softcap), float(temperature))
+
+
+def _vocabulary(linear_weight: Tensor, teacher_weight: Tensor, vocab_size: int | None) -> int:
+    students, teachers = len(linear_weight), len(teacher_weight)
+    if vocab_size is None and students != teachers:
+        raise ValueError(
+            f"linear_weight has {students} rows and teacher_weight {teachers}: heads of one vocabulary with different "
+            "padding need vocab_size=, the entries that both have"
+        )
+    return checks.vocabulary(linear_weight if students <= teachers else teacher_weight, vocab_size)
+
+
+def _per_token(name: str, value: Any, input: Tensor) -> Tensor:
+    """mask or token_weight, (N,) and detached."""
+    checks.tensor(name, value)
+    if value.shape != input.shape[:-1]:
+        raise ValueError(
+            f"{name} must be shaped like input without its last dimension, {tuple(input.shape[:-1])}, "
+            f"found {tuple(value.shape)}"
+        )
+    if value.device != input.device:
+        raise ValueError(f"{name} is on {value.device} but input is on {input.device}: move it there")
+    return value.detach().reshape(-1).contiguous()
+
+
+def _check(
+    input: Tensor, teacher_input: Tensor, dtype: torch.dtype, teacher_dtype: torch.dtype, divergence: Any, beta: Any
+) -> None:
+    if teacher_input.shape[:-1] != input.shape[:-1]:
+        raise ValueError(
+            f"teacher_input must hold the tokens of input, {tuple(input.shape[:-1])}, "
+            f"found {tuple(teacher_input.shape[:-1])}"
+        )
+    if teacher_input.device != input.device:
+        raise ValueError(f"teacher_input is on {teacher_input.device} but input is on {input.device}: move it there")
+    if teacher_dtype != dtype:
+        raise TypeError(f"input is {input.dtype} and teacher_input {teacher_input.dtype}: cast one, fp64 is for both")
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence must be one of {', '.join(map(repr, DIVERGENCES))}, found {divergence!r}")
+    if not 0 < beta < 1:
+        raise ValueError(
+            f"beta must lie between 0 and 1, found {beta!r}: where other libraries take 0 or 1, use "
+            "divergence='forward_kl' or 'reverse_kl'"
+        )

@@ -1,0 +1,81 @@
+"""The divergence of two rows of logits, and its gradient, in PyTorch: any device, any floating type."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..head import Head
+from .torch_rows import _blocks, _shifted_
+
+
+def divergence(
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor,
+    kind: str,
+    beta: float,
+    head: Head,
+    teacher_head: Head,
+    block_rows: int,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None]:
+    """(divergence (n,), ∂(Σ weight·divergence)/∂(raw student logits) (n, V) as `dtype`; without one, None).
+
+    Both raw logits (n, V) are destroyed; the gradient is written over the student's.
+    """
+    found = []
+    for rows, scratch in _blocks(student, block_rows):
+        ds, _, cap_slope = _shifted_(student[rows], head, with_slope=dtype is not None)
+        dt, _, _ = _shifted_(teacher[rows], teacher_head)
+        value, dz = _KINDS[kind](ds, dt, torch.exp(ds, out=scratch), dt.exp(), beta)
+        found.append(value)
+        if dtype is not None:
+            silent = weight[rows] == 0  # whatever the derivative is, infinite or not
+            dz.mul_((weight[rows] / head.temperature)[:, None]).masked_fill_(silent[:, None], 0)
+            if cap_slope is not None:
+                dz.mul_(cap_slope)
+            student[rows] = dz
+    return torch.cat(found), None if dtype is None else student.to(dtype)
+
+
+# Each: (divergence (b,), ∂divergence/∂z (b, V)) from d = z − max z and e = e^d of the student and of the teacher.
+
+
+def _forward_kl(ds: Tensor, dt: Tensor, es: Tensor, et: Tensor, _: float) -> tuple[Tensor, Tensor]:
+    s, t = es.sum(-1), et.sum(-1)
+    value = _sum(et, dt.sub_(ds)) / t + (s / t).log()
+    return value, es.div_(s[:, None]).sub_(et.div_(t[:, None]))
+
+
+def _reverse_kl(ds: Tensor, dt: Tensor, es: Tensor, et: Tensor, _: float) -> tuple[Tensor, Tensor]:
+    """Of v = log p − log q, up to a constant, the gradient is p (v − Σ p v): the mean is taken twice, the second time
+    of what the first has left over, since its rounding error would be in every column, most of all in a peaked one."""
+    s, t = es.sum(-1), et.sum(-1)
+    v = ds.sub_(dt)
+    mean = _sum(es, v) / s
+    rest = _sum(es, v.sub_(mean[:, None])) / s
+    value = torch.where(mean.isinf(), mean, mean + rest) - (s / t).log()
+    return value, v.sub_(rest[:, None]).mul_(es).div_(s[:, None])
+
+
+def _jensen_shannon(ds: Tensor, dt: Tensor, es: Tensor, et: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """With M = (1 − β) p + β q: every ratio to it is bounded, so its logarithm needs no logits."""
+    p, q = es.div_(es.sum(-1, keepdim=True)), et.div_(et.sum(-1, keepdim=True))
+    mixture = torch.mul(p, 1 - beta, out=ds).add_(q, alpha=beta).clamp_(min=torch.finfo(p.dtype).tiny)
+    of_teacher = torch.div(q, mixture, out=dt).log_()
+    of_student = torch.div(p, mixture, out=mixture).log_()
+    student, teacher = _sum(p, of_student), _sum(q, of_teacher)
+    return (1 - beta) * student + beta * teacher, of_student.sub_(student[:, None]).mul_(p).mul_(1 - beta)
+
+
+_KINDS = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jensen_shannon": _jensen_shannon}
+
+
+def _sum(p: Tensor, values: Tensor) -> Tensor:
+    """Σ_v p_v values_v (b,), where p = 0 silences any value: such values are replaced by 0 if that matters."""
+    found = torch.linalg.vecdot(p, values)
+    # 0 · ∞ is rare, and on a CPU cheaper to find than to forestall
+    if p.device.type != "cpu" or found.isnan().any():
+        found = torch.linalg.vecdot(p, values.masked_fill_(p == 0, 0))
+    return found

@@ -1,0 +1,167 @@
+"""The divergence of two rows of logits, and its gradient, in Triton: one program per token.
+
+A program reads both rows twice, or three times where the gradient needs the divergence first (all but the forward KL),
+and writes the gradient over the student's row as the loss kernels do: see triton_rows.py, also for how rows lie.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..head import Head
+from .triton_rows import _device_of, _logits, _order, _over, _temperature
+
+# Columns per loop step: two rows of them are in registers, so half of what a kernel of one row takes.
+MAX_BLOCK = 4096
+ELEMENTS_PER_WARP = 512
+
+
+# ---------------------------------------------------------------------------------------------------- device code
+
+
+@triton.jit
+def _grown(m, s, z):
+    """Online over blocks: a row's maximum so far and Σ e^{z − maximum}, with one more block of z."""
+    top = tl.maximum(m, tl.max(z, 0))
+    finite_top = tl.where(top == -float("inf"), 0.0, top)  # −inf − (−inf) is not a number
+    scale = tl.where(m == -float("inf"), 0.0, tl.exp(m - finite_top))
+    return top, scale * s + tl.sum(tl.exp(z - finite_top), 0)
+
+
+@triton.jit
+def _compared(zs, zt, ms, mt, ss, st, guess, beta, KIND: tl.constexpr):
+    """Of some columns: (p, the divergence's terms, v) for the gradient p (v − Σ p v).
+
+    Jensen–Shannon: the ratios to the mixture are bounded, so their logarithms need no logits.
+    Forward KL: the gradient is p − q, and v is q.
+    Reverse KL: v is log p − log q less a guess of its mean, whose rounding error would be in every column, most of all
+    in a peaked one. So are the terms; and p and the terms are still to be divided by `ss`.
+    """
+    ds, dt = zs - ms, zt - mt
+    p, q = tl.exp(ds), tl.exp(dt) / st
+    if KIND == "reverse_kl":
+        v = tl.where(p == 0, 0.0, ds - dt - guess)
+        terms = p * v
+    elif KIND == "forward_kl":
+        p = p / ss
+        v = q
+        terms = tl.where(q == 0, 0.0, q * (dt - ds + tl.log(ss / st)))
+    else:
+        p = p / ss
+        mixture = tl.maximum((1 - beta) * p + beta * q, 1.1754944e-38)
+        v = tl.where(p == 0, 0.0, (1 - beta) * tl.log(p / mixture))
+        terms = p * v + tl.where(q == 0, 0.0, beta * q * tl.log(q / mixture))
+    return p, terms, v
+
+
+@triton.jit
+def _distillation_kernel(
+    student_ptr, teacher_ptr,  # (n, stride) fp32 each
+    dlogits_ptr,  # (n, dstride), the student's memory; None: the divergences alone
+    weight_ptr,  # (n,) fp32 token weights
+    bias_ptr, teacher_bias_ptr,  # (V,) fp32 or None
+    out_ptr,  # (n,) fp32
+    vocab, stride, dstride, softcap, temperature, teacher_softcap, teacher_temperature, beta,
+    KIND: tl.constexpr, ORDER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # row · stride passes 2³¹
+    student_ptr += row * stride
+    teacher_ptr += row * stride
+    weight = tl.load(weight_ptr + row)
+    zero = weight * 0.0
+    ms, mt, ss, st = zero - float("inf"), zero - float("inf"), zero, zero
+    guess = zero  # reverse KL: Σ e^{zs − ms} ((zs − ms) − (zt − mt)) so far
+    for start in range(0, vocab, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        zs, _ = _logits(student_ptr, bias_ptr, columns, vocab, stride, softcap, temperature)
+        zt, _ = _logits(teacher_ptr, teacher_bias_ptr, columns, vocab, stride, teacher_softcap, teacher_temperature)
+        top_s, grown_s = _grown(ms, ss, zs)
+        top_t, st = _grown(mt, st, zt)
+        if KIND == "reverse_kl":
+            d = zs - top_s
+            guess = tl.exp(ms - top_s) * (guess + ss * ((ms - top_s) - (mt - top_t)))
+            guess = tl.where(tl.abs(guess) < float("inf"), guess, 0.0)  # no maximum yet, or nothing to guess at
+            guess += tl.sum(tl.where(tl.exp(d) == 0, 0.0, tl.exp(d) * (d - (zt - top_t))), 0)
+        ms, mt, ss = top_s, top_t, grown_s
+    guess = tl.where(tl.abs(guess) < float("inf"), guess / ss, 0.0)
+
+    value, mean = zero, zero
+    if KIND != "forward_kl" or dlogits_ptr is None:  # else the next loop does it
+        for start in range(0, vocab, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            zs, _ = _logits(student_ptr, bias_ptr, columns, vocab, stride, softcap, temperature)
+            zt, _ = _logits(teacher_ptr, teacher_bias_ptr, columns, vocab, stride, teacher_softcap, teacher_temperature)
+            p, terms, v = _compared(zs, zt, ms, mt, ss, st, guess, beta, KIND)
+            value += tl.sum(terms, 0)
+            if KIND == "jensen_shannon":
+                mean += tl.sum(p * v, 0)
+    scale = weight
+    if KIND == "reverse_kl":
+        mean = value / ss
+        value = mean + guess - tl.log(ss / st)
+        scale = weight / ss
+
+    if dlogits_ptr is not None:
+        dlogits_ptr += row * dstride
+        for start in range(0, vocab, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            zs, level = _logits(student_ptr, bias_ptr, columns, vocab, stride, softcap, temperature)
+            zt, _ = _logits(teacher_ptr, teacher_bias_ptr, columns, vocab, stride, teacher_softcap, teacher_temperature)
+            p, terms, v = _compared(zs, zt, ms, mt, ss, st, guess, beta, KIND)
+            if KIND == "forward_kl":
+                value += tl.sum(terms, 0)
+                dz = p - v
+            else:
+                dz = p * (v - mean)
+            dz = tl.where(weight == 0, 0.0, scale * dz)  # whatever the derivative is, infinite or not
+            if temperature is not None:
+                dz = tl.div_rn(dz, temperature)
+            if softcap is not None:
+                dz = dz * (1 - level * level)
+            dz = tl.where(columns < vocab, dz, 0.0)
+            written = columns < stride
+            if ORDER == "barrier":  # a narrow gradient lands on bytes of this block: see triton_rows.py
+                tl.debug_barrier()
+            if ORDER == "reduction":
+                written &= tl.max(p, 0) != -1.0
+            tl.store(dlogits_ptr + columns, dz.to(dlogits_ptr.dtype.element_ty), mask=written)
+    tl.store(out_ptr + row, value)
+
+
+# --------------------------------------------------------------------------------------------------------- launch
+
+
+def divergence(
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor,
+    kind: str,
+    beta: float,
+    head: Head,
+    teacher_head: Head,
+    block_rows: int,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None]:
+    """(divergence (n,), ∂(Σ weight·divergence)/∂(raw student logits) (n, V) as `dtype`; without one, None).
+
+    Both raw logits (n, V) are fp32 with padded rows of one stride; the gradient is written over the student's.
+    """
+    n, vocab = student.shape
+    out = student.new_empty(n)
+    dlogits = None if dtype is None else _over(student, dtype)
+    with _device_of(student):
+        _distillation_kernel[(n,)](
+            student, teacher, dlogits, weight, head.bias, teacher_head.bias, out, vocab, student.stride(0),
+            0 if dlogits is None else dlogits.stride(0), head.softcap, _temperature(head), teacher_head.softcap,
+            _temperature(teacher_head), float(beta), kind, "none" if dlogits is None else _order(student, dlogits),
+            **launch(vocab),
+        )  # fmt: skip
+    return out, dlogits
+
+
+def launch(vocab: int) -> dict[str, int]:
+    block = min(triton.next_power_of_2(vocab), MAX_BLOCK)
+    return {"BLOCK": block, "num_warps": max(1, min(block // ELEMENTS_PER_WARP, 16))}
