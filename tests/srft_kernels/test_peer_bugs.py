@@ -212,3 +212,40 @@ def test_target_out_of_range(backend, bad):
     )
     assert loss.isnan().tolist() == [False, True, False]
     assert gradient.isnan().any(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_offsets_past_2_to_the_31(backend):
+    """Liger#1248, FLA#1080: row · stride in 32 bits wrapped around, and what was read there was finite and wrong.
+
+    Three rows 2³⁰ numbers apart, in memory that is reserved and never touched but for them.
+    """
+    torch.utils.deterministic.fill_uninitialized_memory = False  # 8.6 GB of address space, a few pages of memory
+    vocab, stride = 20, 2**30
+    wide = torch.empty(2 * stride + 32).as_strided((3, vocab), (stride, 1))
+    logits, target = torch.randn(3, vocab), torch.tensor([3, 0, 19])
+    expected = logits.double().log_softmax(-1)
+    arguments = sk.Tokens(target), torch.ones(3), sk.sft(), Head(), 2, torch.float32
+    wide.copy_(logits)
+    stats, _ = row_backend(backend).statistics(wide.clone() if backend == "torch" else wide, target, Head(), 2)
+    torch.testing.assert_close(stats.logprobs.double(), expected.gather(1, target[:, None])[:, 0])
+    stats, loss, gradient = row_backend(backend).loss_and_gradient(wide, *arguments)
+    torch.testing.assert_close(loss.double(), -expected.gather(1, target[:, None])[:, 0])
+    torch.testing.assert_close(gradient.double(), expected.exp() - torch.nn.functional.one_hot(target, vocab))
+
+
+@pytest.mark.slow
+def test_more_than_2_to_the_31_logits():
+    """The same for real: 16,512 tokens by 131,072 entries, every one of their logits made and read, in chunks."""
+    tokens, vocab = 16_512, 131_072
+    assert tokens * vocab > 2**31
+    x = torch.randn(tokens, 1, requires_grad=True)
+    w, y = torch.randn(vocab, 1), torch.randint(vocab, (tokens,))
+    out = sk.linear_loss(x, w, y, sk.sft())
+    dx = torch.autograd.grad(out.loss, x)[0]
+    last = slice(tokens - 8, tokens)
+    exact = x.detach()[last].double().requires_grad_()
+    logp = (exact @ w.double().t()).log_softmax(-1).gather(1, y[last, None])[:, 0]
+    torch.testing.assert_close(out.logprobs[last].double(), logp.detach(), rtol=1e-5, atol=1e-5)
+    expected = torch.autograd.grad(-logp.sum() / tokens, exact)[0]
+    torch.testing.assert_close(dx[last].double(), expected, rtol=1e-4, atol=1e-9)

@@ -1,0 +1,294 @@
+"""Random small calls of the loss head against fp64, for as long as you like.
+
+    python -m tests.fuzz --minutes 5 [--seed N]       cases N, N + 1, … (N: by the clock); exit status 1 at a failure
+    python -m tests.fuzz --seed N --cases 1           case N again
+
+A case is one call with all its gradients, drawn from its number alone: function, shapes, types, options, plan, and rows
+that are random, peaked, flat, tied, huge, partly −inf (tests/srft_kernels/cases.py). Uninitialised memory is NaN.
+
+The rule is the tests': an error against fp64 of at most twice eager PyTorch's, and a few roundings. On a handful of
+numbers eager may be right by luck, so the roundings are of the largest terms that were summed, not of what their sum
+left over; and where the rule is broken eager gets more chances, the same problem with its vocabulary in other orders.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import srft_kernels as sk
+
+from .srft_kernels import cases
+from .srft_kernels.test_distillation import formula
+
+ORDERS = 12
+Values = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    seed: int
+    call: str
+    problem: cases.Problem
+    plan: sk.Plan | None
+    options: dict[str, Any]  # of the call
+    columns: dict[str, Tensor]  # annotations and upstream gradients, one number per token
+
+    def __str__(self) -> str:
+        p = self.problem
+        shape = f"N={len(p.target)} H={p.input.shape[1]} V={len(p.weight)}"
+        options = {k: v for k, v in self.options.items() if not isinstance(v, (Tensor, cases.Problem))}
+        return f"{self.call} {shape} {p.input.dtype} {p.head} {options} {self.plan}"
+
+
+def everything(stats: sk.TokenStats, tokens: sk.Tokens) -> Tensor:
+    return tokens.g * stats.logprobs + tokens.h * stats.entropy + tokens.k * stats.logsumexp
+
+
+# Smooth in the statistics: where a formula jumps (a clipped ratio) fp32 and fp64 may stand on different sides.
+OBJECTIVES = {
+    "everything": everything,
+    "z_loss": sk.CrossEntropy(z_loss=1e-3),
+    "dft": sk.dft(),
+    "reinforce": sk.PolicyGradient(surrogate="reinforce", entropy_coef=0.1),
+    "luffy": sk.luffy(),
+    "srft_hpt": replace(sk.srft_paper(), entropy_coef=0.01),
+}
+
+
+def draw(seed: int, rng: random.Random | None = None) -> Case:
+    """The case of a number, or of somebody else's choices with the numbers of that number."""
+    rng = rng or random.Random(seed)
+    dtype = rng.choices([torch.float32, torch.bfloat16, torch.float16], [8, 2, 1])[0]
+    kinds = cases.FP16_KINDS if dtype == torch.float16 else list(cases.KINDS)
+    tokens, hidden = rng.choice([1, 2, 3, 5, 8]), rng.choice([1, 2, 3, 8, 16])
+    vocab = rng.choice([1, 2, 3, 7, 16, 17, 33, 130])
+    size = {"tokens": tokens, "hidden": hidden, "vocab": vocab, "dtype": dtype}
+    kind = rng.choice(kinds)
+    problem = cases.problem(kind, **size, ignored=rng.choice([0, 0, 0.3, 0.9, 1]), seed=seed)
+    if rng.random() < 0.3:
+        problem = replace(problem, head={**problem.head, "temperature": rng.choice([0.25, 0.7, 1.3, 4.0])})
+    plan = None
+    if rng.random() < 0.8:
+        chunk = rng.choice([1, 2, 3, 8])
+        plan = sk.Plan(chunk_rows=chunk, block_rows=rng.randint(1, chunk), batch_invariant=rng.random() < 0.1)
+    generator = torch.Generator().manual_seed(seed)
+    column = lambda: cases.grid(tokens, generator=generator) * 2  # noqa: E731
+    columns = {name: column() for name in ("g", "h", "k", "token_weight", "advantages", "rewards")}
+    columns["is_demo"] = column() > 0
+    call = rng.choice(["loss", "loss", "logprobs", "cross_entropy", "distillation"])
+    options: dict[str, Any] = {}
+    if call == "loss":
+        options = {"objective": rng.choice(list(OBJECTIVES)), "weighted": rng.random() < 0.5}
+        plan = plan and replace(plan, passes=rng.choice([None, 1, 2]))
+    elif call == "cross_entropy":
+        options = {"reduction": rng.choice(["mean", "sum", "none"]), "z_loss": rng.choice([0.0, 1e-3])}
+        if kind != "banned":
+            options["label_smoothing"] = rng.choice([0.0, 0.1, 1.0])
+        if rng.random() < 0.3:
+            entries = problem.head.get("vocab_size", vocab)
+            options["weight"] = cases.grid(entries, generator=generator).abs() + 0.125
+    elif call == "distillation":
+        kind = rng.choice([kind for kind in kinds if kind not in ("banned", "padded", "everything")])
+        teacher = cases.problem(kind, **{**size, "hidden": rng.choice([1, 4])}, seed=seed + 1)
+        options = {
+            "divergence": rng.choice(["forward_kl", "reverse_kl", "jensen_shannon"]),
+            "beta": rng.choice([0.1, 0.5, 0.75]),
+            "teacher": teacher,
+        }
+    return Case(seed, call, problem, plan, options, columns)
+
+
+def fused(case: Case) -> Values:
+    """The outputs of live tokens and the gradients, by the package."""
+    p, columns, options = case.problem, case.columns, dict(case.options)
+    leaves = p.leaves()
+    common = {"linear_bias": leaves[2] if len(leaves) == 3 else None, "plan": case.plan}
+    stats = None
+    if case.call == "logprobs":
+        stats = sk.linear_logprobs(*leaves[:2], p.target, **common, **p.head)
+        loss = everything(stats, sk.Tokens(p.target, **columns)).sum()
+    elif case.call == "loss":
+        weight = columns["token_weight"] if options["weighted"] else None
+        given = {name: column for name, column in columns.items() if name != "token_weight"}
+        out = sk.linear_loss(*leaves[:2], p.target, OBJECTIVES[options["objective"]], token_weight=weight, **common,
+                             **p.head, **given)  # fmt: skip
+        stats, loss = sk.TokenStats(out.logprobs, out.entropy, out.entropy), out.loss
+    elif case.call == "cross_entropy":
+        loss = sk.linear_cross_entropy(*leaves[:2], p.target, **common, **p.head, **options)
+        loss = (loss * columns["g"]).sum() if options["reduction"] == "none" else loss
+    else:
+        teacher = options.pop("teacher")
+        out = sk.linear_distillation(
+            *leaves[:2], teacher.input, teacher.weight, teacher_bias=teacher.bias, mask=p.live,
+            teacher_temperature=teacher.head.get("temperature", 1.0), teacher_softcap=teacher.head.get("softcap"),
+            **common, **p.head, **options,
+        )  # fmt: skip
+        return _values({"divergence": out.divergence[p.live]}, out.loss, leaves)
+    named = {} if stats is None else dict(zip(("logprobs", "entropy", "logsumexp"), stats.fields()))
+    if case.call == "loss":
+        del named["logsumexp"]
+    return _values({name: field[p.live] for name, field in named.items()}, loss, leaves)
+
+
+def full(
+    case: Case,
+    dtype: torch.dtype | None,
+    softmax: torch.dtype,
+    order: Tensor | None = None,
+    terms: Values | None = None,
+) -> Values:
+    """The same with full logits and autograd.
+
+    order   that of the vocabulary inside
+    terms   filled with the size of the terms that each result is the sum of
+    """
+    p, options, live = case.problem, case.options, case.problem.live
+    size = p.head.get("vocab_size", len(p.weight))
+    order = torch.arange(size) if order is None else order
+    leaves = p.leaves(dtype)
+    target = order.argsort()[p.target[live]]
+    z = logits(p, leaves, order, softmax)[live]
+    columns = {name: c[live].to(softmax) if c.is_floating_point() else c[live] for name, c in case.columns.items()}
+    count = max(int(live.sum()), 1)
+    if case.call == "distillation":
+        teacher = options["teacher"]
+        with torch.no_grad():
+            other = logits(teacher, teacher.leaves(dtype), order, softmax)[live]
+        log_p, log_q = z.log_softmax(-1), other.log_softmax(-1)
+        found = formula(options["divergence"], options["beta"], log_p, log_q)
+        if terms is not None:
+            ratio = (log_p - log_q).detach().nan_to_num(0, 0, 0).abs()
+            weight = log_p.exp() if options["divergence"] == "reverse_kl" else log_q.exp()
+            each = (weight.detach() * ratio).sum(-1)
+            terms |= {"divergence": each.amax(), "loss": each.mean(), **_sums((1 + each) / count, leaves, p, live)}
+        return _values({"divergence": found}, found.sum() / count, leaves)
+    stats = sk.reference.token_stats(z, target)
+    loss = smooth = 0
+    if case.call == "cross_entropy":
+        weight, smoothing = options.get("weight"), options.get("label_smoothing", 0.0)
+        loss = F.cross_entropy(z, target, None if weight is None else weight[order].to(softmax),
+                               reduction=options["reduction"], label_smoothing=smoothing)  # fmt: skip
+        share = columns["g"] if options["reduction"] == "none" else torch.ones_like(columns["g"])
+        if options["reduction"] == "mean":
+            share = share / (count if weight is None else weight[order][target].sum())
+        smooth = 2 * share.abs()  # of −ℓ and the smoothing, with class weights up to 9/8
+        if options["reduction"] == "none":
+            loss = (loss * share).sum()
+        loss = loss + (options["z_loss"] * stats.logsumexp.square() * share).sum()
+    elif case.call == "logprobs":
+        loss = everything(stats, sk.Tokens(target, **columns)).sum()
+    else:
+        each = OBJECTIVES[options["objective"]](stats, sk.Tokens(target, **columns))
+        loss = (each * columns["token_weight"]).sum() if options["weighted"] else each.sum() / count
+    named = {"logprobs": stats.logprobs, "entropy": stats.entropy, "logsumexp": stats.logsumexp}
+    if terms is not None:
+        coefs = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
+        g, h, k = (torch.zeros_like(stats.logprobs) if c is None else c.abs() for c in coefs)
+        size_of = lambda field: field.detach().nan_to_num(0, 0, 0).abs()  # noqa: E731
+        each = g * size_of(stats.logprobs) + h * size_of(stats.entropy) + k * size_of(stats.logsumexp)
+        terms |= {"loss": each.sum(), **_sums(g + h * (1 + size_of(stats.logprobs)) + k + smooth, leaves, p, live)}
+    shown = {"logprobs": named, "loss": {n: named[n] for n in ("logprobs", "entropy")}, "cross_entropy": {}}
+    return _values(shown[case.call], loss, leaves)
+
+
+def _sums(size: Tensor, leaves: list[Tensor], p: cases.Problem, live: Tensor) -> Values:
+    """Sizes of the sums behind dx, dW and db, where each token's logits have a gradient of some size (n,)."""
+    size = size / p.head.get("temperature", 1.0)
+    x, w = (leaf.detach().nan_to_num(0, 0, 0).abs() for leaf in leaves[:2])
+    lanes = 16  # equal terms round the same way, each time that one is added
+    return {
+        "dx": size.max() * w.max() * (1 + len(w) / lanes),
+        "dW": (size[:, None] * x[live]).sum(0).max(),
+        "db": size.sum(),
+    }
+
+
+def logits(p: cases.Problem, leaves: list[Tensor], order: Tensor, softmax: torch.dtype) -> Tensor:
+    z = F.linear(leaves[0], leaves[1][order], leaves[2][order] if len(leaves) == 3 else None).to(softmax)
+    if cap := p.head.get("softcap"):
+        z = cap * torch.tanh(z / cap)
+    return z / p.head.get("temperature", 1.0)
+
+
+def _values(named: Values, loss: Tensor, leaves: list[Tensor]) -> Values:
+    grads = dict(zip(("dx", "dW", "db"), torch.autograd.grad(loss, leaves)))
+    return {name: value.detach() for name, value in {**named, "loss": loss, **grads}.items()}
+
+
+def failure(case: Case, run: Callable[[Case], Values] = fused) -> str | None:
+    """What is wrong with the case; None: nothing."""
+    found = run(case)
+    if not case.problem.live.any():  # where PyTorch has NaN
+        wrong = [name for name, value in found.items() if (value != 0).any()]
+        return f"{wrong} of no live token are not 0" if wrong else None
+    terms: Values = {}
+    truth = full(case, torch.float64, torch.float64, terms=terms)
+    errors = _errors(full(case, None, torch.float32), truth)
+    if not (broken := _broken(found, truth, errors, terms)):
+        return None
+    generator = torch.Generator().manual_seed(case.seed)
+    size = case.problem.head.get("vocab_size", len(case.problem.weight))
+    for _ in range(ORDERS):
+        more = _errors(full(case, None, torch.float32, torch.randperm(size, generator=generator)), truth)
+        errors = {name: max(error, more[name]) for name, error in errors.items()}
+        if not (broken := _broken(found, truth, errors, terms)):
+            return None
+    return broken
+
+
+def _errors(values: Values, truth: Values) -> dict[str, float]:
+    return {name: float(cases.error(values[name], truth[name])) for name in truth}
+
+
+def _broken(found: Values, truth: Values, eager: dict[str, float], terms: Values) -> str | None:
+    for name, error in _errors(found, truth).items():
+        finite = truth[name][truth[name].isfinite()]
+        magnitude = max(float(finite.abs().amax()) if finite.numel() else 0.0, float(terms.get(name, 0.0)))
+        allowed = 2 * eager[name] + cases.ULPS * torch.finfo(found[name].dtype).eps * magnitude
+        if not error <= allowed:
+            return f"{name} is off by {error:.3g}, allowed {allowed:.3g} (eager {eager[name]:.3g}, of {magnitude:.3g})"
+    return None
+
+
+def poison() -> None:
+    """Uninitialised memory is NaN from here on."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--seed", type=int, default=int(time.time()) * 1000, help="number of the first case")
+    parser.add_argument("--cases", type=int, default=None, help="stop after so many")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    poison()
+    print(f"seed {arguments.seed}", flush=True)
+    start = told = time.monotonic()
+    done = 0
+    while (elapsed := time.monotonic() - start) < 60 * arguments.minutes and done != arguments.cases:
+        case = draw(arguments.seed + done)
+        if message := failure(case):
+            print(f"FAILED: {message}\n  {case}\n  python -m tests.fuzz --seed {case.seed} --cases 1")
+            return 1
+        done += 1
+        if time.monotonic() - told > 10:
+            told = time.monotonic()
+            print(f"{done} cases, {done / elapsed:.0f}/s", flush=True)
+    print(f"{done} cases passed in {elapsed:.0f} s, {done / max(elapsed, 1e-9):.0f}/s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
