@@ -23,11 +23,18 @@ from . import Normalizer
 FLOOR = -1e30
 
 
-def statistics(logits: Tensor, target: Tensor, head: Head, block_rows: int) -> tuple[TokenStats, Normalizer]:
-    """Statistics of the tokens whose raw logits (n, V) these are. `target` (n,) lies in [0, V)."""
+def statistics(
+    logits: Tensor, target: Tensor, head: Head, block_rows: int, keep: bool = False
+) -> tuple[TokenStats, Normalizer]:
+    """Statistics of the tokens whose raw logits (n, V) these are. `target` (n,) lies in [0, V).
+
+    `keep`: leave the logits as they are, at the price of one more block.
+    """
     stats, normalizers = [], []
+    spare = logits.new_empty(min(block_rows, len(logits)), logits.shape[1]) if keep else None
     for rows, exp in _blocks(logits, block_rows):
-        d, shift, _ = _shifted_(logits[rows], head)
+        a = logits[rows] if spare is None else spare[: len(exp)].copy_(logits[rows])
+        d, shift, _ = _shifted_(a, head)
         block_stats, total, mean = _statistics(d, exp, shift, target[rows], head)
         stats.append(block_stats)
         normalizers.append(Normalizer(shift[:, 0], total.log(), mean))

@@ -238,8 +238,13 @@ def _scale_kernel(x_ptr, factor_ptr, count, BLOCK: tl.constexpr):
 # ------------------------------------------------------------------------------------------------------- launches
 
 
-def statistics(logits: Tensor, target: Tensor, head: Head, block_rows: int) -> tuple[TokenStats, Normalizer]:
-    """Statistics of the tokens whose raw logits (n, V) these are, fp32, rows padded (see Call.logits_buffer)."""
+def statistics(
+    logits: Tensor, target: Tensor, head: Head, block_rows: int, keep: bool = True
+) -> tuple[TokenStats, Normalizer]:
+    """Statistics of the tokens whose raw logits (n, V) these are, fp32, rows padded (see Call.logits_buffer).
+
+    The logits stay as they are, whatever `keep` says.
+    """
     n, vocab = logits.shape
     out = logits.new_empty(7, n)
     grid, options = _launch("statistics", logits)
