@@ -19,7 +19,7 @@ import torch
 from .cases import Case
 from .environment import ROOT, environment
 from .inputs import Unavailable
-from .measure import EVERYONE, CaseFailed, Limits, Row, everyone, kind_of, measure, release
+from .measure import EVERYONE, OURS_ALONE, CaseFailed, Limits, Row, everyone, kind_of, measure, release
 from .providers import Provider
 from .record import Record, finite
 from .step import LOSSES, every_case, measure_step
@@ -172,7 +172,7 @@ def pytest_generate_tests(metafunc):
 def names_of(case: Case, names: list[str]) -> list[str]:
     if case.group == "training step":
         return list(LOSSES)
-    return names[:2] if case.ours else names
+    return [name for name in names if name in OURS_ALONE] if case.ours else names
 
 
 def pytest_benchmark_generate_machine_info(config):

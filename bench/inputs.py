@@ -27,12 +27,13 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Inputs:
-    """x (N, H), W (V, H), target (N,) with ignored tokens, annotations (N,) by name."""
+    """x (N, H), W (V, H), target (N,) with ignored tokens, annotations (N,) by name; how many are live, on the host."""
 
     input: Tensor
     weight: Tensor
     target: Tensor
     columns: dict[str, Tensor]
+    live_tokens: int | None = None
 
     @property
     def live(self) -> Tensor:
@@ -50,7 +51,7 @@ class Inputs:
     def of(self, tokens: Tensor) -> Inputs:
         """These tokens (n,) alone."""
         columns = {name: column[tokens] for name, column in self.columns.items()}
-        return replace(self, input=self.input[tokens], target=self.target[tokens], columns=columns)
+        return replace(self, input=self.input[tokens], target=self.target[tokens], columns=columns, live_tokens=None)
 
     @property
     def bytes(self) -> int:
@@ -74,7 +75,8 @@ def make(case: Case, device: str, dtype: torch.dtype) -> Inputs:
         "rewards": (advantages > 0).float(),
         "is_demo": torch.rand(count, generator=generator, device=device) < 0.3,
     }
-    return Inputs(x, weight, target, {k: v[sequence_ids] for k, v in columns.items()} | {"sequence_ids": sequence_ids})
+    columns = {k: v[sequence_ids] for k, v in columns.items()} | {"sequence_ids": sequence_ids}
+    return Inputs(x, weight, target, columns, case.live_tokens)
 
 
 def random(shape: Shape, device: str, dtype: torch.dtype, generator: torch.Generator):

@@ -91,19 +91,34 @@ def spread(values: Tensor, live: Tensor) -> Tensor:
     return torch.zeros(len(live), dtype=values.dtype, device=values.device).masked_scatter(live, values)
 
 
+def our_loss(inputs: Inputs, task: Task, plan: sk.Plan | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    out = sk.linear_loss(
+        inputs.input, inputs.weight, inputs.target, task.objective,
+        live_tokens=inputs.live_tokens, plan=plan, **inputs.columns,
+    )  # fmt: skip
+    return out.loss, out.logprobs, out.entropy
+
+
 def ours(device: str) -> Abilities:
-    def loss(inputs: Inputs, task: Task):
-        out = sk.linear_loss(inputs.input, inputs.weight, inputs.target, task.objective, **inputs.columns)
-        return out.loss, out.logprobs, out.entropy
 
     def statistics(x: Tensor, weight: Tensor, target: Tensor):
         stats = sk.linear_logprobs(x, weight, target)
         return stats.logprobs, stats.entropy
 
-    return Abilities({name: loss for name, task in TASKS.items() if task.objective is not None}, statistics)
+    return Abilities({name: our_loss for name, task in TASKS.items() if task.objective is not None}, statistics)
+
+
+def filtered(device: str) -> Abilities:
+    def loss(inputs: Inputs, task: Task):
+        (n, hidden), vocab = inputs.input.shape, len(inputs.weight)
+        plan = sk.Plan.choose(n, hidden, vocab, inputs.input.dtype, device, filter=sk.Filter())
+        return our_loss(inputs, task, plan)
+
+    return Abilities({name: loss for name, task in TASKS.items() if task.allowed})
 
 
 OURS = Provider("srft_kernels", ours)
+FILTERED = Provider("srft_kernels, filtered", filtered)
 
 
 def bare_products(inputs: Inputs, task: Task) -> Callable[[Inputs], None]:

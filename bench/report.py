@@ -25,6 +25,8 @@ GROUPS = (
     "scoring",
     "two pass",
     "frozen head",
+    "filtered backward",
+    "small calls",
     "masked batches",
     "cost against N",
     "cost against V",
