@@ -1,3 +1,5 @@
+import threading
+
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -6,6 +8,7 @@ from srft import checkpoint
 from srft.config import ModelConfig
 from srft.errors import UserError
 from srft.model import load_model
+from srft.ranks import Ranks
 
 
 def test_a_checkpoint_loads_as_the_same_model(tiny, tmp_path):
@@ -33,6 +36,15 @@ def test_a_failed_save_is_told_leaves_nothing_and_does_not_disturb_the_next(tiny
             checkpoint.save(tiny, tmp_path / "final")
     assert not list(tmp_path.iterdir())
     assert checkpoint.save(tiny, tmp_path / "final").is_dir()
+
+
+def test_a_state_that_cannot_be_written_leaves_the_last_checkpoint_whole(tiny, tmp_path):
+    checkpoint.save(tiny, tmp_path / "checkpoint-1", state={"moment": torch.ones(3)})
+    with pytest.raises(UserError, match=r"checkpoint-2 could not be written: .*pickle"):
+        checkpoint.save(tiny, tmp_path / "checkpoint-2", state={"moment": threading.Lock()})
+    assert [each.name for each in tmp_path.iterdir()] == ["checkpoint-1"]
+    checkpoint.read_state(state := {"moment": torch.zeros(3)}, tmp_path / "checkpoint-1" / "state", Ranks())
+    assert state["moment"].tolist() == [1, 1, 1]
 
 
 def test_the_newest_checkpoint_with_a_state_is_found(tmp_path):
