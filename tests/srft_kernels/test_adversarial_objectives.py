@@ -81,7 +81,7 @@ def test_a_ratio_that_overflows_is_clipped(name, loss, slope, backend):
     assert out.loss.item() == pytest.approx(3.0)
 
 
-@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize("old", [UNIFORM, -torch.inf, None])
 @pytest.mark.parametrize("name, backend", EVERYWHERE)
 def test_banned_targets_never_give_nan(name, old, backend):
     """ℓ = −inf: a loss may be infinite, as −ℓ is, but never NaN, and its gradient is a number."""
@@ -89,8 +89,8 @@ def test_banned_targets_never_give_nan(name, old, backend):
     for sign in (1.0, -1.0):  # apart, since their infinite losses have opposite signs
         kinds = {"is_demo": [False, False, False, True, sign > 0], "rewards": [sign] * 5}
         columns = tokens([sign, sign, 0.0, sign, sign], **kinds)
-        if not old:
-            del columns["old_logprobs"]
+        columns["old_logprobs"] = None if old is None else torch.full((5,), old)
+        columns["sampler_logprobs"] = torch.full((5,), UNIFORM if old is None else old)
         out, gradient = run(PRESETS[name], backend, target, columns)
         assert not out.loss.isnan() and gradient.isfinite().all()
         assert not any(value.isnan() for value in out.metrics.values()), out.metrics

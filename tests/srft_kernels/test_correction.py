@@ -155,6 +155,13 @@ def test_tokens_that_are_not_live_take_no_part(objective):
     torch.testing.assert_close(found, objective(stats.map(lambda field: field[MASK]), only))
 
 
+def test_impossible_tokens():
+    """Whatever the sampler or the trainer thought impossible: a weight that is a number, 0 where the trainer did."""
+    never = torch.tensor([-1.0, -torch.inf, -torch.inf, -1.0])
+    weights = sk.Correction(high=math.inf)(never, torch.tensor([-1e9, -1.0, -torch.inf, -torch.inf]))
+    torch.testing.assert_close(weights, torch.tensor([math.exp(20), 0, 0, math.exp(20)]))
+
+
 @pytest.mark.parametrize("scope, objective, given", [
     ("token", sk.grpo(correction=sk.Correction()), {"old_logprobs"}),
     ("sequence", sk.grpo(correction=sk.Correction(level="geometric")), {"old_logprobs"}),

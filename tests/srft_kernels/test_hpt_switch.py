@@ -33,8 +33,9 @@ def test_masked_tokens_do_not_count():
     mask[[0, 2, 3]] = False
     assert sk.hpt_switch(DEMO, REWARD, PROMPT, SEQUENCE, mask=mask).nonzero()[:, 0].tolist() == DEMO_OF_5 + OTHERS
     mask[0] = True
-    switch = sk.hpt_switch(DEMO, REWARD, PROMPT, SEQUENCE, 0.33, mask)
-    assert switch.nonzero()[:, 0].tolist() == [0, 1, 4, 5, *OTHERS]
+    for threshold, chosen in ((0.33, [0, 1, 4, 5]), (0.34, DEMO_OF_5)):
+        switch = sk.hpt_switch(DEMO, REWARD, PROMPT, SEQUENCE, threshold, mask)
+        assert switch.nonzero()[:, 0].tolist() == chosen + OTHERS
 
 
 def test_switched_loss():
