@@ -124,7 +124,7 @@ def weight_grad(value: Any, linear_weight: Tensor, compute: torch.dtype) -> None
 
 def at_most_live(live_tokens: int | None, target: Tensor, live: Tensor | None) -> None:
     """Raise for more live tokens than the caller said there are. Silent on accelerators, like `target_range`."""
-    if live_tokens is None or not _may_look(target):
+    if live_tokens is None or not may_look(target):
         return
     found = target.numel() if live is None else int(live.sum())
     if found > live_tokens:
@@ -206,7 +206,7 @@ def annotations_needed(objective: Any, given: Collection[str]) -> None:
 
 def target_range(target: Tensor, live: Tensor | None, vocab: int) -> None:
     """Raise for a live target outside [0, vocab). Silent on accelerators, where looking would stall the stream."""
-    if not _may_look(target):
+    if not may_look(target):
         return
     wrong = (target < 0) | (target >= vocab)
     if live is not None:
@@ -219,5 +219,5 @@ def target_range(target: Tensor, live: Tensor | None, vocab: int) -> None:
         )
 
 
-def _may_look(tensor: Tensor) -> bool:
+def may_look(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or os.environ.get("SRFT_KERNELS_CHECK", "0") == "1"

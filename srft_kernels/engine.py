@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,13 +26,14 @@ from .pack import Rows
 from .plan import Plan
 from .rows import Normalizer, aligned_size, backend, has_triton
 from .tokens import TokenStats, per_token_loss
+from .vocab_parallel import Shard, ShardedRows
 
 
 @dataclass(frozen=True)
 class Call:
     """A checked call of the loss head: everything but x (N, H), W (V or more rows, H) and b, which autograd passes."""
 
-    vocab: int  # V
+    vocab: int  # V, or the entries on this rank
     head: Head
     rows: Rows
     objective: Any
@@ -39,6 +41,12 @@ class Call:
     compute: torch.dtype
     weight_grad: Tensor | None = None  # (V, H) that ∂loss/∂W is added to instead of returned
     filtered: Tensor | None = None  # (4,) the sum of Filtered.squares so far, with a plan that filters
+    shard: Shard | None = None  # which part of the vocabulary W is, where ranks share it
+
+    @property
+    def row_ops(self) -> ModuleType | ShardedRows:
+        ops = backend(self.plan.backend)
+        return ops if self.shard is None else ShardedRows(ops, self.shard)
 
     def logits_buffer(self, products: HeadProducts) -> Tensor:
         """Room for one chunk's logits (chunk_rows, V), its rows at aligned addresses."""
@@ -51,7 +59,7 @@ class OnePass(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None, call: Call):
-        rows, head, row_ops = call.rows, call.head, backend(call.plan.backend)
+        rows, head, row_ops = call.rows, call.head, call.row_ops
         parts, losses = [], []
         with _plain_matmul(input):
             products = HeadProducts(weight[: call.vocab], call.compute)
@@ -114,7 +122,7 @@ class Statistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None, call: Call):
-        rows, row_ops = call.rows, backend(call.plan.backend)
+        rows, row_ops = call.rows, call.row_ops
         parts, normalizers = [], []
         with _plain_matmul(input):
             products = HeadProducts(weight[: call.vocab], call.compute)
@@ -140,7 +148,7 @@ class Statistics(torch.autograd.Function):
         if all(coef is None for coef in coefs):
             return (None,) * 4
         input, weight, bias, *fields = ctx.saved_tensors
-        call, row_ops = ctx.call, backend(ctx.call.plan.backend)
+        call, row_ops = ctx.call, ctx.call.row_ops
         coefs, rows, normalizer = _rows_with_gradient(coefs, call, fields)
         with _plain_matmul(input):
             products = HeadProducts(weight[: call.vocab], call.compute)
@@ -178,6 +186,7 @@ class Gradients:
     ):
         input, weight, bias = tensors
         self.filter, self.filtered = call.plan.filter, call.filtered
+        self.shard, self.summing = call.shard, None
         self.given = call.weight_grad is not None
         self.products, self.index = products, rows.index
         self.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
@@ -201,14 +210,12 @@ class Gradients:
         products = self.products
         if self.filter is not None:
             products = Filtered(products, dlogits, self.filter)
-        if self.input is not None:
-            made = products.input_gradient(dlogits).to(self.input.dtype)
-            if self.index is None:
-                places = self.input[chunk]
-                places.copy_(made[: len(places)])  # not the padding's
-            else:
-                places = self.index[chunk]
-                self.input[places] = made[: len(places)]
+        if self.input is not None and self.shard is None:
+            self._put(chunk, products.input_gradient(dlogits))
+        elif self.input is not None:  # summed while the products that follow run
+            made = products.input_gradient(dlogits, rounded=False)
+            self._put_sum()
+            self.summing = chunk, made, self.shard.add_(made)
         if self.weight is not None:
             products.add_weight_gradient(self.weight[:vocab], dlogits, x, self.first)
         if self.filter is not None:
@@ -217,10 +224,29 @@ class Gradients:
 
     def finish(self, rounded: bool = True) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(dx, dW, db), if `rounded` in the types of the inputs."""
+        self._put_sum()
         made = (self.input, None if self.given else self.weight, self.bias)
         if not rounded:
             return made
         return tuple(None if g is None else g.to(dtype) for g, dtype in zip(made, self.dtypes))
+
+
+    def _put(self, chunk: slice, made: Tensor) -> None:
+        """A chunk's rows of dx (n, H) to their places."""
+        made = made.to(self.input.dtype)
+        if self.index is None:
+            places = self.input[chunk]
+            places.copy_(made[: len(places)])  # not the padding's
+        else:
+            places = self.index[chunk]
+            self.input[places] = made[: len(places)]
+
+    def _put_sum(self) -> None:
+        if self.summing is not None:
+            chunk, made, work = self.summing
+            work.wait()
+            self._put(chunk, made)
+            self.summing = None
 
 
 def weighted_sum(loss: Tensor, weight: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from . import checks
 from .engine import Call, OnePass, Statistics, weighted_sum
@@ -24,6 +25,7 @@ from .pack import pack, token_local
 from .plan import Plan
 from .rows import aligned
 from .tokens import Tokens, TokenStats, per_token_loss
+from .vocab_parallel import Shard, summed
 
 Tensors = tuple[Tensor, Tensor, Tensor | None]  # x, W and the bias as autograd sees them
 
@@ -84,6 +86,8 @@ def linear_loss(
     is_demo: Tensor | None = None,
     weight_grad: Tensor | None = None,
     plan: Plan | None = None,
+    group: ProcessGroup | None = None,
+    token_group: ProcessGroup | None = None,
     **annotations: Tensor | None,
 ) -> LossOutput:
     """Σ_t token_weight_t · objective_t of the distributions softmax(input · linear_weightᵀ), without their logits.
@@ -110,6 +114,12 @@ def linear_loss(
             `linear_weight.grad` then gets nothing. In one pass that happens in the call itself, so the loss must reach
             backward as it is, with every factor (accumulation steps, loss scale) in token_weight.
         plan: how to run; default `Plan.choose(...)`.
+        group: ranks that the head is divided over, each with its own consecutive rows of linear_weight (and of
+            linear_bias) in the order of the ranks. All of them pass the same hidden states, targets and options;
+            vocab_size then counts the whole vocabulary. Each gets the same loss, the whole gradient to input, and that
+            to its rows.
+        token_group: ranks that the tokens of the batch are divided over: the default token_weight then counts the live
+            tokens of all of them, and losses and gradients have to be summed over these ranks, not averaged.
 
     Returns:
         LossOutput. With no live token the loss is exactly 0, and so are its gradients.
@@ -136,6 +146,8 @@ def linear_loss(
         annotations={**given, **annotations},
         weight_grad=weight_grad,
         plan=plan,
+        group=group,
+        token_group=token_group,
     )
     loss, stats = _weighted_loss(tensors, call)
     return LossOutput.of(loss, stats, call.rows.tokens, objective, spread, call.filtered)
@@ -153,6 +165,7 @@ def linear_logprobs(
     vocab_size: int | None = None,
     live_tokens: int | None = None,
     plan: Plan | None = None,
+    group: ProcessGroup | None = None,
 ) -> TokenStats:
     """Log-probability of each target, entropy (nats) and logsumexp of its distribution, without the logits.
 
@@ -172,6 +185,7 @@ def linear_logprobs(
         vocab_size=vocab_size,
         live_tokens=live_tokens,
         plan=plan,
+        group=group,
     )
     return _statistics(tensors, call).map(spread)
 
@@ -193,11 +207,13 @@ def linear_cross_entropy(
     vocab_size: int | None = None,
     live_tokens: int | None = None,
     plan: Plan | None = None,
+    group: ProcessGroup | None = None,
+    token_group: ProcessGroup | None = None,
 ) -> Tensor:
     """cross_entropy(linear(input, linear_weight, linear_bias), target), without the logits; arguments as in PyTorch.
 
     Args beyond `linear_loss`'s:
-        weight: (V,) weight of each class, or None.
+        weight: (V,) weight of each class, or None; divided like linear_weight's rows where a `group` shares them.
         reduction: "mean" (over live tokens, by class weight where given), "sum", or "none": losses shaped like target.
         label_smoothing: ε in [0, 1].
         options: PyTorch's chunking options, accepted and ignored: this function always works in chunks (see `plan`).
@@ -210,7 +226,8 @@ def linear_cross_entropy(
     if options is not None and plan is not None:
         raise ValueError("options and plan were both given: options is ignored, so drop it")
     checks.call(input, linear_weight, target, linear_bias)
-    vocab = checks.vocabulary(linear_weight, vocab_size)
+    shard = _shard(group, input, linear_weight, target, vocab_size, plan)
+    vocab = shard.vocab if shard else checks.vocabulary(linear_weight, vocab_size)
     ignore_index = -100 if ignore_index is None else ignore_index  # as PyTorch does
     target = target.long()
     live = target != ignore_index
@@ -218,16 +235,18 @@ def linear_cross_entropy(
     dtype = accumulation_dtype(input.dtype)
     annotations = {}
     if weight is not None:
-        checks.class_weight(weight, vocab, input)
+        checks.class_weight(weight, len(linear_weight) if shard else vocab, input)
         weight = weight.detach().to(dtype)
-        # a target out of range makes its own row NaN; here it only must not be read
-        of_target = weight[torch.where(live & (target >= 0) & (target < vocab), target, 0)] * live
+        if shard:
+            of_target = shard.of_target(weight, target) * live
+        else:  # a target out of range makes its own row NaN; here it only must not be read
+            of_target = weight[torch.where(live & (target >= 0) & (target < vocab), target, 0)] * live
         annotations["class_weight"] = of_target
     token_weight = None  # 1 / live tokens
     if reduction != "mean":
         token_weight = live.to(dtype)
     elif weight is not None:
-        token_weight = live / of_target.sum()
+        token_weight = live / summed(of_target.sum(), token_group)
     tensors, call, spread = _prepare(
         input,
         linear_weight,
@@ -243,6 +262,8 @@ def linear_cross_entropy(
         annotations=annotations,
         smooth_weight=weight,
         plan=plan,
+        group=shard,
+        token_group=token_group,
     )
     if reduction == "none":  # each token's upstream gradient is known only in the backward
         stats = _statistics(tensors, call)
@@ -277,6 +298,10 @@ def _statistics(tensors: Tensors, call: Call) -> TokenStats:
     return TokenStats(*Statistics.apply(*tensors, call))
 
 
+def _shard(group: ProcessGroup | Shard | None, *call: Any) -> Shard | None:
+    return group if group is None or isinstance(group, Shard) else Shard.agreed(group, *call)
+
+
 def _prepare(
     input: Tensor,
     linear_weight: Tensor,
@@ -294,13 +319,17 @@ def _prepare(
     smooth_weight: Tensor | None = None,
     weight_grad: Tensor | None = None,
     plan: Plan | None = None,
+    group: ProcessGroup | Shard | None = None,
+    token_group: ProcessGroup | None = None,
 ) -> tuple[Tensors, Call, Callable[[Tensor], Tensor]]:
     """((x, W, b) with x flat; the checked call on packed rows; what gives a packed field (n,) the shape of target)."""
     compute = checks.call(input, linear_weight, target, linear_bias)
-    vocab = checks.vocabulary(linear_weight, vocab_size)
     checks.positive("temperature", temperature)
     checks.positive("softcap", softcap)
     checks.plan(plan)
+    shard = _shard(group, input, linear_weight, target, vocab_size, plan)
+    vocab = shard.vocab if shard else checks.vocabulary(linear_weight, vocab_size)
+    here = shard.size if shard else vocab  # entries on this rank
     checks.live_tokens(live_tokens)
     checks.weight_grad(weight_grad, linear_weight, compute)
     dtype = accumulation_dtype(compute)
@@ -320,8 +349,12 @@ def _prepare(
     if token_weight is not None:
         token_weight = checks.shaped_like_target("token_weight", token_weight, target)
         token_weight = token_weight.reshape(-1).to(dtype).contiguous()
+    elif token_group is not None:
+        ones = torch.ones_like(tokens.target, dtype=dtype) if live is None else live.reshape(-1).to(dtype)
+        token_weight = ones / summed(ones.sum(), token_group).clamp(min=1)
     tokens_at_most = len(tokens.target) if live_tokens is None else min(live_tokens, len(tokens.target))
-    plan = plan or Plan.choose(tokens_at_most, input.shape[-1], vocab, compute, input.device)
+    if plan is None:
+        plan = Plan.choose(tokens_at_most, input.shape[-1], shard.largest if shard else vocab, compute, input.device)
     checks.backend(plan, input, compute)
     plan = _resolved(plan, objective, tokens)
     rows, unpack = pack(
@@ -334,14 +367,15 @@ def _prepare(
         plan.compact,
         plan.chunk_rows if plan.batch_invariant else 1,
     )
-    bias = None if linear_bias is None else aligned(linear_bias.detach()[:vocab], dtype)
+    bias = None if linear_bias is None else aligned(linear_bias.detach()[:here], dtype)
     smooth = None
     if getattr(objective, "label_smoothing", 0):
-        smooth_weight = input.new_ones(vocab, dtype=dtype) if smooth_weight is None else smooth_weight
+        smooth_weight = input.new_ones(here, dtype=dtype) if smooth_weight is None else smooth_weight[:here]
         smooth = aligned(smooth_weight / vocab, dtype)
+        shard = shard and shard.smoothing(smooth)
     head = Head(bias, None if softcap is None else float(softcap), float(temperature), smooth)
     filtered = None if plan.filter is None else input.new_zeros(4, dtype=dtype)
-    call = Call(vocab, head, rows, objective, plan, compute, weight_grad, filtered)
+    call = Call(here, head, rows, objective, plan, compute, weight_grad, filtered, shard)
     return (
         (input.reshape(-1, input.shape[-1]), linear_weight, linear_bias),
         call,

@@ -33,8 +33,13 @@ class HeadProducts:
             return torch.ops.aten.mm.dtype_out(x, self.weight.t(), self.dtype, out=out)
         return torch.mm(x, self.weight.t(), out=out)
 
-    def input_gradient(self, dlogits: Tensor) -> Tensor:
-        """∂L/∂x = ∂L/∂a · W (n, H), in the operands' type: each row is complete, so it is rounded once."""
+    def input_gradient(self, dlogits: Tensor, rounded: bool = True) -> Tensor:
+        """∂L/∂x = ∂L/∂a · W (n, H), in the operands' type: each row is complete, so it is rounded once.
+
+        Not `rounded`, in the logits' type: a part of a sum over ranks.
+        """
+        if self.mixed and not rounded:
+            return torch.ops.aten.mm.dtype(dlogits, self.weight, self.dtype)
         return torch.mm(dlogits, self.weight)
 
     def add_weight_gradient(self, total: Tensor, dlogits: Tensor, x: Tensor, first: bool) -> None:

@@ -83,7 +83,7 @@ def test_more_live_tokens_than_said():
 
 
 def test_more_live_tokens_than_said_where_nobody_may_look(monkeypatch):
-    monkeypatch.setattr(checks, "_may_look", lambda tensor: False)
+    monkeypatch.setattr(checks, "may_look", lambda tensor: False)
     p = problem("random")
     x = p.input.requires_grad_()
     out = sk.linear_loss(x, p.weight, p.target, sk.sft(), live_tokens=int(p.live.sum()) - 1, plan=MASKED)
