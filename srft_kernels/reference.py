@@ -21,16 +21,17 @@ def logits(
     linear_weight: Tensor,
     *,
     linear_bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """z (..., V): bias, then soft cap, then temperature; rows of the head past `vocab_size` do not exist."""
+    """z (..., V): bias, scale, soft cap, temperature, in this order; head rows past `vocab_size` do not exist."""
     bias = None if linear_bias is None else linear_bias[:vocab_size]
-    z = torch.nn.functional.linear(input, linear_weight[:vocab_size], bias)
+    z = logit_scale * torch.nn.functional.linear(input, linear_weight[:vocab_size], bias)
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
-    return z / temperature
+    return z / (temperature[..., None] if isinstance(temperature, Tensor) else temperature)
 
 
 def token_stats(z: Tensor, target: Tensor) -> TokenStats:
@@ -45,11 +46,18 @@ def token_stats(z: Tensor, target: Tensor) -> TokenStats:
 
 
 def linear_logprobs(
-    input: Tensor, linear_weight: Tensor, target: Tensor, *, ignore_index: int = -100, **head: Any
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+    **head: Any,
 ) -> TokenStats:
     """`srft_kernels.linear_logprobs` with full logits."""
     live = target != ignore_index
-    stats = token_stats(logits(input[live], linear_weight, **head), target[live])
+    z = logits(input[live], linear_weight, temperature=_of(temperature, live), **head)
+    stats = token_stats(z, target[live])
     return TokenStats(*(_spread(field, live) for field in stats.fields()[:3]))
 
 
@@ -60,8 +68,9 @@ def linear_loss(
     objective: Any,
     *,
     linear_bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     ignore_index: int = -100,
     vocab_size: int | None = None,
     token_weight: Tensor | None = None,
@@ -74,8 +83,9 @@ def linear_loss(
         input[live],
         linear_weight,
         linear_bias=linear_bias,
-        temperature=temperature,
+        temperature=_of(temperature, live),
         softcap=softcap,
+        logit_scale=logit_scale,
         vocab_size=vocab_size,
     )
     stats = token_stats(z, target[live])
@@ -83,6 +93,10 @@ def linear_loss(
     loss = objective(stats, tokens)
     loss = loss.sum() / max(len(loss), 1) if token_weight is None else (loss * token_weight[live]).sum()
     return LossOutput.of(loss, stats, tokens, objective, lambda field: _spread(field, live))
+
+
+def _of(temperature: float | Tensor, live: Tensor) -> float | Tensor:
+    return temperature[live] if isinstance(temperature, Tensor) else temperature
 
 
 def _spread(field: Tensor, live: Tensor) -> Tensor:
@@ -130,4 +144,4 @@ def linear_distillation(
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(p ‖ q) (n,) of log-probabilities (n, V); a probability of 0 adds 0."""
-    return (p.exp() * (p - q).masked_fill(p == -torch.inf, 0)).sum(-1)
+    return (p.exp() * (p - q).masked_fill(p.exp() == 0, 0)).sum(-1)

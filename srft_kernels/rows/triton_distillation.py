@@ -15,7 +15,7 @@ from ..head import Head
 from .triton_rows import _device_of, _logits, _order, _over, _temperature
 
 # Columns per loop step: two rows of them are in registers, so half of what a kernel of one row takes.
-MAX_BLOCK = 4096
+MAX_BLOCK = 2048
 ELEMENTS_PER_WARP = 512
 
 
@@ -28,7 +28,8 @@ def _grown(m, s, z):
     top = tl.maximum(m, tl.max(z, 0))
     finite_top = tl.where(top == -float("inf"), 0.0, top)  # −inf − (−inf) is not a number
     scale = tl.where(m == -float("inf"), 0.0, tl.exp(m - finite_top))
-    return top, scale * s + tl.sum(tl.exp(z - finite_top), 0)
+    e = tl.exp(z - finite_top)
+    return top, scale * s + tl.sum(e, 0), e
 
 
 @triton.jit
@@ -78,13 +79,12 @@ def _distillation_kernel(
         columns = start + tl.arange(0, BLOCK)
         zs, _ = _logits(student_ptr, bias_ptr, columns, vocab, stride, softcap, temperature)
         zt, _ = _logits(teacher_ptr, teacher_bias_ptr, columns, vocab, stride, teacher_softcap, teacher_temperature)
-        top_s, grown_s = _grown(ms, ss, zs)
-        top_t, st = _grown(mt, st, zt)
+        top_s, grown_s, e = _grown(ms, ss, zs)
+        top_t, st, _ = _grown(mt, st, zt)
         if KIND == "reverse_kl":
-            d = zs - top_s
             guess = tl.exp(ms - top_s) * (guess + ss * ((ms - top_s) - (mt - top_t)))
             guess = tl.where(tl.abs(guess) < float("inf"), guess, 0.0)  # no maximum yet, or nothing to guess at
-            guess += tl.sum(tl.where(tl.exp(d) == 0, 0.0, tl.exp(d) * (d - (zt - top_t))), 0)
+            guess += tl.sum(tl.where(e == 0, 0.0, e * ((zs - top_s) - (zt - top_t))), 0)
         ms, mt, ss = top_s, top_t, grown_s
     guess = tl.where(tl.abs(guess) < float("inf"), guess / ss, 0.0)
 

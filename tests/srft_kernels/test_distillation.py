@@ -68,7 +68,7 @@ def log_probs(p: cases.Problem, leaves: list[Tensor], vocab: int, dtype: torch.d
 
 def formula(divergence: str, beta: float, p: Tensor, q: Tensor) -> Tensor:
     """Straight from the definitions, with 0 · log 0 = 0; p and q are log-probabilities (n, V)."""
-    kl = lambda p, q: (p.exp() * (p - q).masked_fill(p == -torch.inf, 0)).sum(-1)  # noqa: E731
+    kl = lambda p, q: (p.exp() * (p - q).masked_fill(p.exp() == 0, 0)).sum(-1)  # noqa: E731
     if divergence == "forward_kl":
         return kl(q, p)
     if divergence == "reverse_kl":
