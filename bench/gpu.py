@@ -3,9 +3,10 @@
     python -m bench.gpu [--device cuda|cpu] [--seconds 520] [--out FILE]
 
 1. the tests of the loss head and of the bench's memory counts, on the device
-2. the bench, cases.py from the top until its share of the time is over
-3. profiles of the fused loss and of scoring: the kernels that take the time
-4. with what time is left, the other tests of srft_kernels, in Triton's interpreter
+2. launch settings of the row kernels, measured and put into the package's table (srft_kernels/rows/tuning.json)
+3. the bench, cases.py from the top until its share of the time is over
+4. profiles of the fused loss and of scoring: the kernels that take the time
+5. with what time is left, the other tests of srft_kernels, in Triton's interpreter
 
 Needs torch, triton, transformers, pytest and pytest-benchmark, and no network. What found no time, or no package, is
 listed as skipped. On a CPU it is a rehearsal of the same, on small shapes.
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import signal
@@ -35,6 +37,8 @@ from typing import Any
 
 import torch
 
+from srft_kernels.rows import tuning
+
 from .environment import ROOT, environment
 from .measure import EVERYONE, Row
 from .providers import OURS
@@ -42,9 +46,11 @@ from .record import Record
 from .step import every_case
 from .table import HEADER
 from .timing import LOST
+from .tune import merged
 
 DEVICE_TESTS = ("tests/srft_kernels/test_on_device.py", "tests/bench/test_memory.py")
 OTHER_TESTS = "tests/srft_kernels"
+TUNING = 45  # seconds for the launch settings
 RESERVED = 45  # seconds that the steps after the bench may need
 STALLED = 120  # seconds of no news from the bench: it hangs
 RESTARTS = 5
@@ -71,11 +77,14 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"1. tests of the loss head on {device}", flush=True)
     record.data["tests"][" ".join(DEVICE_TESTS)] = device_tests = pytest(DEVICE_TESTS, left(0.35))
     record.write()
-    print(f"2. bench ({left():.0f} s left)", flush=True)
+    print(f"2. launch settings ({left():.0f} s left)", flush=True)
+    record.data["tuning"] = tune(device, min(TUNING, left(0.1)))
+    record.write()
+    print(f"3. bench ({left():.0f} s left)", flush=True)
     bench(record, device, options.group, lambda: left(keep=RESERVED))
-    print(f"3. profiles ({left():.0f} s left)", flush=True)
+    print(f"4. profiles ({left():.0f} s left)", flush=True)
     profiles(record, device, options.group, left(0.7))
-    print(f"4. other tests ({left():.0f} s left)", flush=True)
+    print(f"5. other tests ({left():.0f} s left)", flush=True)
     ignored = [f"--ignore={path}" for path in DEVICE_TESTS]
     without_gpu = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     record.data["tests"][OTHER_TESTS] = pytest([OTHER_TESTS, *ignored], left(), **without_gpu)
@@ -182,6 +191,22 @@ def bench(record: Record, device: str, group: str, left: Callable[[], float]) ->
         record.data["problems"] = problems
     never = [case for case in every_case(device) if group in case.group and str(case) not in record.done]
     record.add(Row(case, EVERYONE, "skipped", "the bench ended before") for case in never)
+
+
+def tune(device: str, seconds: float) -> list[dict[str, Any]]:
+    """Rows of the launch table measured here; on a GPU the package's table has them too, and the bench uses them."""
+    if seconds < 5:
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tuning.json"
+        status, text = run(["-m", "bench.tune", "--device", device, "--seconds", f"{seconds:.0f}", "--out", str(path)],
+                           seconds + 30)  # fmt: skip
+        rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    rows = [row for row in rows if row["measured"]]
+    print(f"  {len(rows)} rows measured" if status == 0 else text[-1500:], flush=True)
+    if rows and device.startswith("cuda"):
+        tuning.TABLE.write_text(json.dumps(merged(rows, tuning.table()), indent=1) + "\n", encoding="utf-8")
+    return rows
 
 
 def profiles(record: Record, device: str, group: str, seconds: float) -> None:

@@ -23,6 +23,7 @@ def test_rehearsal(tmp_path, capfd, monkeypatch):
     status = gpu.main(["--device", "cpu", "--group", "1 M", "--seconds", "240", "--out", str(out)])
     text = capfd.readouterr().out
     assert status == 0, text
+    assert "rows measured" in text
     data = json.loads(out.read_text(encoding="utf-8"))
     assert {row["group"] for row in data["benchmarks"]} == {"1 M tokens"}
     row = next(row for row in data["benchmarks"] if row["extra_info"]["provider"] == "srft_kernels")
