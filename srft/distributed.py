@@ -131,20 +131,26 @@ class TorchRanks(Ranks):
     # The end
 
     def fail(self, message: str, code: int, error: BaseException | None = None) -> NoReturn:
-        """Ends the process at once: on its way out it would wait for ranks that are gone."""
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
-            self._name_the_lost()
-        else:
-            self._tell(message)
-        os._exit(code)
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        self._end(code, self._name_the_lost if lost else lambda: self._tell(message))
 
     def leave(self) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         dist.destroy_process_group()
 
+    def _end(self, code: int, tell: Callable[[], None]) -> NoReturn:
+        """Ends the process at once: on its way out it would wait for ranks that are gone."""
+        try:
+            tell()
+        except dist.DistError:
+            gone = f"srft: error: {os.environ['MASTER_ADDR']}, where the ranks meet, does not answer"
+            print(gone + self.last_words, file=sys.__stderr__, flush=True)
+        os._exit(code)
+
     def _tell(self, message: str) -> None:
         if self.store.add("told", 1) == 1:
-            print(message + self.last_words, file=sys.__stderr__, flush=True)
+            bar = "\n" if self.last_words else ""  # of a run under way: the message must not be written behind it
+            print(bar + message + self.last_words, file=sys.__stderr__, flush=True)
             self.store.set("said", "")
         else:  # torchrun stops all ranks as soon as one ends: not before the message is out
             self._wait(lambda: self.store.check(["said"]))
@@ -184,8 +190,7 @@ class TorchRanks(Ranks):
         def end() -> None:
             while reader.recv(1) != bytes([signal.SIGTERM]):
                 pass
-            self._name_the_lost()
-            os._exit(1)
+            self._end(1, self._name_the_lost)
 
         def forget() -> None:
             signal.set_wakeup_fd(-1)

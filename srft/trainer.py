@@ -96,7 +96,6 @@ def run(config: Config, ranks: Ranks | None = None, resumed: Path | None = None)
     check_answers(alone, config.data, held_out, examples if learns_from_rollouts(objective) else [])
     loaded = load_model(dataclasses.replace(config.model, path=str(resumed)) if resumed else config.model)
     prompter = build_prompter(loaded.tokenizer, config.data)
-    ranks.shard(loaded)
     trainer = Trainer(config, loaded, prompter, scorer, examples, objective, ranks=ranks)
     eval_engine = ranks.engine(build_engine(config.rollout.engine, loaded, config.eval.batch_size))
 
@@ -232,9 +231,9 @@ class Trainer:
         engine = engine or build_engine(config.rollout.engine, loaded, config.rollout.batch_size)
         self.engine = self.ranks.engine(engine)
         self.loss_function = loss_function
+        self.share_up_to = sharing_limit(loaded.model) if config.train.share_prompts else 0
+        self.ranks.shard(loaded)  # after the trial, which may fail within a forward, and before the optimizer
         self.optimizer = Optimizer(loaded.model, config.train)
-        shares = config.train.share_prompts
-        self.share_up_to = self.ranks.whole(lambda: sharing_limit(loaded.model)) if shares else 0
         # Encoding everything now finds a prompt that is too long before any time is spent.
         self.problems = [self._problem(example) for example in examples]
         if not self.learns_from_rollouts and examples and not any(p.demonstration for p in self.problems):

@@ -32,7 +32,6 @@ def measure(ranks: Ranks) -> dict:
         loaded = fresh(dtype, **changes)
         if recompute:
             loaded.model.gradient_checkpointing_enable()
-        ranks.shard(loaded)
         trainer = make(loaded, *options, ranks=ranks)
         parts = pack(some_sequences(), token_budget=18, rank=ranks.rank, ranks=ranks.size)
         trainer.optimizer.step, step = lambda number: {}, trainer.optimizer.step

@@ -127,7 +127,7 @@ def test_only_one_rank_prints_and_writes(killed):
 def test_a_rank_that_dies_is_named_once_and_leaves_the_last_checkpoint(killed):
     run_dir, ended = killed
     told = [line for line in ended.stderr.splitlines() if line.startswith("srft: ")]
-    assert ended.returncode != 0 and len(told) == 1
+    assert ended.returncode != 0 and len(told) == 1, ended.stderr
     assert re.match(
         r"srft: error: rank 1 of 2 ended without a word .*its last checkpoint is .*two/checkpoint-2", told[0]
     )
