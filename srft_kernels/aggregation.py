@@ -2,41 +2,47 @@
 
 `linear_loss(..., token_weight=w)` computes Σ_t w_t · loss_t, so an average is a choice of weights made once, over
 the whole optimisation step: the gradient then does not depend on how the step is cut into microbatches.
+
+Where the tokens of a step are divided over ranks, each passes its own, and their process group as `token_group`: it
+gets the weights that its tokens have in one process. Ids mean the same on all ranks; a sequence may lie on several.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from .correction import groups
+from .token_parallel import gathered, summed
 
 
-def token_mean(mask: Tensor) -> Tensor:
+def token_mean(mask: Tensor, *, token_group: ProcessGroup | None = None) -> Tensor:
     """Every live token counts alike: 1 / (number of live tokens). `mask` is boolean, of any shape."""
     mask = _boolean(mask)
-    return mask.float() / mask.sum().clamp(min=1)
+    return mask.float() / summed(mask.sum(), token_group).clamp(min=1)
 
 
-def sequence_mean(mask: Tensor, sequence_ids: Tensor) -> Tensor:
+def sequence_mean(mask: Tensor, sequence_ids: Tensor, *, token_group: ProcessGroup | None = None) -> Tensor:
     """Every sequence counts alike: 1 / (live tokens of its sequence · sequences with a live token). (GRPO)
 
     `sequence_ids` holds an integer ≥ 0 per token, shaped like mask; ids need not be contiguous.
     """
-    mask, lengths, inverse = _sequence_lengths(mask, sequence_ids)
-    sequences = (lengths > 0).sum().clamp(min=1)
-    return mask / (lengths.clamp(min=1)[inverse] * sequences)
+    mask, lengths, sequences = _sequence_lengths(mask, sequence_ids, token_group)
+    return mask / (lengths * sequences)
 
 
-def constant_length(mask: Tensor, sequence_ids: Tensor, length: float) -> Tensor:
+def constant_length(
+    mask: Tensor, sequence_ids: Tensor, length: float, *, token_group: ProcessGroup | None = None
+) -> Tensor:
     """Every token counts 1 / (sequences with a live token · length), whatever its sequence's own length. (Dr. GRPO)
 
     `length` is in tokens, usually the longest completion allowed.
     """
     if not length > 0:
         raise ValueError(f"length must be a positive number of tokens, found {length}")
-    mask, lengths, _ = _sequence_lengths(mask, sequence_ids)
-    return mask / ((lengths > 0).sum().clamp(min=1) * length)
+    mask, _, sequences = _sequence_lengths(mask, sequence_ids, token_group)
+    return mask / (sequences * length)
 
 
 def hpt_switch(
@@ -46,6 +52,8 @@ def hpt_switch(
     sequence_ids: Tensor,
     threshold: float = 0.0,
     mask: Tensor | None = None,
+    *,
+    token_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Tokens that learn under HPT's switch (arXiv 2509.04419), boolean, shaped like is_demo.
 
@@ -61,7 +69,10 @@ def hpt_switch(
         raise ValueError(f"threshold must lie in [0, 1), the share of successes to exceed, found {threshold}")
     demo = is_demo.bool().flatten()
     live = torch.ones_like(demo) if mask is None else _boolean(mask).flatten()
-    prompt, sequence = groups(prompt_ids.flatten()), groups(sequence_ids.flatten())
+    (demo, live, rewards, prompt_ids, sequence_ids), own = gathered(
+        token_group, demo, live, rewards, prompt_ids, sequence_ids
+    )
+    prompt, sequence = groups(prompt_ids), groups(sequence_ids)
     zeros = torch.zeros(len(demo), device=demo.device, dtype=torch.float64)
 
     def per_prompt(tokens: Tensor) -> Tensor:
@@ -71,8 +82,8 @@ def hpt_switch(
         return zeros.index_add(0, prompt, rollout / length[sequence])[prompt]
 
     rollouts = live & ~demo
-    succeeds = per_prompt(rollouts & (rewards.flatten() > 0)) > threshold * per_prompt(rollouts) + 1e-9
-    return (live & (demo != succeeds)).view(shape)
+    succeeds = per_prompt(rollouts & (rewards > 0)) > threshold * per_prompt(rollouts) + 1e-9
+    return (live & (demo != succeeds))[own].view(shape)
 
 
 def _boolean(mask: Tensor) -> Tensor:
@@ -81,13 +92,16 @@ def _boolean(mask: Tensor) -> Tensor:
     return mask.bool()
 
 
-def _sequence_lengths(mask: Tensor, sequence_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(mask as fp32, live tokens per distinct id, index of each token's id among them)."""
+def _sequence_lengths(
+    mask: Tensor, sequence_ids: Tensor, token_group: ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(mask as fp32, live tokens of each token's sequence, sequences with one); neither count is under 1."""
     if sequence_ids.shape != mask.shape:
         raise ValueError(
             f"sequence_ids must be shaped like mask {tuple(mask.shape)}, found {tuple(sequence_ids.shape)}"
         )
-    live = _boolean(mask).float()
-    distinct, inverse = sequence_ids.unique(return_inverse=True)
-    lengths = torch.zeros(len(distinct), device=mask.device).scatter_add_(0, inverse.flatten(), live.flatten())
-    return live, lengths, inverse
+    (live, ids), own = gathered(token_group, _boolean(mask).float(), sequence_ids)
+    distinct, inverse = ids.unique(return_inverse=True)
+    lengths = torch.zeros(len(distinct), device=mask.device).scatter_add_(0, inverse, live)
+    of_token = lengths.clamp(min=1)[inverse[own]].view(mask.shape)
+    return live[own].view(mask.shape), of_token, (lengths > 0).sum().clamp(min=1)

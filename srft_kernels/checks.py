@@ -10,6 +10,7 @@ from numbers import Real
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .plan import Plan
@@ -152,6 +153,16 @@ def backend(plan: Plan, input: Tensor, compute: torch.dtype) -> None:
             f"Plan(backend='triton'), but input is on {input.device}: move it to a GPU, use backend='torch', or set "
             "TRITON_INTERPRET=1 before importing triton, to run its interpreter"
         )
+
+
+def group(name: str, value: Any) -> None:
+    if not isinstance(value, dist.ProcessGroup):
+        raise TypeError(
+            f"{name} must be a process group of torch.distributed that this process is in, found {value!r}: pass "
+            "dist.group.WORLD, what dist.new_group returned here, or get_group() of a one-dimensional DeviceMesh"
+        )
+    if not dist.is_initialized():
+        raise ValueError(f"{name} was given, but torch.distributed is not initialised: call init_process_group() first")
 
 
 def objective(value: Any) -> None:

@@ -24,8 +24,9 @@ from .objectives import CrossEntropy
 from .pack import pack, token_local
 from .plan import Plan
 from .rows import aligned
+from .token_parallel import summed
 from .tokens import Tokens, TokenStats, per_token_loss
-from .vocab_parallel import Shard, summed
+from .vocab_parallel import Shard
 
 Tensors = tuple[Tensor, Tensor, Tensor | None]  # x, W and the bias as autograd sees them
 

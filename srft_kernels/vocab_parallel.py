@@ -102,7 +102,7 @@ class Shard:
         A ValueError on all of them where they do not: they tell each other their arguments, on CPUs in every call, on
         accelerators (but for SRFT_KERNELS_CHECK=1) once for a head of these shapes, since nothing should wait there.
         """
-        _usable(group)
+        checks.group("group", group)
         _supported(plan, input, vocab_size)
         key = (group, *linear_weight.shape, vocab_size)
         if checks.may_look(input) or key not in _known:
@@ -152,25 +152,6 @@ class Shard:
 
 
 _known: dict[tuple, Shard] = {}
-
-
-def summed(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The sum over the ranks of a group, if there is one."""
-    if group is not None:
-        _usable(group, "token_group")
-        value = value.clone()
-        dist.all_reduce(value, group=group)
-    return value
-
-
-def _usable(group: Any, name: str = "group") -> None:
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(
-            f"{name} must be a process group of torch.distributed that this process is in, found {group!r}: pass "
-            "dist.group.WORLD, what dist.new_group returned here, or get_group() of a one-dimensional DeviceMesh"
-        )
-    if not dist.is_initialized():
-        raise ValueError(f"{name} was given, but torch.distributed is not initialised: call init_process_group() first")
 
 
 def _supported(plan: Plan | None, input: Tensor, vocab_size: int | None) -> None:
