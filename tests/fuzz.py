@@ -167,10 +167,12 @@ def full(
         log_p, log_q = z.log_softmax(-1), other.log_softmax(-1)
         found = formula(options["divergence"], options["beta"], log_p, log_q)
         if terms is not None:
-            ratio = (log_p - log_q).detach().nan_to_num(0, 0, 0).abs()
+            ratio = sum(
+                log.detach().nan_to_num(0, 0, 0).abs() for log in (log_p, log_q)
+            )  # what log p − log q is made of
             weight = log_p.exp() if options["divergence"] == "reverse_kl" else log_q.exp()
-            each = (weight.detach() * ratio).sum(-1)
-            terms |= {"divergence": each.amax(), "loss": each.mean(), **_sums((1 + each) / count, leaves, p, live)}
+            each = 1 + (weight.detach() * ratio).sum(-1)  # and of the logarithms of sums that are at least 1
+            terms |= {"divergence": each.amax(), "loss": each.mean(), **_sums(each / count, leaves, p, live)}
         return _values({"divergence": found}, found.sum() / count, leaves)
     stats = sk.reference.token_stats(z, target)
     loss = smooth = 0
@@ -195,8 +197,15 @@ def full(
         coefs = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
         g, h, k = (torch.zeros_like(stats.logprobs) if c is None else c.abs() for c in coefs)
         size_of = lambda field: field.detach().nan_to_num(0, 0, 0).abs()  # noqa: E731
-        each = g * size_of(stats.logprobs) + h * size_of(stats.entropy) + k * size_of(stats.logsumexp)
-        terms |= {"loss": each.sum(), **_sums(g + h * (1 + size_of(stats.logprobs)) + k + smooth, leaves, p, live)}
+        one = torch.ones(())  # ℓ and H have the logarithm of a sum in them that is at least 1
+        each = g * (1 + size_of(stats.logprobs)) + h * (1 + size_of(stats.entropy)) + k * size_of(stats.logsumexp)
+        each = each + smooth * (1 + size_of(stats.logprobs) + size_of(stats.smooth))
+        terms |= {
+            "logprobs": one,
+            "entropy": one,
+            "loss": each.sum(),
+            **_sums(g + h * (1 + size_of(stats.logprobs)) + k + smooth, leaves, p, live),
+        }
     shown = {"logprobs": named, "loss": {n: named[n] for n in ("logprobs", "entropy")}, "cross_entropy": {}}
     return _values(shown[case.call], loss, leaves)
 
