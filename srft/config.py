@@ -108,6 +108,12 @@ class LossConfig(Section):
     options: dict[str, Any] = option({}, "fields of the objective to change")  # noqa: RUF009
     advantage_std: bool = option(True, "divide advantages by the standard deviation of their group")
     advantage_eps: float = option(1e-6, "added to that standard deviation", low=0)
+    hpt_threshold: float = option(
+        0.0,
+        "preset hpt: a prompt learns from its rollouts where more than this share of them is rewarded",
+        low=0,
+        high=1,
+    )
     average: Literal["token", "sequence", "constant"] = option("token", "how tokens are averaged over the whole step")
 
 

@@ -200,6 +200,13 @@ def learns_from_rollouts(objective: Any) -> bool:
     return not isinstance(objective, sk.CrossEntropy)
 
 
+def chosen(sequences: list[Sequence], threshold: float) -> list[Sequence]:
+    """HPT's switch (arXiv 2509.04419) for one prompt: its rollouts if enough are rewarded, else its demonstration."""
+    rewards = [sequence.reward for sequence in sequences if not sequence.is_demo]
+    succeeds = sum(reward > 0 for reward in rewards) > threshold * len(rewards)
+    return [sequence for sequence in sequences if sequence.is_demo != succeeds]
+
+
 def parameters(loaded: LoadedModel) -> str:
     count = sum(p.numel() for p in loaded.model.parameters())
     return f"{type(loaded.model).__name__} with {count / 1e6:.1f} M parameters in {str(loaded.dtype).split('.')[-1]}"
@@ -341,10 +348,12 @@ class Trainer:
         of_demo = [next(rewards) if problem.demonstration else None for problem in problems]
 
         sequences, samples, text = [], [], iter(texts)
+        switched = loss.preset == "hpt"
         for problem, group, scores, demo_score in zip(problems, groups, grouped, of_demo):
             *advantages, demo_advantage = group_advantages(
                 [*scores, demo_score], std=loss.advantage_std, eps=loss.advantage_eps
             )
+            of_problem = []
             for rollout, reward, advantage in zip(group, scores, advantages):
                 sample = {
                     "task": problem.example.task,
@@ -357,12 +366,13 @@ class Trainer:
                 if rollout is group[0]:
                     samples.append(sample)
                 if reward is not None:  # a rollout that nobody could score teaches nothing
-                    sequences.append(Sequence(problem.prompt, rollout.tokens, False, reward, advantage))
+                    of_problem.append(Sequence(problem.prompt, rollout.tokens, False, reward, advantage))
             if problem.demonstration:
                 # An unscored demonstration is still imitated; with advantage 0 it has no RL term.
-                sequences.append(
+                of_problem.append(
                     Sequence(problem.prompt, problem.demonstration, True, demo_score or 0.0, demo_advantage)
                 )
+            sequences += chosen(of_problem, loss.hpt_threshold) if switched else of_problem
         scored = [[r for r in scores if r is not None] for scores in grouped]
         rollouts = [rollout for group in groups for rollout in group]
         metrics = {

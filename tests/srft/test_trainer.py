@@ -126,6 +126,32 @@ def test_training_makes_demonstrations_likelier(tiny):
     assert trainer._statistics(demos)[0].mean() > before + 1
 
 
+@pytest.mark.parametrize(
+    ("rewards", "threshold", "demo"),
+    [([1, 0, 0, 0], 0.0, False), ([0, 0, 0, 0], 0.0, True), ([1, 0, 0, 0], 0.25, True), ([], 0.0, True)],
+)
+def test_hpt_learns_from_rollouts_that_succeed_often_enough_else_from_the_demonstration(rewards, threshold, demo):
+    rollouts = [Sequence([1], [2], False, float(reward)) for reward in rewards]
+    chosen = trainer_module.chosen([*rollouts, Sequence([1], [3], True, 1.0)], threshold)
+    assert [sequence.is_demo for sequence in chosen] == ([True] if demo else [False] * len(rewards))
+
+
+def test_a_step_of_hpt_has_no_prompt_that_learns_from_both(tiny):
+    never, always = (make(tiny, "--loss.preset=hpt", reward=reward) for reward in (nothing, everything))
+    line = never.step(1)[0]
+    assert line["rollout_tokens"] == 0 < line["demo_tokens"]
+    line = always.step(1)[0]
+    assert line["demo_tokens"] == 0 < line["rollout_tokens"]
+
+
+def nothing(completions, *columns):
+    return [0.0] * len(completions)
+
+
+def everything(completions, *columns):
+    return [1.0] * len(completions)
+
+
 def test_a_step_reports_every_key_of_the_issue(tiny):
     line, samples = make(tiny, "--run.samples_per_step", "2").step(1)
     expected = """step loss demo_sft_loss demo_rl_loss rollout_loss demo_entropy rollout_entropy demo_entropy_weight
