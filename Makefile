@@ -1,7 +1,7 @@
 # One command each: an environment is made on first use, then the command runs in it.
 #   make train   SRFT on the embedded SmolLM2-135M, CPU or CUDA     make bench   speed, memory and error
 #   make test    every test                                         make lint    ruff
-#   make peers-test   the bench's adapters against the peers' packages, in an environment on top of this one
+#   make peers-test   bench/peers.py and docs/migrate.md against the peers' packages, in an environment on top of this one
 #   make gpu     tests, bench and profiles on a GPU, in 9 minutes
 #   make aot     every Triton kernel compiled with no GPU; table in docs/kernel-notes.md; TRITON=3.6.0 for another Triton
 #   make tune    launch settings of the row kernels measured on the GPU that is here (DEVICE=cpu: a rehearsal)
@@ -35,8 +35,8 @@ PEERS_VENV ?= .venv-peers
 PEERS      ?= liger-kernel==0.8.5 cut-cross-entropy==25.1.1 trl==1.16.0
 PEERS_BARE ?= verl==0.9.1 quack-kernels==0.6.5
 peers-test: $(PEERS_VENV)/.ready
-	PEERS=installed $(PEERS_VENV)/bin/python -m pytest tests/bench/test_peers.py -rs \
-		-k "a_peer_is_right and (liger or cut-cross or QuACK or verl or TRL)"
+	PEERS=installed $(PEERS_VENV)/bin/python -m pytest tests/bench/test_peers.py tests/bench/test_migrate.py -rs \
+		-k "migrate or a_peer_is_right and (liger or cut-cross or QuACK or verl or TRL)"
 
 $(PEERS_VENV)/.ready: $(READY)
 	$(PYTHON) -m venv $(PEERS_VENV)
