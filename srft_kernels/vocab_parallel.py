@@ -3,7 +3,7 @@
 What a token needs from other ranks' logits is a few numbers, so that the row operations of one rank (rows/) serve as
 they are. The statistics of the ranks' parts (m_r, s_r, mean_r of Normalizer) make those of the whole vocabulary:
 
-    m = max_r m_r     s_r' = e^{m_r − m} s_r     s = Σ_r s_r'     Σ_v p_v d_v = Σ_r s_r' (mean_r + m_r − m) / s
+    m = max_r m_r     s_r' = e^{m_r − m} s_r     s = Σ_r s_r'     Σ_v p_v d_v = Σ_r (s_r' / s) (mean_r + m_r − m)
 
 The ranks gather four numbers per token (five where labels are smoothed) in one collective, and add them up in the same
 order: ℓ, H, lse and the loss are bitwise the same on every rank. Where a token's target lies on another rank, its g
@@ -179,10 +179,11 @@ class ShardedRows:
         ).unbind(1)
         m = shift.amax(0)
         fall = shift - m  # (K, n)
-        totals = torch.exp(fall + log_total)
-        total = totals.sum(0)
-        mean = torch.where(totals == 0, 0, totals * (mean + fall)).sum(0) / total
-        log_total = total.log()
+        log_totals = log_total + fall
+        most, where = log_totals.max(0)  # of a total near 1 the logarithm is exact, and what the others add
+        log_total = most + (log_totals - most).exp().scatter(0, where[None], 0).sum(0).log1p()
+        p = (log_totals - log_total).exp()
+        mean = torch.where(p == 0, 0, p * (mean + fall)).sum(0)
         exists = (target >= 0) & (target < self.shard.vocab)
         at_target = torch.where(exists, (at_target + fall).amax(0), torch.nan)
         if smooth:
