@@ -169,10 +169,18 @@ def test_after(index):
 def test_before(index, monkeypatch):
     module, _ = BLOCKS[index]
     need(module)
-    if module == VERL_TRITON and DEVICE == "cpu":
-        call = inspect.signature(importlib.import_module(module).LinearCrossEntropy.forward)
-        assert list(call.parameters)[1:6] == ["hidden", "weight", "labels", "temperature", "reduction"]
-        pytest.skip("verl's Triton form needs CUDA; its arguments are as the page has them")
+    if module == VERL_TRITON and DEVICE == "cpu":  # its signature, and the values of its form in PyTorch
+        triton_form = importlib.import_module(module)
+        torch_form = importlib.import_module("verl.utils.experimental.torch_functional").FusedLinearForPPO()
+        signature = inspect.signature(functools.partial(triton_form.LinearCrossEntropy.forward, None))
+
+        def call(*args, **kwargs):
+            given = signature.bind(*args, **kwargs).arguments
+            assert given.pop("reduction", "none") == "none" and isinstance(given["temperature"], float)
+            hidden, weight, labels, temperature = (given[k] for k in ("hidden", "weight", "labels", "temperature"))
+            return torch_form(hidden, weight, labels, temperature=temperature)
+
+        monkeypatch.setattr(triton_form, "linear_cross_entropy", call)
     if module == "cut_cross_entropy" and DEVICE == "cpu":  # its own kernels are for GPUs
         cce = importlib.import_module(module)
         monkeypatch.setattr(
