@@ -5,6 +5,7 @@ from . import reference
 from .aggregation import constant_length, hpt_switch, sequence_mean, token_mean
 from .correction import Correction
 from .distillation import DistillationOutput, linear_distillation
+from .extras import Extras, TokenExtras
 from .filter import Filter
 from .functional import LossOutput, linear_cross_entropy, linear_logprobs, linear_loss
 from .modules import LinearCrossEntropyLoss, SRFTLoss
@@ -36,12 +37,14 @@ __all__ = [
     "Correction",
     "CrossEntropy",
     "DistillationOutput",
+    "Extras",
     "Filter",
     "LinearCrossEntropyLoss",
     "LossOutput",
     "Plan",
     "PolicyGradient",
     "SRFTLoss",
+    "TokenExtras",
     "TokenStats",
     "Tokens",
     "chord",

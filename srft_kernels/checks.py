@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .extras import Extras
 from .plan import Plan
 from .tokens import Tokens
 
@@ -29,6 +30,7 @@ ANNOTATIONS = (
     "weight_entropy",
     "class_weight",
 )
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -38,7 +40,7 @@ def call(input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tens
     tensor("target", target)
     if target.is_floating_point() and target.shape[-1:] == linear_weight.shape[:1]:
         raise TypeError("target holds class probabilities, which are not supported: pass class indices (int64)")
-    if target.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
+    if target.dtype not in INTEGERS:
         raise TypeError(f"target must hold integer class indices, found {target.dtype}")
     if target.shape != input.shape[:-1]:
         raise ValueError(
@@ -100,6 +102,53 @@ def vocabulary(linear_weight: Tensor, vocab_size: int | None) -> int:
 def positive(name: str, value: float | None) -> None:
     if value is not None and not (isinstance(value, Real) and 0 < value < inf):
         raise ValueError(f"{name} must be a positive number, found {value!r}")
+
+
+def temperature(value: Any, target: Tensor, live: Tensor | None) -> None:
+    """A positive number, or one of each live token; of the latter silent on accelerators, like `target_range`."""
+    if not isinstance(value, Tensor):
+        return positive("temperature", value)
+    shaped_like_target("temperature", value, target)
+    if not value.is_floating_point():
+        raise TypeError(f"temperature must hold floating-point numbers, found {value.dtype}")
+    if not may_look(target):
+        return
+    wrong = ~((value > 0) & (value < inf))
+    if live is not None:
+        wrong &= live
+    if wrong.any():
+        where = wrong.nonzero()[0].tolist()
+        raise ValueError(f"temperature{where} must be a positive number, found {value[tuple(where)].item():g}")
+
+
+def extras(value: Any, target: Tensor, live: Tensor | None, vocab: int, group: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Extras):
+        raise TypeError(f"extras must be an Extras, found {value!r}: extras=Extras(rank=True, top_k=8), say")
+    if group is not None:
+        raise ValueError("extras= with group= is not supported: a rank has no logits but its own; drop one of the two")
+    if value.top_k > vocab:
+        raise ValueError(f"Extras(top_k={value.top_k}), but there are {vocab} entries: ask for no more than those")
+    if (candidates := value.candidates) is None:
+        return
+    if candidates.dim() != target.dim() + 1 or candidates.shape[:-1] != target.shape:
+        raise ValueError(
+            f"Extras(candidates=...) must be shaped like target with one more dimension, {(*target.shape, 'C')}, "
+            f"found {tuple(candidates.shape)}"
+        )
+    if candidates.dtype not in INTEGERS:
+        raise TypeError(f"Extras(candidates=...) must hold integer token ids, found {candidates.dtype}")
+    if candidates.device != target.device:
+        raise ValueError(f"Extras(candidates=...) is on {candidates.device} but target on {target.device}: move it")
+    if not may_look(candidates):
+        return
+    wrong = (candidates < 0) | (candidates >= vocab)
+    if live is not None:
+        wrong &= live[..., None]
+    if wrong.any():
+        where = wrong.nonzero()[0].tolist()
+        raise ValueError(f"candidates{where} = {candidates[tuple(where)].item()} lies outside [0, {vocab})")
 
 
 def live_tokens(value: Any) -> None:

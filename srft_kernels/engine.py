@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .extras import Taken
 from .filter import Filtered
 from .gemm import HeadProducts, accumulation_dtype
 from .head import Head
@@ -42,11 +43,16 @@ class Call:
     weight_grad: Tensor | None = None  # (V, H) that ∂loss/∂W is added to instead of returned
     filtered: Tensor | None = None  # (4,) the sum of Filtered.squares so far, with a plan that filters
     shard: Shard | None = None  # which part of the vocabulary W is, where ranks share it
+    taken: Taken | None = None  # to be filled by the row operations, where extras are asked for
 
     @property
     def row_ops(self) -> ModuleType | ShardedRows:
         ops = backend(self.plan.backend)
         return ops if self.shard is None else ShardedRows(ops, self.shard)
+
+    def asked(self, chunk: slice) -> dict[str, Taken]:
+        """What row operations are to take of these rows, besides."""
+        return {} if self.taken is None else {"taken": self.taken.rows(chunk)}
 
     def logits_buffer(self, products: HeadProducts) -> Tensor:
         """Room for one chunk's logits (chunk_rows, V), its rows at aligned addresses."""
@@ -59,7 +65,7 @@ class OnePass(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None, call: Call):
-        rows, head, row_ops = call.rows, call.head, call.row_ops
+        rows, row_ops = call.rows, call.row_ops
         parts, losses = [], []
         with _plain_matmul(input):
             products = HeadProducts(weight[: call.vocab], call.compute)
@@ -73,7 +79,7 @@ class OnePass(torch.autograd.Function):
             for chunk in _chunks(call):
                 x = products.operand(rows.hidden(input, chunk))
                 logits = products.logits(x, buffer[: len(x)])
-                tokens = rows.tokens.rows(chunk)
+                tokens, head = rows.tokens.rows(chunk), rows.head(call.head, chunk)
                 if chunk.start < rows.active:
                     stats, loss, dlogits = row_ops.loss_and_gradient(
                         logits,
@@ -83,10 +89,13 @@ class OnePass(torch.autograd.Function):
                         head,
                         call.plan.block_rows,
                         products.compute,
+                        **call.asked(chunk),
                     )
                     gradients.add(dlogits, x, chunk)
                 else:
-                    stats, _ = row_ops.statistics(logits, tokens.target, head, call.plan.block_rows)
+                    stats, _ = row_ops.statistics(
+                        logits, tokens.target, head, call.plan.block_rows, **call.asked(chunk)
+                    )
                     loss = per_token_loss(call.objective, stats, tokens)
                 parts.append(stats)
                 losses.append(loss)
@@ -130,8 +139,9 @@ class Statistics(torch.autograd.Function):
             for chunk in call.plan.chunks(len(rows)):
                 x = products.operand(rows.hidden(input, chunk))
                 logits = products.logits(x, buffer[: len(x)])
+                head = rows.head(call.head, chunk)
                 stats, normalizer = row_ops.statistics(
-                    logits, rows.tokens.target[chunk], call.head, call.plan.block_rows
+                    logits, rows.tokens.target[chunk], head, call.plan.block_rows, **call.asked(chunk)
                 )
                 parts.append(stats)
                 normalizers.append(normalizer)
@@ -162,7 +172,7 @@ class Statistics(torch.autograd.Function):
                     rows.tokens.target[chunk],
                     Normalizer(*(field[chunk] for field in normalizer)),
                     tuple(None if coef is None else coef[chunk] for coef in coefs),
-                    call.head,
+                    rows.head(call.head, chunk),
                     call.plan.block_rows,
                     products.compute,
                 )

@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 
 from . import checks
 from .engine import Call, OnePass, Statistics, weighted_sum
+from .extras import Extras, Taken, TokenExtras
 from .gemm import accumulation_dtype
 from .head import Head
 from .objectives import CrossEntropy
@@ -39,11 +40,13 @@ class LossOutput:
     logprobs   ℓ, shaped like target, detached; 0 where ignored
     entropy    H in nats, likewise
     metrics    token means over this call's live tokens, detached 0-d tensors; computed when first read
+    extras     what `extras` asked for beside, else None
     """
 
     loss: Tensor
     logprobs: Tensor
     entropy: Tensor
+    extras: TokenExtras | None = None
     _metrics: Callable[[], dict[str, Tensor]] = field(default=dict, repr=False)
 
     @cached_property
@@ -60,11 +63,17 @@ class LossOutput:
         objective: Any,
         spread: Callable,
         filtered: Tensor | None = None,
+        extras: TokenExtras | None = None,
     ) -> LossOutput:
         """From the statistics of the tokens that were worked through; `spread` gives a field the shape of target."""
         stats = stats.map(Tensor.detach)
+        argmax = extras and extras.argmax
         return cls(
-            loss, spread(stats.logprobs), spread(stats.entropy), lambda: _metrics(objective, stats, tokens, filtered)
+            loss,
+            spread(stats.logprobs),
+            spread(stats.entropy),
+            extras and extras.map(spread),
+            lambda: _metrics(objective, stats, tokens, filtered, argmax),
         )
 
 
@@ -75,8 +84,9 @@ def linear_loss(
     objective: Any,
     *,
     linear_bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     ignore_index: int | None = -100,
     vocab_size: int | None = None,
     live_tokens: int | None = None,
@@ -87,6 +97,7 @@ def linear_loss(
     is_demo: Tensor | None = None,
     weight_grad: Tensor | None = None,
     plan: Plan | None = None,
+    extras: Extras | None = None,
     group: ProcessGroup | None = None,
     token_group: ProcessGroup | None = None,
     **annotations: Tensor | None,
@@ -101,8 +112,10 @@ def linear_loss(
             A callable is shown a slice of the tokens at a time; give it an attribute `token_local = False` if a token's
             loss depends on other tokens.
         linear_bias: (V,), or None; −inf bans a token (not under a soft cap, which comes after it).
-        temperature: T > 0 of softmax(z / T).
+        temperature: T > 0 of softmax(z / T), or a tensor of them shaped like target, not differentiated to. On CUDA a
+            token's T that is not positive yields NaN in its outputs.
         softcap: cap > 0 of cap · tanh(z / cap), before the temperature; or None.
+        logit_scale: s > 0, times the logits before the cap: Cohere's `logit_scale`, 1 / Granite's `logits_scaling`.
         ignore_index: targets with this value take no part and cost nothing; None: there are none.
         vocab_size: the true vocabulary where the head has padding rows: those past it do not exist.
         live_tokens: no more tokens than this are live, as the host knows from making the batch. On a GPU ignored tokens
@@ -115,6 +128,7 @@ def linear_loss(
             `linear_weight.grad` then gets nothing. In one pass that happens in the call itself, so the loss must reach
             backward as it is, with every factor (accumulation steps, loss scale) in token_weight.
         plan: how to run; default `Plan.choose(...)`.
+        extras: an `Extras`: ranks, arg-max (with "accuracy" among the metrics), top-k and candidates to tell besides.
         group: ranks that the head is divided over, each with its own consecutive rows of linear_weight (and of
             linear_bias) in the order of the ranks. All of them pass the same hidden states, targets and options;
             vocab_size then counts the whole vocabulary. Each gets the same loss, the whole gradient to input, and that
@@ -140,6 +154,7 @@ def linear_loss(
         linear_bias=linear_bias,
         temperature=temperature,
         softcap=softcap,
+        logit_scale=logit_scale,
         ignore_index=ignore_index,
         vocab_size=vocab_size,
         live_tokens=live_tokens,
@@ -149,9 +164,11 @@ def linear_loss(
         plan=plan,
         group=group,
         token_group=token_group,
+        extras=extras,
     )
     loss, stats = _weighted_loss(tensors, call)
-    return LossOutput.of(loss, stats, call.rows.tokens, objective, spread, call.filtered)
+    extras = call.taken and call.taken.settled(stats)
+    return LossOutput.of(loss, stats, call.rows.tokens, objective, spread, call.filtered, extras)
 
 
 def linear_logprobs(
@@ -160,19 +177,22 @@ def linear_logprobs(
     target: Tensor,
     *,
     linear_bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     ignore_index: int | None = -100,
     vocab_size: int | None = None,
     live_tokens: int | None = None,
     plan: Plan | None = None,
+    extras: Extras | None = None,
     group: ProcessGroup | None = None,
 ) -> TokenStats:
     """Log-probability of each target, entropy (nats) and logsumexp of its distribution, without the logits.
 
     Arguments as in `linear_loss`. Returns TokenStats with fields shaped like target, fp32 (fp64 for fp64 inputs), 0 at
     ignored tokens, differentiable through every field: the logits are recomputed in the backward (8NHV in all). Under
-    `torch.no_grad()` this is the scoring pass (2NHV) for old and reference log-probs.
+    `torch.no_grad()` this is the scoring pass (2NHV) for old and reference log-probs. `extras` comes as the field
+    `extras` of the result, detached: for a derivative to another token's log-prob, call with that token as target.
     """
     tensors, call, spread = _prepare(
         input,
@@ -182,13 +202,16 @@ def linear_logprobs(
         linear_bias=linear_bias,
         temperature=temperature,
         softcap=softcap,
+        logit_scale=logit_scale,
         ignore_index=ignore_index,
         vocab_size=vocab_size,
         live_tokens=live_tokens,
         plan=plan,
         group=group,
+        extras=extras,
     )
-    return _statistics(tensors, call).map(spread)
+    stats = _statistics(tensors, call)
+    return replace(stats.map(spread), extras=call.taken and call.taken.settled(stats).map(spread))
 
 
 def linear_cross_entropy(
@@ -203,7 +226,8 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     options: Any = None,
     softcap: float | None = None,
-    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    temperature: float | Tensor = 1.0,
     z_loss: float = 0.0,
     vocab_size: int | None = None,
     live_tokens: int | None = None,
@@ -256,6 +280,7 @@ def linear_cross_entropy(
         linear_bias=linear_bias,
         temperature=temperature,
         softcap=softcap,
+        logit_scale=logit_scale,
         ignore_index=ignore_index,
         vocab_size=vocab_size,
         live_tokens=live_tokens,
@@ -272,12 +297,17 @@ def linear_cross_entropy(
     return _weighted_loss(tensors, call)[0]
 
 
-def _metrics(objective: Any, stats: TokenStats, tokens: Tokens, filtered: Tensor | None = None) -> dict[str, Tensor]:
-    """The objective's own, over the live tokens alone, and what a filtered backward dropped so far."""
+def _metrics(
+    objective: Any, stats: TokenStats, tokens: Tokens, filtered: Tensor | None, argmax: Tensor | None
+) -> dict[str, Tensor]:
+    """The objective's own, over the live tokens alone, top-1 accuracy, and what a filtered backward dropped so far."""
     if (live := tokens.get("live")) is not None:
         stats, tokens = stats.map(lambda field: field[live]), tokens.rows(live)
+        argmax = argmax if argmax is None else argmax[live]
     of_objective = getattr(objective, "metrics", None)
     result = of_objective(stats, tokens) if of_objective and len(stats.logprobs) else {}
+    if argmax is not None and len(argmax):
+        result["accuracy"] = (argmax == tokens.target).to(stats.logprobs.dtype).mean()
     if filtered is not None:
         dropped, whole = filtered.view(2, 2).unbind(1)
         found = (dropped / whole.clamp(min=torch.finfo(whole.dtype).tiny)).sqrt()
@@ -310,8 +340,9 @@ def _prepare(
     objective: Any,
     *,
     linear_bias: Tensor | None,
-    temperature: float,
+    temperature: float | Tensor,
     softcap: float | None,
+    logit_scale: float,
     ignore_index: int | None,
     vocab_size: int | None,
     live_tokens: int | None,
@@ -322,11 +353,12 @@ def _prepare(
     plan: Plan | None = None,
     group: ProcessGroup | Shard | None = None,
     token_group: ProcessGroup | None = None,
+    extras: Extras | None = None,
 ) -> tuple[Tensors, Call, Callable[[Tensor], Tensor]]:
-    """((x, W, b) with x flat; the checked call on packed rows; what gives a packed field (n,) the shape of target)."""
+    """((x, W, b) with x flat; the checked call on packed rows; what gives a packed field (n, ...) target's shape)."""
     compute = checks.call(input, linear_weight, target, linear_bias)
-    checks.positive("temperature", temperature)
     checks.positive("softcap", softcap)
+    checks.positive("logit_scale", logit_scale)
     checks.plan(plan)
     shard = _shard(group, input, linear_weight, target, vocab_size, plan)
     vocab = shard.vocab if shard else checks.vocabulary(linear_weight, vocab_size)
@@ -341,8 +373,14 @@ def _prepare(
     target = target.long()  # before comparing: as uint8, −100 is 156
     live = None if ignore_index is None else target != ignore_index
     checks.target_range(target, live, vocab)
+    checks.temperature(temperature, target, live)
     checks.at_most_live(live_tokens, target, live)
+    checks.extras(extras, target, live, vocab, group)
 
+    if isinstance(temperature, Tensor):
+        temperature = temperature.detach().to(dtype) / logit_scale
+        columns["temperature"] = torch.where(temperature > 0, temperature, torch.nan)
+        temperature = logit_scale  # in its place: see Rows.head
     shape = target.shape
     # kernels read their columns one number after the other, whatever view the caller passed
     flat = {name: column.reshape(-1).contiguous() for name, column in {"target": target, **columns}.items()}
@@ -374,13 +412,20 @@ def _prepare(
         smooth_weight = input.new_ones(here, dtype=dtype) if smooth_weight is None else smooth_weight[:here]
         smooth = aligned(smooth_weight / vocab, dtype)
         shard = shard and shard.smoothing(smooth)
-    head = Head(bias, None if softcap is None else float(softcap), float(temperature), smooth)
+    softcap = None if softcap is None else float(softcap) / logit_scale
+    head = Head(bias, softcap, float(temperature) / logit_scale, smooth)
     filtered = None if plan.filter is None else input.new_zeros(4, dtype=dtype)
-    call = Call(here, head, rows, objective, plan, compute, weight_grad, filtered, shard)
+    taken = None
+    if extras is not None:
+        candidates = extras.candidates
+        if candidates is not None:
+            candidates = rows.hidden(candidates.long().reshape(-1, candidates.shape[-1]), slice(None))
+        taken = Taken.empty(extras, candidates, rows.weight)
+    call = Call(here, head, rows, objective, plan, compute, weight_grad, filtered, shard, taken)
     return (
         (input.reshape(-1, input.shape[-1]), linear_weight, linear_bias),
         call,
-        lambda field: unpack(field).reshape(shape),
+        lambda field: unpack(field).reshape(shape + field.shape[1:]),
     )
 
 

@@ -1,9 +1,10 @@
-"""What turns a matrix product into the logits z that a token is scored on: bias, soft cap, temperature."""
+"""What turns a matrix product into the logits z that a token is scored on: bias, scale, soft cap, temperature."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 
@@ -13,13 +14,33 @@ class Head:
 
     bias          b (V,), or None
     softcap       cap > 0, or None (Gemma)
-    temperature   T > 0
+    temperature   T > 0, or (n,) one of each of the rows at hand
     smooth        class weights ω (V,) of the statistic Σ_v ω_v log p_v, or None where nobody reads it
 
-    The vectors are fp32 (fp64 for fp64) and `aligned` (see rows).
+    The vectors are fp32 (fp64 for fp64), and those over V `aligned` (see rows). A logit scale s, as in
+    cap · tanh(s (a + b) / cap) / T, is a cap of cap / s at the temperature T / s.
     """
 
     bias: Tensor | None = None
     softcap: float | None = None
-    temperature: float = 1.0
+    temperature: float | Tensor = 1.0
     smooth: Tensor | None = None
+
+    @property
+    def divisor(self) -> float | Tensor | None:
+        """T, (n, 1) where each row has its own; None where it is 1."""
+        if isinstance(self.temperature, Tensor):
+            return self.temperature[:, None]
+        return None if self.temperature == 1 else self.temperature
+
+    def scored(self, a: Tensor) -> Tensor:
+        """z of entries (n, k) whose a + b these are."""
+        if self.softcap is not None:
+            a = self.softcap * torch.tanh(a / self.softcap)
+        return a if self.divisor is None else a / self.divisor
+
+    def rows(self, rows: slice) -> Head:
+        """The same for some of the rows."""
+        if isinstance(self.temperature, Tensor):
+            return replace(self, temperature=self.temperature[rows])
+        return self

@@ -8,13 +8,14 @@ accelerator asking for it would stall the stream, so there the rows left out are
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .head import Head
 from .tokens import Tokens
 
 
@@ -47,6 +48,11 @@ class Rows:
         missing = len(live) - len(x)  # rows of padding
         return torch.where(live[:, None], x if missing == 0 else pad(x, (0, 0, 0, missing)), 0)
 
+    def head(self, head: Head, chunk: slice) -> Head:
+        """The head of some of the rows: their temperatures, where each token has its own."""
+        temperature = self.tokens.get("temperature")
+        return head if temperature is None else replace(head, temperature=temperature[chunk])
+
     def only(self, keep: Tensor) -> Rows:
         """Some of the rows, by their numbers (m,): all active."""
         index = keep if self.index is None else self.index[keep]
@@ -60,7 +66,7 @@ class Rows:
             return self
         live = torch.ones_like(self.weight, dtype=torch.bool) if self.live is None else self.live
         tokens = self.tokens.map(lambda column: pad(column, (0, extra)))
-        tokens = tokens.replace(live=pad(live, (0, extra)))
+        tokens = _tempered(tokens.replace(live=pad(live, (0, extra))))
         return Rows(self.index, len(tokens.target), tokens, pad(self.weight, (0, extra)), tokens.live)
 
 
@@ -74,7 +80,7 @@ def pack(
     compact: bool,
     multiple: int = 1,
 ) -> tuple[Rows, Callable[[Tensor], Tensor]]:
-    """(Rows, what puts a field (n,) of theirs back into (N,), with 0 at ignored tokens).
+    """(Rows, what puts a field (n, ...) of theirs back into (N, ...), with 0, of integers −1, at ignored tokens).
 
     live         (N,) boolean; None: all are
     weight       (N,) token weights; None: 1 / (number of live tokens)
@@ -106,8 +112,15 @@ def _masked(
         index = live.logical_not().to(torch.uint8).argsort(stable=True)[:live_tokens]
         overfull = count > live_tokens
         tokens, live, weight = tokens.rows(index), live[index], torch.where(overfull, torch.nan, weight[index])
-    tokens = tokens.replace(target=torch.where(live, tokens.target, 0), live=live)
+    tokens = _tempered(tokens.replace(target=torch.where(live, tokens.target, 0), live=live))
     return Rows(index, len(weight), tokens, weight, live), overfull
+
+
+def _tempered(tokens: Tokens) -> Tokens:
+    """Dead rows at a temperature of 1, whatever theirs was: 0 / 0 would reach the head's gradient."""
+    if (temperature := tokens.get("temperature")) is None:
+        return tokens
+    return tokens.replace(temperature=torch.where(tokens.live, temperature, 1))
 
 
 def token_local(objective: Any, tokens: Tokens) -> bool:
@@ -150,11 +163,12 @@ def _spread(
     index: Tensor | None, live: Tensor | None, overfull: Tensor | None, rows: int, total: int
 ) -> Callable[[Tensor], Tensor]:
     def spread(field: Tensor) -> Tensor:
+        empty, wrong = (0, torch.nan) if field.is_floating_point() else (-1, -1)
         field = field[:rows]
         if live is not None:
-            field = torch.where(live, field, 0)
+            field = torch.where(live if field.dim() == 1 else live[:, None], field, empty)
         if overfull is not None:
-            field = torch.where(overfull, torch.nan, field)
-        return field if index is None else field.new_zeros(total).index_copy(0, index, field)
+            field = torch.where(overfull, wrong, field)
+        return field if index is None else field.new_full((total, *field.shape[1:]), empty).index_copy(0, index, field)
 
     return spread

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .extras import TokenExtras
 
 
 @dataclass(frozen=True)
@@ -18,12 +21,14 @@ class TokenStats:
     entropy    H = −Σ_v p_v log p_v
     logsumexp  log Σ_v e^{z_v}
     smooth     Σ_v ω_v log p_v for class weights ω; present only when an objective smooths its labels
+    extras     what else `linear_logprobs(extras=...)` was asked for; an objective sees None
     """
 
     logprobs: Tensor
     entropy: Tensor
     logsumexp: Tensor
     smooth: Tensor | None = None
+    extras: TokenExtras | None = None
 
     def fields(self) -> tuple[Tensor, ...]:
         present = (self.logprobs, self.entropy, self.logsumexp)

@@ -9,12 +9,14 @@ Logits are destroyed: a block becomes d = z − shift, then its gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..extras import Taken
 from ..head import Head
 from ..tokens import Tokens, TokenStats, coefficients
 from . import Normalizer
@@ -24,36 +26,51 @@ FLOOR = -1e30
 
 
 def statistics(
-    logits: Tensor, target: Tensor, head: Head, block_rows: int, keep: bool = False
+    logits: Tensor, target: Tensor, head: Head, block_rows: int, keep: bool = False, taken: Taken | None = None
 ) -> tuple[TokenStats, Normalizer]:
     """Statistics of the tokens whose raw logits (n, V) these are. `target` (n,) lies in [0, V).
 
-    `keep`: leave the logits as they are, at the price of one more block.
+    `keep`: leave the logits as they are, at the price of one more block. `taken` is to be filled, if given.
     """
     stats, normalizers = [], []
     spare = logits.new_empty(min(block_rows, len(logits)), logits.shape[1]) if keep else None
     for rows, exp in _blocks(logits, block_rows):
         a = logits[rows] if spare is None else spare[: len(exp)].copy_(logits[rows])
-        d, shift, _ = _shifted_(a, head)
-        block_stats, total, mean = _statistics(d, exp, shift, target[rows], head)
+        of_rows, look = head.rows(rows), None if taken is None else taken.rows(rows)
+        d, shift, _ = _shifted_(a, of_rows, look=look and partial(look.take, target=target[rows]))
+        block_stats, total, mean = _statistics(d, exp, shift, target[rows], of_rows)
         stats.append(block_stats)
         normalizers.append(Normalizer(shift[:, 0], total.log(), mean))
+        if look is not None:
+            look.settle(of_rows, shift[:, 0], normalizers[-1].log_total)
     return _joined(stats), Normalizer(*(torch.cat(fields) for fields in zip(*normalizers)))
 
 
 def loss_and_gradient(
-    logits: Tensor, tokens: Tokens, weight: Tensor, objective: Any, head: Head, block_rows: int, dtype: torch.dtype
+    logits: Tensor,
+    tokens: Tokens,
+    weight: Tensor,
+    objective: Any,
+    head: Head,
+    block_rows: int,
+    dtype: torch.dtype,
+    taken: Taken | None = None,
 ) -> tuple[TokenStats, Tensor, Tensor]:
     """One pass: statistics, loss per token (n,), and ∂(Σ weight·loss)/∂(raw logits) (n, V) as `dtype`.
 
-    The gradient is written over the logits.
+    The gradient is written over the logits. `taken` is to be filled, if given.
     """
     parts, losses = [], []
     for rows, exp in _blocks(logits, block_rows):
-        d, shift, cap_slope = _shifted_(logits[rows], head, with_slope=True)
-        stats, total, mean = _statistics(d, exp, shift, tokens.target[rows], head)
+        of_rows, look = head.rows(rows), None if taken is None else taken.rows(rows)
+        d, shift, cap_slope = _shifted_(
+            logits[rows], of_rows, with_slope=True, look=look and partial(look.take, target=tokens.target[rows])
+        )
+        stats, total, mean = _statistics(d, exp, shift, tokens.target[rows], of_rows)
+        if look is not None:
+            look.settle(of_rows, shift[:, 0], total.log())
         loss, coefs = coefficients(objective, stats, tokens.rows(rows), weight[rows])
-        _gradient_(d, exp, total, mean, tokens.target[rows], coefs, head, cap_slope)
+        _gradient_(d, exp, total, mean, tokens.target[rows], coefs, of_rows, cap_slope)
         parts.append(stats)
         losses.append(loss)
     return _joined(parts), torch.cat(losses), logits.to(dtype)
@@ -70,11 +87,12 @@ def gradient(
 ) -> Tensor:
     """Second pass: the gradient (n, V) from recomputed logits and ∂L/∂(each statistic) (n,), over the logits."""
     for rows, exp in _blocks(logits, block_rows):
-        d, _, cap_slope = _shifted_(logits[rows], head, normalizer.shift[rows, None], with_slope=True)
+        of_rows = head.rows(rows)
+        d, _, cap_slope = _shifted_(logits[rows], of_rows, normalizer.shift[rows, None], with_slope=True)
         torch.exp(d.clamp_(min=FLOOR), out=exp)
         block_coefs = tuple(None if coef is None else coef[rows] for coef in coefs)
         total = normalizer.log_total[rows].exp()
-        _gradient_(d, exp, total, normalizer.mean[rows], target[rows], block_coefs, head, cap_slope)
+        _gradient_(d, exp, total, normalizer.mean[rows], target[rows], block_coefs, of_rows, cap_slope)
     return logits.to(dtype)
 
 
@@ -92,22 +110,28 @@ def _joined(parts: list[TokenStats]) -> TokenStats:
 
 
 def _shifted_(
-    a: Tensor, head: Head, shift: Tensor | None = None, with_slope: bool = False
+    a: Tensor,
+    head: Head,
+    shift: Tensor | None = None,
+    with_slope: bool = False,
+    look: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Raw logits a (b, V) → d = z − shift in place, with shift (b, 1), by default the row's maximum.
 
     Third comes the slope of the soft cap, 1 − tanh² (b, V), if asked for: made here, because what d has rounded away
-    is what matters where the cap saturates.
+    is what matters where the cap saturates. `look` is shown a + b on the way.
     """
     slope = None
     if head.bias is not None:
         a.add_(head.bias)
+    if look is not None:
+        look(a)
     if head.softcap is not None:
         a.div_(head.softcap).tanh_()
         slope = 1 - a * a if with_slope else None
         a.mul_(head.softcap)
-    if head.temperature != 1:
-        a.div_(head.temperature)
+    if (divisor := head.divisor) is not None:
+        a.div_(divisor)
     if shift is None:
         shift = a.amax(-1, keepdim=True)
     return a.sub_(shift), shift, slope

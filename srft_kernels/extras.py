@@ -1,0 +1,160 @@
+"""What else a call can tell of each token, at the price of what it asks for: ranks, likeliest tokens, candidates.
+
+Logits die as soon as their gradient is written over them, so that this is taken while they are there:
+
+    rank, argmax       in the pass over a row that makes its statistics
+    top_k              on the GPU one more read of the chunk, which makes the maximum of each group of 64 entries; the k
+                       largest entries lie in the k groups of largest maxima. A radix select reads a row some 17 times
+    candidates         C numbers of a row
+
+All compare and pick a + b: scale, soft cap and temperature keep their order, and could only round them to ties. The
+k + C entries of interest alone are turned into log-probs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .head import Head
+from .tokens import TokenStats
+
+MAX_TOP_K = 64
+BIASED_ROWS = 128  # whose logits with their bias exist beside the chunk's, to find the largest
+GROUP = 64  # entries: with it V / 64 maxima and 64 k entries of their groups are picked from
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What to tell of each token beside its statistics: `extras=` of `linear_loss` and `linear_logprobs`.
+
+    rank        how many entries have a strictly larger logit than the target: 0 where it is (or ties with) the largest
+    argmax      the entry of largest logit, of several the first
+    top_k       so many entries of largest logit, at most 64, largest first; which of several equal ones is unspecified
+    candidates  (..., C) entries whose log-probs to tell, integers, for target's (...); any where that is ignored
+    """
+
+    rank: bool = False
+    argmax: bool = False
+    top_k: int = 0
+    candidates: Tensor | None = None
+
+    def __post_init__(self):
+        for name in ("rank", "argmax"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"Extras({name}={value!r}): expected True or False")
+        if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or not 0 <= self.top_k <= MAX_TOP_K:
+            raise ValueError(f"Extras(top_k={self.top_k!r}): expected a number of entries in [0, {MAX_TOP_K}]")
+        if self.candidates is not None and not isinstance(self.candidates, Tensor):
+            raise TypeError(
+                f"Extras(candidates=...) must be a tensor (..., C) of token ids, found {type(self.candidates).__name__}"
+            )
+
+
+@dataclass(frozen=True)
+class TokenExtras:
+    """What an `Extras` asked for, else None; detached. Log-probs are 0 and integers −1 where target is ignored.
+
+    rank                (...) int64; −1 where the target's log-prob is NaN
+    argmax              (...) int64; −1 where the logits hold a NaN, or nothing but −inf
+    top_logprobs        (..., k), largest first
+    top_ids             (..., k) int64; −1 where argmax is, and for entries of probability 0
+    candidate_logprobs  (..., C); on CUDA NaN for an id out of range
+    """
+
+    rank: Tensor | None = None
+    argmax: Tensor | None = None
+    top_logprobs: Tensor | None = None
+    top_ids: Tensor | None = None
+    candidate_logprobs: Tensor | None = None
+
+    def map(self, function: Any) -> TokenExtras:
+        return TokenExtras(**{name: None if x is None else function(x) for name, x in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The extras of n rows, to be filled by the row operations: those of TokenExtras, and the candidates' ids.
+
+    Where log-probs will be stand the logits a + b at first, until the rows' normalizers are known.
+    """
+
+    results: TokenExtras
+    candidates: Tensor | None = None  # (n, C)
+
+    @classmethod
+    def empty(cls, extras: Extras, candidates: Tensor | None, like: Tensor) -> Taken:
+        """For as many rows as `like` (n,) has, in its type."""
+        n, k = len(like), extras.top_k
+        ids = lambda asked, *more: like.new_empty(n, *more, dtype=torch.int64) if asked else None  # noqa: E731
+        top_logprobs = like.new_empty(n, k) if k else None
+        found = None if candidates is None else like.new_empty(candidates.shape)
+        return cls(TokenExtras(ids(extras.rank), ids(extras.argmax), top_logprobs, ids(k, k), found), candidates)
+
+    def rows(self, rows: slice) -> Taken:
+        """Those of some of the rows, in the same memory."""
+        return Taken(self.results.map(lambda x: x[rows]), None if self.candidates is None else self.candidates[rows])
+
+    def take(self, a: Tensor, target: Tensor) -> None:
+        """Everything from the logits a + b (n, V) of the rows, which should be in a cache."""
+        if self.results.rank is not None:
+            self.results.rank.copy_((a > at(a, target[:, None])).sum(-1))
+        if self.results.argmax is not None:
+            self.results.argmax.copy_(a.argmax(-1))
+        self.take_entries(a, None)
+
+    def take_entries(self, a: Tensor, bias: Tensor | None) -> None:
+        """The largest of a + bias (n, V), and the candidates'; a stays as it is."""
+        if self.results.top_ids is not None:
+            k, step = self.results.top_ids.shape[1], len(a) if bias is None else BIASED_ROWS
+            for rows in (slice(start, start + step) for start in range(0, len(a), step)):
+                values, ids = largest(a[rows] if bias is None else a[rows] + bias, k)
+                self.results.top_logprobs[rows] = values
+                self.results.top_ids[rows] = ids
+        if self.candidates is not None:
+            found = at(a, self.candidates)
+            if bias is not None:
+                found = found + at(bias.expand(len(a), -1), self.candidates)
+            self.results.candidate_logprobs.copy_(found)
+
+    def settle(self, head: Head, shift: Tensor, log_total: Tensor) -> None:
+        """Make log-probs of the logits, from the rows' normalizers (n,)."""
+        for values in (self.results.top_logprobs, self.results.candidate_logprobs):
+            if values is not None:
+                values.copy_(head.scored(values) - shift[:, None] - log_total[:, None])
+        if self.results.top_ids is not None:
+            self.results.top_ids.masked_fill_(self.results.top_logprobs == -torch.inf, -1)
+
+    def settled(self, stats: TokenStats) -> TokenExtras:
+        """All of it, −1 where a row has no distribution or its target no log-prob."""
+        rank, argmax, ids = self.results.rank, self.results.argmax, self.results.top_ids
+        nowhere = ~stats.logsumexp.detach().isfinite()
+        if rank is not None:
+            rank.masked_fill_(stats.logprobs.detach().isnan(), -1)
+        if argmax is not None:
+            argmax.masked_fill_(nowhere, -1)
+        if ids is not None:
+            ids.masked_fill_(nowhere[:, None], -1)
+        return self.results
+
+
+def at(a: Tensor, ids: Tensor) -> Tensor:
+    """a (n, V) at ids (n, C); NaN for an id out of range."""
+    inside = (ids >= 0) & (ids < a.shape[1])
+    return torch.where(inside, a.gather(1, torch.where(inside, ids, 0)), torch.nan)
+
+
+def largest(a: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(values, ids) (n, k) of the k largest entries of a (n, V), largest first."""
+    count = a.shape[1] // GROUP
+    if count <= k:
+        return a.topk(k)
+    groups = a[:, : count * GROUP].unflatten(1, (count, GROUP))
+    best = groups.amax(-1).topk(k).indices  # (n, k) groups
+    picked = groups.gather(1, best[:, :, None].expand(-1, -1, GROUP)).flatten(1)
+    values, places = torch.cat([picked, a[:, count * GROUP :]], 1).topk(k)  # and the entries that fill no group
+    group, entry = places // GROUP, places % GROUP
+    return values, torch.where(group < k, best.gather(1, group.clamp(max=k - 1)), group - k + count) * GROUP + entry
