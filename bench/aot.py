@@ -40,8 +40,10 @@ TARGETS = {
 SHARED = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10, "gfx942": 64 << 10}
 VOCAB = 151_937  # odd: the loads must be wide for any vocabulary
 F32, I64, U8, BF16 = "*fp32", "*i64", "*u8", "*bf16"
-PLAIN = {"bias_ptr": None, "smooth_ptr": None, "softcap": None, "temperature": None}
-RICH = {"bias_ptr": F32, "smooth_ptr": F32, "softcap": "fp32", "temperature": "fp32"}
+EXTRAS = {"rank_ptr": "*i64", "argmax_ptr": "*i64", "normalizer_ptr": F32, "temperature_ptr": F32}
+PLAIN = {"bias_ptr": None, "smooth_ptr": None, "softcap": None, "temperature": None, **dict.fromkeys(EXTRAS)}
+RICH = PLAIN | {"bias_ptr": F32, "smooth_ptr": F32, "softcap": "fp32", "temperature": "fp32"}
+TOLD = PLAIN | EXTRAS
 POINTERS = {
     "logits_ptr": F32,
     "target_ptr": I64,
@@ -81,7 +83,8 @@ FP32_TOO = ("smoothed", "srft_paper")  # the gradient's type has nothing to do w
 def variants(order: str = "barrier") -> Iterator[tuple[Any, str, dict[str, Any]]]:
     """(kernel, name, {argument: Triton type, or a compile-time value}) of everything that is launched."""
     outputs = (("bf16", {"dlogits_ptr": BF16, "ORDER": order}), ("fp32", {"dlogits_ptr": F32, "ORDER": "none"}))
-    for name, head in (("plain", PLAIN), ("bias, smoothing, cap, temperature", RICH)):
+    told = ("extras, temperatures", TOLD)
+    for name, head in (("plain", PLAIN), ("bias, smoothing, cap, temperature", RICH), told):
         smooth = {"u_ptr": head["smooth_ptr"], "smooth_total_ptr": head["smooth_ptr"]}
         yield triton_rows._statistics_kernel, name, head
         for out, output in outputs:
@@ -101,6 +104,8 @@ def variants(order: str = "barrier") -> Iterator[tuple[Any, str, dict[str, Any]]
         }
         for out, output in outputs if name in FP32_TOO else outputs[:1]:
             yield triton_rows._loss_gradient_kernel, f"{out} {name}", arguments | output
+            if name == "sft":
+                yield triton_rows._loss_gradient_kernel, f"{out} {name}, {told[0]}", arguments | output | TOLD
     for out, pointer in (("bf16", BF16), ("fp32", F32)):
         yield triton_rows._scale_kernel, out, {"x_ptr": pointer, "factor_ptr": F32, "count": "i64"}
 
@@ -132,7 +137,8 @@ def report(kernel, variant: str, arguments: dict[str, Any], name: str) -> dict[s
     title = kernel.__name__.strip("_").removesuffix("_kernel")
     launch = tuning.launch(title, VOCAB, name) if title in tuning.KERNELS else triton_rows.SCALE
     warps = launch.warps
-    compiled = compile_for(kernel, arguments | {"BLOCK": launch.block}, target, warps)
+    options = triton_rows.options(title, launch, target.warp_size)
+    compiled = compile_for(kernel, arguments | options, target, warps)
     numbers = launch.block / (warps * target.warp_size)  # per thread and step
     found = amd(compiled) if target.backend == "hip" else nvidia(compiled)
     code = found.pop("code")

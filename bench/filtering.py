@@ -2,8 +2,8 @@
 
     python -m bench.filtering [--tokens 1024]
 
-Errors are ‖found − dense‖ / ‖dense‖ of the SFT loss's gradients; "no mean": dx if the tail were dropped from it too. Time
-is CPU time over that of the dense loss, median of three.
+Errors are ‖found − dense‖ / ‖dense‖ of the SFT loss's gradients; "no mean": dx if the tail were dropped from it too.
+Time is CPU time over that of the dense loss, median of three.
 """
 
 from __future__ import annotations

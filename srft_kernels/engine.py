@@ -11,6 +11,7 @@ Both walk over Rows (pack.py): the tokens that take part, those that cannot have
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -26,7 +27,7 @@ from .head import Head
 from .pack import Rows
 from .plan import Plan
 from .rows import Normalizer, aligned_size, backend, has_triton
-from .tokens import TokenStats, per_token_loss
+from .tokens import TokenStats, coefficients, per_token_loss
 from .vocab_parallel import Shard, ShardedRows
 
 
@@ -43,6 +44,7 @@ class Call:
     weight_grad: Tensor | None = None  # (V, H) that ∂loss/∂W is added to instead of returned
     filtered: Tensor | None = None  # (4,) the sum of Filtered.squares so far, with a plan that filters
     shard: Shard | None = None  # which part of the vocabulary W is, where ranks share it
+    chunks: tuple[slice, ...] | None = None  # of whole sequences, where a token's loss depends on its own
     taken: Taken | None = None  # to be filled by the row operations, where extras are asked for
 
     @property
@@ -81,7 +83,8 @@ class OnePass(torch.autograd.Function):
                 logits = products.logits(x, buffer[: len(x)])
                 tokens, head = rows.tokens.rows(chunk), rows.head(call.head, chunk)
                 if chunk.start < rows.active:
-                    stats, loss, dlogits = row_ops.loss_and_gradient(
+                    row_pass = row_ops.loss_and_gradient if call.chunks is None else _by_sequence(row_ops)
+                    stats, loss, dlogits = row_pass(
                         logits,
                         tokens,
                         token_weight[chunk],
@@ -202,12 +205,17 @@ class Gradients:
         self.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
         self.empty = rows.active == 0
         new = torch.empty_like if rows.index is None and not self.empty else torch.zeros_like
-        self.input = new(input, memory_format=torch.contiguous_format) if wanted[0] else None
+        # one pass carries fp16 gradients scaled up, which only fp32 has room for
+        self.scaled = call.compute == torch.float16
+        dtype = products.dtype if self.scaled else input.dtype
+        self.input = new(input, dtype=dtype, memory_format=torch.contiguous_format) if wanted[0] else None
         self.bias = bias.new_zeros(bias.shape, dtype=products.dtype) if wanted[2] else None
         self.weight, self.first = call.weight_grad, not self.given
         if wanted[1] and not self.given:
             new = weight.new_empty if self.filter is None else weight.new_zeros
-            self.weight = new(weight.shape, dtype=products.dtype)
+            single = products.mixed and rows.active <= call.plan.chunk_rows and self.filter is None
+            narrow = single and not self.scaled
+            self.weight = new(weight.shape, dtype=products.compute if narrow else products.dtype)
             written = 0 if self.empty else len(products.weight)
             if written < len(weight):  # rows that no chunk writes: the vocabulary's padding, or all of them
                 self.weight[written:].zero_()
@@ -221,7 +229,7 @@ class Gradients:
         if self.filter is not None:
             products = Filtered(products, dlogits, self.filter)
         if self.input is not None and self.shard is None:
-            self._put(chunk, products.input_gradient(dlogits))
+            self._put(chunk, products.input_gradient(dlogits, rounded=not self.scaled))
         elif self.input is not None:  # summed while the products that follow run
             made = products.input_gradient(dlogits, rounded=False)
             self._put_sum()
@@ -239,7 +247,6 @@ class Gradients:
         if not rounded:
             return made
         return tuple(None if g is None else g.to(dtype) for g, dtype in zip(made, self.dtypes))
-
 
     def _put(self, chunk: slice, made: Tensor) -> None:
         """A chunk's rows of dx (n, H) to their places."""
@@ -264,8 +271,22 @@ def weighted_sum(loss: Tensor, weight: Tensor) -> Tensor:
     return torch.where(weight == 0, 0, loss * weight).sum()
 
 
+def _by_sequence(row_ops: ModuleType) -> Callable:
+    """loss_and_gradient with the objective shown the whole chunk, where a row backend shows it blocks of rows."""
+
+    def run(logits, tokens, weight, objective, head, block_rows, dtype, **asked):
+        stats, normalizer = row_ops.statistics(logits, tokens.target, head, block_rows, keep=True, **asked)
+        loss, coefs = coefficients(objective, stats, tokens, weight)
+        return stats, loss, row_ops.gradient(logits, tokens.target, normalizer, coefs, head, block_rows, dtype)
+
+    return run
+
+
 def _chunks(call: Call):
     """Chunks of the rows with gradient, then of the rest."""
+    if call.chunks is not None:
+        yield from call.chunks
+        return
     yield from call.plan.chunks(call.rows.active)
     for chunk in call.plan.chunks(len(call.rows) - call.rows.active):
         yield slice(chunk.start + call.rows.active, chunk.stop + call.rows.active)

@@ -65,20 +65,19 @@ class Filtered:
         self.squares = squares.new_zeros(4)
         self.dense = self._decide(0, self.tail.sum(), squares.sum())
 
-    def input_gradient(self, residual: Tensor) -> Tensor:
-        """∂L/∂x (n, H)."""
-        wide, compute, weight = self.products.dtype, self.products.compute, self.products.weight
-        dx = torch.mm(self.values, weight[self.kept])
+    def input_gradient(self, residual: Tensor, rounded: bool = True) -> Tensor:
+        """∂L/∂x (n, H), in the logits' type whatever `rounded` says: sums come after the product."""
+        products, weight = self.products, self.products.weight
+        dx = products.product(self.values, weight[self.kept])
         share = self.tail.sqrt()
-        share = (share / share.sum().clamp(min=torch.finfo(wide).tiny)).to(compute)
+        share = (share / share.amax().clamp(min=torch.finfo(share.dtype).tiny)).to(products.compute)
         step = max(1, len(residual) // SAMPLE)
-        mean, sampled = (
-            torch.mm(torch.cat([share[None], residual[::step]]), weight).to(wide).split([1, len(residual[::step])])
-        )
-        mass = residual.sum(1, keepdim=True, dtype=wide)  # (n, 1)
+        of_tail = products.product(torch.cat([share[None], residual[::step]]), weight)
+        mean, sampled = of_tail[:1] / share.sum(dtype=of_tail.dtype).clamp(min=1), of_tail[1:]
+        mass = residual.sum(1, keepdim=True, dtype=products.dtype)  # (n, 1)
         missing = sampled - mass[::step] * mean
         dense = self._decide(2, missing.square().sum(), (dx[::step] + sampled).square().sum())
-        dx.addmm_(torch.where(dense, 0, mass).to(compute), mean.to(compute))
+        dx.addmm_(torch.where(dense, 0, mass), mean)
         return self._add_if(dense, dx, residual, weight)
 
     def add_weight_gradient(self, total: Tensor, residual: Tensor, x: Tensor, first: bool) -> None:

@@ -22,7 +22,7 @@ from .extras import Extras, Taken, TokenExtras
 from .gemm import accumulation_dtype
 from .head import Head
 from .objectives import CrossEntropy
-from .pack import pack, token_local
+from .pack import Rows, pack, sequence_chunks, token_local
 from .plan import Plan
 from .rows import aligned
 from .token_parallel import summed
@@ -406,6 +406,7 @@ def _prepare(
         plan.compact,
         plan.chunk_rows if plan.batch_invariant else 1,
     )
+    plan, chunks = _with_sequences(plan, objective, rows, tokens, whole=shard is None)
     bias = None if linear_bias is None else aligned(linear_bias.detach()[:here], dtype)
     smooth = None
     if getattr(objective, "label_smoothing", 0):
@@ -421,7 +422,7 @@ def _prepare(
         if candidates is not None:
             candidates = rows.hidden(candidates.long().reshape(-1, candidates.shape[-1]), slice(None))
         taken = Taken.empty(extras, candidates, rows.weight)
-    call = Call(here, head, rows, objective, plan, compute, weight_grad, filtered, shard, taken)
+    call = Call(here, head, rows, objective, plan, compute, weight_grad, filtered, shard, chunks, taken)
     return (
         (input.reshape(-1, input.shape[-1]), linear_weight, linear_bias),
         call,
@@ -432,7 +433,33 @@ def _prepare(
 def _resolved(plan: Plan, objective: Any, tokens: Tokens) -> Plan:
     """The plan with `passes` and `compact` decided."""
     compact = tokens.target.device.type == "cpu" if plan.compact is None else plan.compact
-    local = token_local(objective, tokens)
-    if plan.passes == 1 and not local:
+    scope = _scope(objective, tokens)
+    if plan.passes == 1 and scope == "batch":
         raise ValueError(f"Plan(passes=1), but a token's loss depends on other tokens in {objective}: use passes=None")
-    return replace(plan, compact=compact, passes=plan.passes or (1 if local else 2))
+    passes = plan.passes or {"token": 1, "sequence": None, "batch": 2}[scope]
+    return replace(plan, compact=compact, passes=passes)
+
+
+def _with_sequences(
+    plan: Plan, objective: Any, rows: Rows, tokens: Tokens, whole: bool
+) -> tuple[Plan, tuple[slice, ...] | None]:
+    """The plan with `passes` decided for losses that depend on a token's sequence, and chunks of whole sequences.
+
+    One pass where every sequence fits a chunk and the host may look: so, on accelerators, with Plan(compact=True).
+    """
+    if plan.passes == 2 or _scope(objective, tokens) != "sequence":
+        return plan, None
+    may_cut = whole and plan.compact and not plan.batch_invariant
+    chunks = sequence_chunks(rows, plan.chunk_rows) if may_cut else None
+    if chunks is None and plan.passes == 1:
+        raise ValueError(
+            f"Plan(passes=1), but a token's loss depends on its sequence in {objective}, and not every sequence lies "
+            f"in one piece of at most chunk_rows={plan.chunk_rows} tokens that the host may look at: use passes=None"
+        )
+    return replace(plan, passes=1 if chunks is not None else 2), chunks
+
+
+def _scope(objective: Any, tokens: Tokens) -> str:
+    """Over which tokens a token's loss extends: "token", "sequence" (those with its id) or "batch"."""
+    scope = getattr(objective, "scope", None)
+    return scope(tokens) if scope else "token" if token_local(objective, tokens) else "batch"

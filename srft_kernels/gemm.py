@@ -36,15 +36,21 @@ class HeadProducts:
     def input_gradient(self, dlogits: Tensor, rounded: bool = True) -> Tensor:
         """∂L/∂x = ∂L/∂a · W (n, H), in the operands' type: each row is complete, so it is rounded once.
 
-        Not `rounded`, in the logits' type: a part of a sum over ranks.
+        Not `rounded`, in the logits' type: a part of a sum over ranks, or scaled.
         """
-        if self.mixed and not rounded:
-            return torch.ops.aten.mm.dtype(dlogits, self.weight, self.dtype)
-        return torch.mm(dlogits, self.weight)
+        return torch.mm(dlogits, self.weight) if rounded else self.product(dlogits, self.weight)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """a · b of operands in their type, in the logits' type."""
+        return torch.ops.aten.mm.dtype(a, b, self.dtype) if self.mixed else torch.mm(a, b)
 
     def add_weight_gradient(self, total: Tensor, dlogits: Tensor, x: Tensor, first: bool) -> None:
-        """total (V, H) += (∂L/∂a)ᵀ x, in fp32 whatever the inputs; on the first chunk `total` is only written."""
-        if self.mixed:
+        """total (V, H) += (∂L/∂a)ᵀ x; on the first chunk `total` is only written.
+
+        `total` is fp32 whatever the inputs; of the inputs' type where there is one chunk: the product itself sums in
+        fp32 and rounds once.
+        """
+        if self.mixed and total.dtype == self.dtype:
             beta = 0 if first else 1
             torch.ops.aten.addmm.dtype_out(total, dlogits.t(), x, self.dtype, beta=beta, out=total)
         elif first:

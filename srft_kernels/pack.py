@@ -129,6 +129,26 @@ def token_local(objective: Any, tokens: Tokens) -> bool:
     return local(tokens) if callable(local) else local
 
 
+def sequence_chunks(rows: Rows, chunk_rows: int) -> tuple[slice, ...] | None:
+    """Chunks of whole sequences, those of active rows first; None where one does not fit or is not in one piece.
+
+    Looks at `sequence_ids` on the host.
+    """
+    ids, lengths = rows.tokens.sequence_ids.unique_consecutive(return_counts=True)
+    if len(ids.unique()) < len(ids):
+        return None
+    chunks, start, end = [], 0, 0
+    for length in lengths.tolist():
+        if length > chunk_rows or end < rows.active < end + length:
+            return None
+        if end + length > start + chunk_rows or end == rows.active:
+            chunks.append(slice(start, end))
+            start = end
+        end += length
+    chunks.append(slice(start, end))
+    return tuple(chunk for chunk in chunks if chunk.start < chunk.stop)
+
+
 def _sees_only_live_tokens(objective: Any, tokens: Tokens) -> bool:
     """A loss over several tokens that does not read `tokens.live` would average over ignored ones."""
     return not token_local(objective, tokens) and not getattr(objective, "reads_live", False)

@@ -82,8 +82,8 @@ class Plan:
         """The plan for `tokens` rows of size `hidden` against a head of `vocab` entries.
 
         `workspace_bytes` bounds the logits that exist at one time (and their scratch); by default 40 MB on CPU and
-        1 GiB on GPU, but no fewer than 64 rows. The accumulator of a 16-bit head's gradient comes on top, and is
-        counted in the plan's `workspace_bytes`.
+        1 GiB on GPU, but no fewer than 64 rows. The fp32 accumulator of a 16-bit head's gradient comes on top, and
+        is counted in the plan's `workspace_bytes`; a bf16 head on a GPU needs none where one chunk holds all tokens.
         """
         device = torch.device(device)
         itemsize = accumulation_dtype(dtype).itemsize
@@ -104,7 +104,8 @@ class Plan:
         else:
             rows = max(1, min(rows, tokens))
         narrow = dtype.itemsize < itemsize
-        accumulator = narrow * vocab * hidden * itemsize
+        single = device.type == "cuda" and dtype == torch.bfloat16 and rows >= tokens and filter is None
+        accumulator = 0 if single else narrow * vocab * hidden * itemsize
         gathered = round((rows * row_bytes + 2 * vocab * hidden * itemsize) * filter.columns) if filter else 0
         widened = accumulator if narrow and device.type == "cpu" else 0
         return cls(

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..extras import Taken
 from ..head import Head
 from ..tokens import Tokens, TokenStats, coefficients
 from . import Normalizer, tuning
@@ -45,64 +46,160 @@ def _tanh(x):
 
 
 @triton.jit
-def _logits(row_ptr, bias_ptr, columns, vocab, stride, softcap, temperature):
-    """(z, tanh of the soft cap) of some columns of a row; z is −inf past the vocabulary."""
-    a = tl.load(row_ptr + columns, mask=columns < stride, other=0.0)
+def _exp(x):
+    """e^x for x ≤ 0 by the device's base-2 exponential alone: results under 2⁻¹²⁶ may be 0, which tl.exp pays for.
+
+    x is a difference already: log₂e folded into the subtraction would round away what large logits differ by.
+    """
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def _load(ptr, columns, stride, TAIL: tl.constexpr):
+    """Columns of a row, or of a vector that is padded like one; zeros past the padding."""
+    if TAIL:
+        return tl.load(ptr + columns, mask=columns < stride, other=0.0)
+    else:
+        return tl.load(ptr + columns)
+
+
+@triton.jit
+def _of_row(temperature, temperature_ptr, row):
+    """The temperature of all rows, or this row's; None: 1."""
+    if temperature_ptr is None:
+        return temperature
+    else:
+        return tl.load(temperature_ptr + row)
+
+
+@triton.jit
+def _raw(row_ptr, bias_ptr, columns, stride, TAIL: tl.constexpr):
+    """a + b of some columns of a row; anything past the vocabulary."""
+    a = _load(row_ptr, columns, stride, TAIL)
     if bias_ptr is not None:
-        a += tl.load(bias_ptr + columns, mask=columns < stride, other=0.0)
+        a += _load(bias_ptr, columns, stride, TAIL)
+    return a
+
+
+@triton.jit
+def _logits(row_ptr, bias_ptr, columns, vocab, stride, softcap, temperature, TAIL: tl.constexpr = True):
+    """(z, tanh of the soft cap) of some columns of a row; z is −inf past the vocabulary, which only TAIL can reach."""
+    return _scored(_raw(row_ptr, bias_ptr, columns, stride, TAIL), columns, vocab, softcap, temperature, TAIL)
+
+
+@triton.jit
+def _scored(a, columns, vocab, softcap, temperature, TAIL: tl.constexpr):
     level = a
     if softcap is not None:
         level = _tanh(tl.div_rn(a, softcap))
         a = softcap * level
     if temperature is not None:
         a = tl.div_rn(a, temperature)
-    return tl.where(columns < vocab, a, -float("inf")), level  # after the cap, which would make it finite
+    if TAIL:
+        a = tl.where(columns < vocab, a, -float("inf"))  # after the cap, which would make it finite
+    return a, level
 
 
 @triton.jit
-def _statistics(row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, softcap, temperature, BLOCK: tl.constexpr):
-    """Online over a row: (ℓ, H, lse, smooth, max, log Σ e^d, Σ p·d), all in one read.
+def _statistics(
+    row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, softcap, temperature,
+    RANK: tl.constexpr, ARGMAX: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Online over a row: (ℓ, H, lse, smooth, max, log Σ e^d, Σ p·d, rank, argmax), all in one read.
 
-    Running over blocks: the maximum m, s = Σ e^d and t = Σ e^d·d for d = z − m ≤ 0. When the maximum rises by δ, every
-    d falls by δ: t ← e^{−δ}(t − δ·s), s ← e^{−δ}·s. The maximum starts at −inf, so all-negative rows are ordinary rows.
+    Running over blocks, in each of LANES (the program's threads) apart: the maximum m, s = Σ e^d and t = Σ e^d·d for
+    d = z − m ≤ 0. When the maximum rises by δ, every d falls by δ: t ← e^{−δ}(t − δ·s), s ← e^{−δ}·s. The maximum
+    starts at −inf, so all-negative rows are ordinary rows. Threads meet once, at the end.
     """
     inside = (target >= 0) & (target < vocab)
     at_target = tl.load(row_ptr + tl.where(inside, target, 0))
     if bias_ptr is not None:
         at_target += tl.load(bias_ptr + tl.where(inside, target, 0))
+    raw_target = at_target
     if softcap is not None:
         at_target = softcap * _tanh(tl.div_rn(at_target, softcap))
     if temperature is not None:
         at_target = tl.div_rn(at_target, temperature)
     at_target = tl.where(inside, at_target, float("nan"))
 
-    m = at_target * 0.0 - float("inf")
-    m = tl.where(m == m, m, -float("inf"))  # −inf of the same type, whatever the target
-    s = tl.zeros_like(m)
-    t = tl.zeros_like(m)
-    smooth_sum = tl.zeros_like(m)
-    smooth_total = tl.zeros_like(m)
+    m = tl.full((LANES,), -float("inf"), tl.float32)
+    s = tl.zeros((LANES,), tl.float32)
+    t = tl.zeros((LANES,), tl.float32)
+    smooth_sum = tl.zeros((LANES,), tl.float32)
+    smooth_total = tl.zeros((LANES,), tl.float32)
+    rank = tl.zeros((LANES,), tl.int32)
+    best = tl.full((LANES,), -float("inf"), tl.float32)
+    first = tl.full((LANES,), 2147483647, tl.int32)
     smooth_shift = tl.where(tl.abs(at_target) < float("inf"), at_target, 0.0)
-    for start in range(0, vocab, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        z, _ = _logits(row_ptr, bias_ptr, columns, vocab, stride, softcap, temperature)
-        top = tl.maximum(m, tl.max(z, 0))
-        finite_top = tl.where(top == -float("inf"), 0.0, top)  # −inf − (−inf) is not a number
-        d = z - finite_top
-        e = tl.exp(d)
-        fall = tl.where(m == -float("inf"), 0.0, m - finite_top)
-        scale = tl.where(m == -float("inf"), 0.0, tl.exp(fall))
-        t = scale * (t + fall * s) + tl.sum(tl.where(e == 0, 0.0, e * d), 0)
-        s = scale * s + tl.sum(e, 0)
-        m = top
-        if smooth_ptr is not None:
-            omega = tl.load(smooth_ptr + columns, mask=columns < stride, other=0.0)
-            smooth_sum += tl.sum(tl.where(columns < vocab, omega * (z - smooth_shift), 0.0), 0)
-            smooth_total += tl.sum(omega, 0)
+    whole = vocab // BLOCK * BLOCK  # only the last block has a padding to look out for
+    for start in range(0, whole, BLOCK):
+        m, s, t, smooth_sum, smooth_total, rank, best, first = _add_block(
+            m, s, t, smooth_sum, smooth_total, rank, best, first, smooth_shift, raw_target, start,
+            row_ptr, bias_ptr, smooth_ptr, vocab, stride, softcap, temperature, RANK, ARGMAX, False, LANES, BLOCK,
+        )  # fmt: skip
+    if whole < vocab:
+        m, s, t, smooth_sum, smooth_total, rank, best, first = _add_block(
+            m, s, t, smooth_sum, smooth_total, rank, best, first, smooth_shift, raw_target, whole,
+            row_ptr, bias_ptr, smooth_ptr, vocab, stride, softcap, temperature, RANK, ARGMAX, True, LANES, BLOCK,
+        )  # fmt: skip
+    top = tl.max(m, 0)
+    fall = tl.where(m == -float("inf"), 0.0, m - top)  # −inf − (−inf) is not a number; s and t are 0 there
+    scale = _exp(fall)
+    t = tl.sum(scale * (t + fall * s), 0)
+    s = tl.sum(scale * s, 0)
     log_s = tl.log(s)
-    logprob = at_target - m - log_s
-    smooth = smooth_sum + smooth_total * (smooth_shift - m - log_s)
-    return logprob, log_s - t / s, m + log_s, smooth, m, log_s, t / s
+    logprob = at_target - top - log_s
+    smooth = tl.sum(smooth_sum, 0) + tl.sum(smooth_total, 0) * (smooth_shift - top - log_s)
+    if RANK:
+        rank = tl.sum(rank, 0)
+    if ARGMAX:
+        first = tl.min(tl.where(best == tl.max(best, 0), first, 2147483647), 0)
+    return logprob, log_s - t / s, top + log_s, smooth, top, log_s, t / s, rank, first
+
+
+@triton.jit
+def _add_block(
+    m, s, t, smooth_sum, smooth_total, rank, best, first, smooth_shift, raw_target, start,
+    row_ptr, bias_ptr, smooth_ptr, vocab, stride, softcap, temperature,
+    RANK: tl.constexpr, ARGMAX: tl.constexpr, TAIL: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # (BLOCK / 4·LANES, LANES, 4): a thread loads 16 bytes at a time and reduces the other axes of its lane alone
+    steps = tl.arange(0, BLOCK // (4 * LANES)) * (4 * LANES)
+    lanes = tl.arange(0, LANES) * 4
+    columns = start + steps[:, None, None] + lanes[None, :, None] + tl.arange(0, 4)[None, None, :]
+    a = _raw(row_ptr, bias_ptr, columns, stride, TAIL)
+    z, _ = _scored(a, columns, vocab, softcap, temperature, TAIL)
+    if TAIL:
+        a = tl.where(columns < vocab, a, -float("inf"))
+    if RANK:
+        rank += _of_lanes((a > raw_target).to(tl.int32))
+    if ARGMAX:
+        highest = tl.max(tl.max(a, 2), 0)
+        where = tl.where(a == highest[None, :, None], columns, 2147483647)
+        first = tl.where(highest > best, tl.min(tl.min(where, 2), 0), first)
+        best = tl.maximum(best, highest)
+    if smooth_ptr is not None:
+        omega = _load(smooth_ptr, columns, stride, TAIL)
+        weighted = omega * (z - smooth_shift)
+        if TAIL:
+            weighted = tl.where(columns < vocab, weighted, 0.0)
+        smooth_sum += _of_lanes(weighted)
+        smooth_total += _of_lanes(omega)
+    top = tl.maximum(m, tl.max(tl.max(z, 2), 0))
+    finite_top = tl.where(top == -float("inf"), 0.0, top)
+    d = z - finite_top[None, :, None]
+    e = _exp(d)
+    fall = tl.where(m == -float("inf"), 0.0, m - finite_top)
+    scale = _exp(fall)
+    # e is 0 below −128: 0 · (−inf) is 0 here
+    t = scale * (t + fall * s) + _of_lanes(e * tl.maximum(d, -128.0))
+    s = scale * s + _of_lanes(e)
+    return top, s, t, smooth_sum, smooth_total, rank, best, first
+
+
+@triton.jit
+def _of_lanes(x):
+    return tl.sum(tl.sum(x, 2), 0)
 
 
 @triton.jit
@@ -112,36 +209,80 @@ def _write_gradient(
     ORDER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """∂L/∂a of a row: g(1[v=y] − p_v) − h p_v(log p_v + H) + k p_v + u(ω_v − Σω·p_v), through temperature and cap."""
-    g = tl.where((target >= 0) & (target < vocab), g, float("nan"))  # no such column: no gradient that is right
+    inside = (target >= 0) & (target < vocab)
+    g = tl.where(inside, g, float("nan"))  # no such column: no gradient that is right
+    at = tl.where(inside, target, -1).to(tl.int32)
     if (g == 0.0) & (h == 0.0) & (k == 0.0) & (u == 0.0):  # ignored, or without advantage: nothing to read
         for start in range(0, vocab, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             tl.store(out_ptr + columns, tl.zeros((BLOCK,), out_ptr.dtype.element_ty), mask=columns < stride)
     else:
+        if temperature is not None:
+            g, h, k, u = g / temperature, h / temperature, k / temperature, u / temperature
         s = tl.exp(log_s)
         alpha = (k - g - u * smooth_total + h * mean) / s
         beta = -h / s
-        for start in range(0, vocab, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            z, level = _logits(row_ptr, bias_ptr, columns, vocab, stride, softcap, temperature)
-            d = z - m
-            e = tl.exp(d)
-            dz = tl.where(e == 0, 0.0, e * (alpha + beta * d))  # 0 · (−inf) is 0 here
-            dz += tl.where(columns == target, g, 0.0)
-            if smooth_ptr is not None:
-                dz += u * tl.load(smooth_ptr + columns, mask=columns < stride, other=0.0)
-            if temperature is not None:
-                dz = tl.div_rn(dz, temperature)
-            if softcap is not None:
-                dz = dz * (1 - level * level)
-            dz = tl.where(columns < vocab, dz, 0.0)
-            written = columns < stride
-            # A narrow gradient lands on bytes of this block or of earlier ones: every thread must have read first.
-            if ORDER == "barrier":
-                tl.debug_barrier()
-            if ORDER == "reduction":
-                written &= tl.max(e, 0) != -1.0  # always so, but known only when every thread's loads are there
-            tl.store(out_ptr + columns, dz.to(out_ptr.dtype.element_ty), mask=written)
+        whole = vocab // BLOCK * BLOCK
+        for start in range(0, whole, BLOCK):
+            _write_block(
+                row_ptr, out_ptr, at, start, m, g, alpha, beta, u,
+                bias_ptr, smooth_ptr, vocab, stride, softcap, temperature, ORDER, False, BLOCK,
+            )  # fmt: skip
+        if whole < vocab:
+            _write_block(
+                row_ptr, out_ptr, at, whole, m, g, alpha, beta, u,
+                bias_ptr, smooth_ptr, vocab, stride, softcap, temperature, ORDER, True, BLOCK,
+            )  # fmt: skip
+
+
+@triton.jit
+def _write_block(
+    row_ptr, out_ptr, target, start, m, g, alpha, beta, u,
+    bias_ptr, smooth_ptr, vocab, stride, softcap, temperature,
+    ORDER: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    columns = start + tl.arange(0, BLOCK)
+    z, level = _logits(row_ptr, bias_ptr, columns, vocab, stride, softcap, temperature, TAIL)
+    d = z - m
+    e = _exp(d)
+    dz = e * (alpha + beta * tl.maximum(d, -128.0))  # 0 · (−inf) is 0 here
+    if (target >= start) & (target < start + BLOCK):
+        dz += tl.where(columns == target, g, 0.0)
+    if smooth_ptr is not None:
+        dz += u * _load(smooth_ptr, columns, stride, TAIL)
+    if softcap is not None:
+        dz = dz * (1 - level * level)
+    # A narrow gradient lands on bytes of this block or of earlier ones: every thread must have read its part first.
+    if ORDER == "barrier":
+        tl.debug_barrier()
+    if TAIL:
+        dz = tl.where(columns < vocab, dz, 0.0)
+        written = columns < stride
+    else:
+        written = columns >= 0
+    if ORDER == "reduction":
+        written &= tl.max(e, 0) != -1.0  # always so, but known only when every thread's loads are there
+    if TAIL or ORDER == "reduction":
+        tl.store(out_ptr + columns, dz.to(out_ptr.dtype.element_ty), mask=written)
+    else:
+        tl.store(out_ptr + columns, dz.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _stop(rows, WALK: tl.constexpr):
+    """Where a program's rows end: at the last of all, or, known to the compiler, after one."""
+    if WALK:
+        return rows
+    else:
+        return tl.program_id(0) + 1
+
+
+@triton.jit
+def _step(WALK: tl.constexpr):
+    if WALK:
+        return tl.num_programs(0)
+    else:
+        return 1
 
 
 @triton.jit
@@ -150,14 +291,21 @@ def _statistics_kernel(
     target_ptr,  # (n,) int64
     bias_ptr, smooth_ptr,  # (V,) fp32 or None
     out_ptr,  # (7, n) fp32: ℓ, H, lse, smooth, max, log Σ e^d, Σ p·d
-    rows, vocab, stride, softcap, temperature, BLOCK: tl.constexpr,
+    rank_ptr, argmax_ptr,  # (n,) int64 or None
+    temperature_ptr,  # (n,) fp32, or None
+    rows, vocab, stride, softcap, temperature, LANES: tl.constexpr, BLOCK: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
-    for row in tl.range(tl.program_id(0), rows, tl.num_programs(0), disable_licm=True):
+    for row in tl.range(tl.program_id(0), _stop(rows, WALK), _step(WALK), disable_licm=True):
         target = tl.load(target_ptr + row)
         row_ptr = logits_ptr + row * stride.to(tl.int64)  # row · stride passes 2³¹
-        logprob, entropy, logsumexp, smooth, m, log_s, mean = _statistics(
-            row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, softcap, temperature, BLOCK
-        )
+        logprob, entropy, logsumexp, smooth, m, log_s, mean, rank, argmax = _statistics(
+            row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, softcap, _of_row(temperature, temperature_ptr, row),
+            rank_ptr is not None, argmax_ptr is not None, LANES, BLOCK,
+        )  # fmt: skip
+        if rank_ptr is not None:
+            tl.store(rank_ptr + row, rank.to(tl.int64))
+        if argmax_ptr is not None:
+            tl.store(argmax_ptr + row, argmax.to(tl.int64))
         tl.store(out_ptr + row, logprob)
         tl.store(out_ptr + rows + row, entropy)
         tl.store(out_ptr + 2 * rows + row, logsumexp)
@@ -173,9 +321,10 @@ def _gradient_kernel(
     target_ptr, m_ptr, log_s_ptr, mean_ptr,  # (n,)
     g_ptr, h_ptr, k_ptr, u_ptr,  # (n,) fp32 or None
     bias_ptr, smooth_ptr, smooth_total_ptr,  # (V,), (V,), () fp32 or None
-    rows, vocab, stride, dstride, softcap, temperature, ORDER: tl.constexpr, BLOCK: tl.constexpr,
+    temperature_ptr,  # (n,) fp32, or None
+    rows, vocab, stride, dstride, softcap, temperature, ORDER: tl.constexpr, BLOCK: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
-    for row in tl.range(tl.program_id(0), rows, tl.num_programs(0), disable_licm=True):
+    for row in tl.range(tl.program_id(0), _stop(rows, WALK), _step(WALK), disable_licm=True):
         log_s = tl.load(log_s_ptr + row)
         zero = log_s * 0.0
         g = zero if g_ptr is None else tl.load(g_ptr + row)
@@ -186,7 +335,8 @@ def _gradient_kernel(
         _write_gradient(
             logits_ptr + row * stride.to(tl.int64), dlogits_ptr + row * dstride.to(tl.int64), tl.load(target_ptr + row),
             tl.load(m_ptr + row), log_s, tl.load(mean_ptr + row), g, h, k, u,
-            bias_ptr, smooth_ptr, smooth_total, vocab, stride, softcap, temperature, ORDER, BLOCK,
+            bias_ptr, smooth_ptr, smooth_total, vocab, stride, softcap,
+            _of_row(temperature, temperature_ptr, row), ORDER, BLOCK,
         )  # fmt: skip
 
 
@@ -198,20 +348,31 @@ def _loss_gradient_kernel(
     numbers,  # the objective's coefficients by name
     bias_ptr, smooth_ptr, smooth_total_ptr,  # (V,), (V,), () fp32 or None
     out_ptr,  # (4, n) fp32: loss, ℓ, H, lse
+    normalizer_ptr,  # (2, n) fp32: max, log Σ e^d; or None
+    rank_ptr, argmax_ptr,  # (n,) int64 or None
+    temperature_ptr,  # (n,) fp32, or None
     rows, vocab, stride, dstride, softcap, temperature,
-    OBJECTIVE: tl.constexpr, ORDER: tl.constexpr, BLOCK: tl.constexpr,
+    OBJECTIVE: tl.constexpr, ORDER: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
-    for row in tl.range(tl.program_id(0), rows, tl.num_programs(0), disable_licm=True):
+    for row in tl.range(tl.program_id(0), _stop(rows, WALK), _step(WALK), disable_licm=True):
         target = tl.load(target_ptr + row)
         row_ptr = logits_ptr + row * stride.to(tl.int64)
-        logprob, entropy, logsumexp, smooth, m, log_s, mean = _statistics(
-            row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, softcap, temperature, BLOCK
-        )
+        logprob, entropy, logsumexp, smooth, m, log_s, mean, rank, argmax = _statistics(
+            row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, softcap, _of_row(temperature, temperature_ptr, row),
+            rank_ptr is not None, argmax_ptr is not None, LANES, BLOCK,
+        )  # fmt: skip
+        if rank_ptr is not None:
+            tl.store(rank_ptr + row, rank.to(tl.int64))
+        if argmax_ptr is not None:
+            tl.store(argmax_ptr + row, argmax.to(tl.int64))
         loss, g, h, k, u = token_loss(OBJECTIVE, numbers, columns, row, logprob, entropy, logsumexp, smooth)
         tl.store(out_ptr + row, loss)
         tl.store(out_ptr + rows + row, logprob)
         tl.store(out_ptr + 2 * rows + row, entropy)
         tl.store(out_ptr + 3 * rows + row, logsumexp)
+        if normalizer_ptr is not None:
+            tl.store(normalizer_ptr + row, m)
+            tl.store(normalizer_ptr + rows + row, log_s)
         weight = tl.load(weight_ptr + row)
         silent = weight == 0.0  # whatever the derivatives are, infinite or not
         g = tl.where(silent, 0.0, weight * g)
@@ -221,7 +382,8 @@ def _loss_gradient_kernel(
         smooth_total = m * 0.0 if smooth_total_ptr is None else tl.load(smooth_total_ptr)
         _write_gradient(
             row_ptr, dlogits_ptr + row * dstride.to(tl.int64), target, m, log_s, mean, g, h, k, u,
-            bias_ptr, smooth_ptr, smooth_total, vocab, stride, softcap, temperature, ORDER, BLOCK,
+            bias_ptr, smooth_ptr, smooth_total, vocab, stride, softcap,
+            _of_row(temperature, temperature_ptr, row), ORDER, BLOCK,
         )  # fmt: skip
 
 
@@ -239,42 +401,62 @@ def _scale_kernel(x_ptr, factor_ptr, count, BLOCK: tl.constexpr):
 
 
 def statistics(
-    logits: Tensor, target: Tensor, head: Head, block_rows: int, keep: bool = True
+    logits: Tensor, target: Tensor, head: Head, block_rows: int, keep: bool = True, taken: Taken | None = None
 ) -> tuple[TokenStats, Normalizer]:
     """Statistics of the tokens whose raw logits (n, V) these are, fp32, rows padded (see Call.logits_buffer).
 
-    The logits stay as they are, whatever `keep` says.
+    The logits stay as they are, whatever `keep` says. `taken` is to be filled, if given.
     """
     n, vocab = logits.shape
     out = logits.new_empty(7, n)
     grid, options = _launch("statistics", logits)
     with _device_of(logits):
         _statistics_kernel[grid](
-            logits, target, head.bias, head.smooth, out, n, vocab, logits.stride(0), head.softcap,
-            _temperature(head), **options,
+            logits, target, head.bias, head.smooth, out, *_extras(taken), _temperatures(head),
+            n, vocab, logits.stride(0), head.softcap, _temperature(head), **options,
         )  # fmt: skip
+    if taken is not None:
+        taken.take_entries(logits, head.bias)
+        taken.settle(head, out[4], out[5])
     smooth = None if head.smooth is None else out[3]
     return TokenStats(out[0], out[1], out[2], smooth), Normalizer(out[4], out[5], out[6])
 
 
 def loss_and_gradient(
-    logits: Tensor, tokens: Tokens, weight: Tensor, objective: Any, head: Head, block_rows: int, dtype: torch.dtype
+    logits: Tensor,
+    tokens: Tokens,
+    weight: Tensor,
+    objective: Any,
+    head: Head,
+    block_rows: int,
+    dtype: torch.dtype,
+    taken: Taken | None = None,
 ) -> tuple[TokenStats, Tensor, Tensor]:
-    """One pass: statistics, loss per token (n,), and ∂(Σ weight·loss)/∂(raw logits) (n, V) as `dtype`."""
+    """One pass: statistics, loss per token (n,), and ∂(Σ weight·loss)/∂(raw logits) (n, V) as `dtype`.
+
+    `taken` is to be filled, if given.
+    """
     if (device_code := fused(objective, tokens)) is None:
-        stats, normalizer = statistics(logits, tokens.target, head, block_rows)
+        stats, normalizer = statistics(logits, tokens.target, head, block_rows, taken=taken)
         loss, coefs = coefficients(objective, stats, tokens, weight)
         return stats, loss, gradient(logits, tokens.target, normalizer, coefs, head, block_rows, dtype)
     structure, numbers = device_code
     n, vocab = logits.shape
     out, dlogits = logits.new_empty(4, n), _over(logits, dtype)
+    normalizer = None
+    if taken is not None:
+        taken.take_entries(logits, head.bias)  # before the gradient is written over them
+        normalizer = logits.new_empty(2, n)
     grid, options = _launch("loss_gradient", logits)
     with _device_of(logits):
         _loss_gradient_kernel[grid](
             logits, dlogits, tokens.target, weight, _columns(tokens), numbers,
-            head.bias, head.smooth, _total(head), out, n, vocab, logits.stride(0), dlogits.stride(0),
+            head.bias, head.smooth, _total(head), out, normalizer, *_extras(taken), _temperatures(head),
+            n, vocab, logits.stride(0), dlogits.stride(0),
             head.softcap, _temperature(head), structure, _order(logits, dlogits), **options,
         )  # fmt: skip
+    if taken is not None:
+        taken.settle(head, *normalizer)
     return TokenStats(out[1], out[2], out[3]), out[0], dlogits
 
 
@@ -294,7 +476,7 @@ def gradient(
     grid, options = _launch("gradient", logits)
     with _device_of(logits):
         _gradient_kernel[grid](
-            logits, dlogits, target, *normalizer, g, h, k, u, head.bias, head.smooth, _total(head),
+            logits, dlogits, target, *normalizer, g, h, k, u, head.bias, head.smooth, _total(head), _temperatures(head),
             n, vocab, logits.stride(0), dlogits.stride(0), head.softcap, _temperature(head),
             _order(logits, dlogits), **options,
         )  # fmt: skip
@@ -307,6 +489,10 @@ def scale_(x: Tensor, factor: Tensor) -> Tensor:
     with _device_of(x):
         _scale_kernel[grid](x, factor.float(), x.numel(), BLOCK=SCALE.block, num_warps=SCALE.warps)
     return x
+
+
+def _extras(taken: Taken | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if taken is None else (taken.results.rank, taken.results.argmax)
 
 
 def _over(logits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -340,11 +526,22 @@ def _launch(kernel: str, logits: Tensor) -> tuple[tuple[int], dict[str, int]]:
     """(grid, launch options) of a row kernel on these logits (n, V)."""
     n, vocab = logits.shape
     settings = tuning.launch(kernel, vocab, tuning.target(logits.device))
-    return settings.grid(n, logits.device), {"BLOCK": settings.block, "num_warps": settings.warps}
+    return settings.grid(n, logits.device), options(kernel, settings, 64 if torch.version.hip else 32)
+
+
+def options(kernel: str, settings: tuning.Launch, warp_size: int) -> dict[str, int]:
+    lanes = {} if kernel == "gradient" else {"LANES": max(1, min(settings.warps * warp_size, settings.block // 4))}
+    return {"BLOCK": settings.block, **lanes, "WALK": settings.programs is not None, "num_warps": settings.warps}
 
 
 def _temperature(head: Head) -> float | None:
-    return None if head.temperature == 1 else float(head.temperature)
+    """That of all rows; None where it is 1, or where each has its own."""
+    return None if isinstance(head.temperature, Tensor) or head.temperature == 1 else float(head.temperature)
+
+
+def _temperatures(head: Head) -> Tensor | None:
+    """(n,) where each row has its own."""
+    return head.temperature.contiguous() if isinstance(head.temperature, Tensor) else None
 
 
 def _total(head: Head) -> Tensor | None:

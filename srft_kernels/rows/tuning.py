@@ -40,7 +40,7 @@ class Launch:
 
     def fitted(self, vocab: int) -> Launch:
         """For rows of `vocab` numbers: no larger a block than the row, and as many numbers per thread as before."""
-        block = min(self.block, 1 << (vocab - 1).bit_length())
+        block = min(self.block, max(4, 1 << (vocab - 1).bit_length()))
         return Launch(block, max(1, self.warps * block // self.block), self.programs)
 
     def grid(self, rows: int, device: torch.device) -> tuple[int]:

@@ -425,6 +425,16 @@ def test_autocast(passes):
     torch.testing.assert_close(mixed.detach(), reference, rtol=2e-2, atol=0)
 
 
+@pytest.mark.parametrize("passes", [1, 2])
+def test_fp16_hidden_states_gradient_does_not_overflow_while_scaled(passes):
+    x = torch.ones(8, 1, dtype=torch.float16, requires_grad=True)
+    w = torch.tensor([[0.0], [8.0]], dtype=torch.float16)
+    options = {"temperature": 2.0**-14, "plan": sk.Plan(passes=passes)}
+    loss = sk.linear_loss(x, w, torch.zeros(8, dtype=torch.long), sk.sft(), **options).loss
+    (dx,) = torch.autograd.grad(loss, x)
+    assert dx.dtype == torch.float16 and (dx == 16384).all()
+
+
 def test_fp16_gradients_neither_vanish_nor_overflow():
     """A mean over 8192 tokens makes gradients of 1e-8 that loss scaling must find, and sums of 1e5 on the way."""
     n, h = 8192, 4

@@ -131,6 +131,20 @@ def test_padding_of_a_row_is_never_read_as_logits():
         torch.testing.assert_close(own, other)
 
 
+@pytest.mark.parametrize("vocab", [16, 64, 65, 79, 80])
+def test_rows_that_end_with_a_block_or_within_one(vocab):
+    """Whole blocks of 16 are not masked, the last one is: targets and banned tokens in the first and last column."""
+    values = torch.randn(4, vocab, generator=torch.Generator().manual_seed(vocab))
+    values[2, 0] = values[2, -1] = values[3, 1:] = -torch.inf
+    target = torch.tensor([0, vocab - 1, vocab // 2, 0])
+    tokens, weight = sk.Tokens(target, **annotations(4, seed=1)), torch.ones(4)
+    with tuning.forced(tuning.Launch(16, 1)):
+        got = triton_rows.loss_and_gradient(buffer(values), tokens, weight, MIXED, Head(), 1, torch.float32)
+    want = torch_rows.loss_and_gradient(buffer(values), tokens, weight, MIXED, Head(), 8, torch.float32)
+    for own, other in zip((*got[0].fields(), *got[1:]), (*want[0].fields(), *want[1:])):
+        torch.testing.assert_close(own, other, rtol=2e-5, atol=1e-6)
+
+
 def test_rows_past_two_to_the_31():
     """Row addresses are 64-bit: the last row starts 2³¹ numbers after the first (memory is only touched at rows)."""
     n, vocab, stride = 5, 40, 2**29

@@ -52,7 +52,7 @@ def test_small_rows_keep_the_numbers_per_thread():
     assert wide.fitted(151_936) == wide
     assert wide.fitted(2048) == tuning.Launch(2048, 4, 2)
     assert wide.fitted(2049) == tuning.Launch(4096, 8, 2)
-    assert [wide.fitted(vocab).block for vocab in (1, 2, 3, 100)] == [1, 2, 4, 128]
+    assert [wide.fitted(vocab).block for vocab in (1, 2, 3, 100)] == [4, 4, 4, 128]
     assert wide.fitted(100).warps == 1
 
 
