@@ -132,6 +132,7 @@ def test_largest(vocab, k):
     a = torch.randint(-40, 40, (6, vocab + 7)).float()[:, :vocab]
     a[1] = -torch.inf
     a[2, vocab // 2] = torch.inf
+    a[3, -1] = 100  # among those that fill no group
     values, ids = largest(a, k)
     assert torch.equal(values, a.sort(descending=True).values[:, :k])
     assert torch.equal(a.gather(1, ids), values)
