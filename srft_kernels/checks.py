@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
 from collections.abc import Collection
 from math import inf
 from numbers import Real
@@ -184,6 +185,13 @@ def at_most_live(live_tokens: int | None, target: Tensor, live: Tensor | None) -
 def tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, found {type(value).__name__}")
+    sharded = sys.modules.get("torch.distributed.tensor")  # slow to import, and nobody has a DTensor without
+    if sharded is not None and isinstance(value, sharded.DTensor):
+        raise TypeError(
+            f"{name} is a DTensor, divided over ranks as {value.placements}: with FSDP2, call the loss in the forward of "
+            "the module that owns the weight, where it is whole and its gradient reduced (full_tensor() elsewhere would "
+            "lose part of it); with a head divided over the vocabulary, pass its to_local() and group="
+        )
 
 
 def plan(value: Any) -> None:
