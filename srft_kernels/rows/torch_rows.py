@@ -173,25 +173,31 @@ def _gradient_(
     """Overwrite d (b, V) with ∂L/∂(raw logits), from p_v = e^d / total and log p_v + H = d − mean.
 
     ∂L/∂z_v = g(1[v=y] − p_v) − h p_v(log p_v + H) + k p_v + u(ω_v − Σω · p_v) = e^d (α + β d) + g 1[v=y] + u ω_v
+
+    At v = y the sum is made as it stands, since α has rounded away what is left of k where g (1 − p_y) is almost 0.
     """
     g, h, k, u = (*coefs, None)[:4]
     scale = 1 / head.temperature
-    alpha = torch.zeros_like(total)
-    if g is not None:
-        alpha = alpha - g
+    rest = torch.zeros_like(total)  # α without g
     if k is not None:
-        alpha = alpha + k
+        rest = rest + k
     if u is not None:
-        alpha = alpha - u * head.smooth.sum()
+        rest = rest - u * head.smooth.sum()
+    if h is not None:
+        rest = rest + h * mean
+    alpha = rest if g is None else rest - g
+    if g is not None:
+        inside = (target >= 0) & (target < d.shape[1])
+        place = torch.where(inside, target, 0)[:, None]
+        p = exp.gather(1, place)[:, 0] / total
+        slope = rest if h is None else rest - h * d.gather(1, place)[:, 0].clamp(min=FLOOR)
+        at_target = torch.where(inside, (g * (1 - p) + p * slope) * scale, torch.nan)
     if h is None:
         torch.mul(exp, (alpha / total * scale)[:, None], out=d)
     else:
-        alpha = alpha + h * mean
         d.mul_((-h / total * scale)[:, None]).add_((alpha / total * scale)[:, None]).mul_(exp)
     if g is not None:
-        inside = (target >= 0) & (target < d.shape[1])
-        at_target = torch.where(inside, g * scale, torch.nan)
-        d.scatter_add_(1, torch.where(inside, target, 0)[:, None], at_target[:, None])
+        d.scatter_(1, place, at_target[:, None])
     if u is not None:
         d.addcmul_((u * scale)[:, None], head.smooth)
     if cap_slope is not None:
