@@ -188,9 +188,9 @@ def tensor(name: str, value: Any) -> None:
     sharded = sys.modules.get("torch.distributed.tensor")  # slow to import, and nobody has a DTensor without
     if sharded is not None and isinstance(value, sharded.DTensor):
         raise TypeError(
-            f"{name} is a DTensor, divided over ranks as {value.placements}: with FSDP2, call the loss in the forward of "
-            "the module that owns the weight, where it is whole and its gradient reduced (full_tensor() elsewhere would "
-            "lose part of it); with a head divided over the vocabulary, pass its to_local() and group="
+            f"{name} is a DTensor, divided over ranks as {value.placements}: with FSDP2, call the loss in the forward "
+            "of the module that owns the weight, where it is whole and its gradient reduced (full_tensor() elsewhere "
+            "would lose part of it); with a head divided over the vocabulary, pass its to_local() and group="
         )
 
 
