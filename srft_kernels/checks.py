@@ -185,6 +185,10 @@ def at_most_live(live_tokens: int | None, target: Tensor, live: Tensor | None) -
 def tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, found {type(value).__name__}")
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(value):
+        raise TypeError(f"{name} is under a transform of torch.func, which is not supported: use torch.autograd.grad")
     sharded = sys.modules.get("torch.distributed.tensor")  # slow to import, and nobody has a DTensor without
     if sharded is not None and isinstance(value, sharded.DTensor):
         raise TypeError(
