@@ -20,6 +20,7 @@ import srft_kernels as sk
 
 BACKENDS = ["torch"]
 ULPS = 4
+SUMS = ("logprobs", "entropy", "loss")
 IGNORED = -100
 
 
@@ -270,7 +271,13 @@ def assert_exact(ours: Result, eager: Result, truth: Result, note: object = "") 
     for name, reference in truth.values.items():
         value = ours.values[name]
         assert value.shape == reference.shape, f"{name}: shape {tuple(value.shape)}"
-        magnitude = reference[reference.isfinite()].abs().amax() if reference.isfinite().any() else 0.0
-        allowed = 2 * error(eager.values[name], reference) + ULPS * torch.finfo(value.dtype).eps * magnitude
-        found = error(value, reference)
-        assert found <= allowed, f"{name}: error {found:.3g}, allowed {allowed:.3g} (magnitude {magnitude:.3g}) {note}"
+        allowed, found = bound(name, eager.values[name], reference, value.dtype), error(value, reference)
+        assert found <= allowed, f"{name}: error {found:.3g}, allowed {allowed:.3g} {note}"
+
+
+def bound(name: str, eager: Tensor, reference: Tensor, dtype: torch.dtype) -> float:
+    """What the error of a result may be: twice eager's, and a few roundings that eager may be spared."""
+    magnitude = reference[reference.isfinite()].abs().amax() if reference.isfinite().any() else 0.0
+    allowed = 2 * error(eager, reference) + ULPS * torch.finfo(dtype).eps * magnitude
+    # ℓ ≈ 0 is −log s with s ≈ 1: whoever sums s rounds it once at least
+    return allowed + torch.finfo(dtype).eps / 2 if name in SUMS else allowed
