@@ -64,11 +64,14 @@ def test_what_a_call_takes_from_the_driver_around_the_allocator_counts(monkeypat
 def test_a_block_that_was_freed_is_not_held_on_to():
     """Left alone, glibc keeps freed blocks of this size by now, and each is too small for the next one."""
 
+    kept = []
+
     def growing():
-        beside = []
         for size in (4, 8, 12, 16):
-            torch.ones(size * MB // 4).mul_(2)
-            beside.append(torch.ones(MB // 40))  # stands behind it, so that it cannot grow
+            block = None  # freed before the next one is made
+            block = torch.ones(size * MB // 4).mul_(2)
+            kept.append(torch.ones(MB // 40))  # stands behind it, so that it cannot grow
+        kept.append(block)  # still there when the watch ends, however seldom it looked
 
     torch.ones(31 * MB // 4)  # glibc's threshold is at this size once it is freed
     assert peak_bytes(growing) == pytest.approx(16 * MB, abs=3 * MB)
