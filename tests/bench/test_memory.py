@@ -74,4 +74,4 @@ def test_a_block_that_was_freed_is_not_held_on_to():
         kept.append(block)  # still there when the watch ends, however seldom it looked
 
     torch.ones(31 * MB // 4)  # glibc's threshold is at this size once it is freed
-    assert peak_bytes(growing) == pytest.approx(16 * MB, abs=3 * MB)
+    assert 15 * MB < peak_bytes(growing) < 26 * MB  # 40 where each of the four is held on to
