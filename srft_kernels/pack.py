@@ -161,9 +161,8 @@ def _compacted(
     if live is None:
         live = torch.ones(total, dtype=torch.bool, device=tokens.target.device)
     active = live
-    if (
-        reorder and weight is not None and token_local(objective, tokens)
-    ):  # else other tokens' losses may depend on this one's
+    # a token of weight 0 is idle only if no other token's loss depends on it
+    if reorder and weight is not None and token_local(objective, tokens):
         active = live & (weight != 0)
     if reorder and (inactive := getattr(objective, "inactive", None)) and (idle := inactive(tokens)) is not None:
         active = active & ~idle
