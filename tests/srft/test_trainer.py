@@ -144,11 +144,11 @@ def test_a_step_of_hpt_has_no_prompt_that_learns_from_both(tiny):
     assert line["demo_tokens"] == 0 < line["rollout_tokens"]
 
 
-def nothing(completions, *columns):
+def nothing(prompts, completions, **columns):
     return [0.0] * len(completions)
 
 
-def everything(completions, *columns):
+def everything(prompts, completions, **columns):
     return [1.0] * len(completions)
 
 

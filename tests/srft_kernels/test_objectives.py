@@ -327,7 +327,7 @@ def test_weight_entropy_makes_one_pass_of_two(backend, level):
 def test_one_pass_is_refused_where_tokens_depend_on_each_other():
     p, columns = batch("torch")
     with pytest.raises(ValueError, match=r"Plan\(passes=1\), but a token's loss depends on other tokens in SRFT"):
-        found(p, columns, sk.srft_hpt(), plan=sk.Plan(passes=1))
+        found(p, columns, sk.srft_hpt(level="batch"), plan=sk.Plan(passes=1))
 
 
 @backends
