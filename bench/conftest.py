@@ -10,6 +10,7 @@ The JSON goes to .benchmarks/latest.json, or where --benchmark-json says; it is 
 
 from __future__ import annotations
 
+import gc
 import time
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from .step import LOSSES, every_case, measure_step
 from .table import table
 from .timing import LOST, ContextLost, told
 
-EACH = {"cuda": 30.0, "cpu": 30.0}  # seconds: see measure.Limits
+EACH = {"cuda": 30.0, "cpu": 15.0}  # seconds: see measure.Limits
 TOTAL = {"cuda": 75.0, "cpu": 150.0}
 
 
@@ -89,6 +90,8 @@ class Bench:
 
         if time.perf_counter() > self.limits.deadline:
             return [Row(case, EVERYONE, "skipped", "no time left")]
+        gc.collect()
+        gc.freeze()  # modules and compiled code, by now: every collection between providers would walk through them
         try:
             if case.group == "training step":
                 return measure_step(self.device, self.rounds, self.limits, begin, self.losses)

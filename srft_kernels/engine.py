@@ -11,8 +11,8 @@ Both walk over Rows (pack.py): the tokens that take part, those that cannot have
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -26,8 +26,8 @@ from .gemm import HeadProducts, accumulation_dtype
 from .head import Head
 from .pack import Rows
 from .plan import Plan
-from .rows import Normalizer, aligned_size, backend, has_triton
-from .tokens import TokenStats, coefficients, per_token_loss
+from .rows import Normalizer, aligned_size, backend, has_triton, in_three_steps
+from .tokens import TokenStats, per_token_loss
 from .vocab_parallel import Shard, ShardedRows
 
 
@@ -68,6 +68,9 @@ class OnePass(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None, call: Call):
         rows, row_ops = call.rows, call.row_ops
+        row_pass = row_ops.loss_and_gradient
+        if call.chunks is not None:  # the objective wants to see whole sequences, row operations may show it less
+            row_pass = partial(in_three_steps, row_ops.statistics, row_ops.gradient)
         parts, losses = [], []
         with _plain_matmul(input):
             products = HeadProducts(weight[: call.vocab], call.compute)
@@ -83,7 +86,6 @@ class OnePass(torch.autograd.Function):
                 logits = products.logits(x, buffer[: len(x)])
                 tokens, head = rows.tokens.rows(chunk), rows.head(call.head, chunk)
                 if chunk.start < rows.active:
-                    row_pass = row_ops.loss_and_gradient if call.chunks is None else _by_sequence(row_ops)
                     stats, loss, dlogits = row_pass(
                         logits,
                         tokens,
@@ -269,17 +271,6 @@ class Gradients:
 def weighted_sum(loss: Tensor, weight: Tensor) -> Tensor:
     """Σ weight · loss, where a weight of 0 silences even an infinite loss."""
     return torch.where(weight == 0, 0, loss * weight).sum()
-
-
-def _by_sequence(row_ops: ModuleType) -> Callable:
-    """loss_and_gradient with the objective shown the whole chunk, where a row backend shows it blocks of rows."""
-
-    def run(logits, tokens, weight, objective, head, block_rows, dtype, **asked):
-        stats, normalizer = row_ops.statistics(logits, tokens.target, head, block_rows, keep=True, **asked)
-        loss, coefs = coefficients(objective, stats, tokens, weight)
-        return stats, loss, row_ops.gradient(logits, tokens.target, normalizer, coefs, head, block_rows, dtype)
-
-    return run
 
 
 def _chunks(call: Call):

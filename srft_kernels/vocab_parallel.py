@@ -24,8 +24,8 @@ from torch import Tensor
 from . import checks
 from .head import Head
 from .plan import Plan
-from .rows import Normalizer
-from .tokens import Tokens, TokenStats, coefficients
+from .rows import Normalizer, in_three_steps
+from .tokens import Tokens, TokenStats
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,9 @@ class ShardedRows:
     def __init__(self, rows: ModuleType, shard: Shard):
         self.rows, self.shard = rows, shard
 
-    def statistics(self, logits: Tensor, target: Tensor, head: Head, block_rows: int) -> tuple[TokenStats, Normalizer]:
+    def statistics(
+        self, logits: Tensor, target: Tensor, head: Head, block_rows: int, keep: bool = True
+    ) -> tuple[TokenStats, Normalizer]:
         """As in rows/; the logits stay as they are."""
         shift, log_total, mean, at_target, *smooth = self.shard.gather(
             self._part(logits, target, head, block_rows)
@@ -204,9 +206,8 @@ class ShardedRows:
         block_rows: int,
         dtype: torch.dtype,
     ) -> tuple[TokenStats, Tensor, Tensor]:
-        stats, normalizer = self.statistics(logits, tokens.target, head, block_rows)
-        loss, coefs = coefficients(objective, stats, tokens, weight)
-        return stats, loss, self.gradient(logits, tokens.target, normalizer, coefs, head, block_rows, dtype)
+        asked = logits, tokens, weight, objective, head, block_rows, dtype
+        return in_three_steps(self.statistics, self.gradient, *asked)
 
     def gradient(
         self,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..head import Head
+from ..tokens import Tokens, TokenStats, coefficients
 
 BACKENDS = ("torch", "triton")
 
@@ -36,6 +40,24 @@ class Normalizer(NamedTuple):
     shift: Tensor
     log_total: Tensor
     mean: Tensor
+
+
+def in_three_steps(
+    statistics: Callable,
+    gradient: Callable,
+    logits: Tensor,
+    tokens: Tokens,
+    weight: Tensor,
+    objective: Any,
+    head: Head,
+    block_rows: int,
+    dtype: torch.dtype,
+    **asked: Any,
+) -> tuple[TokenStats, Tensor, Tensor]:
+    """loss_and_gradient made of the other two, with the objective between them, which is shown all rows at once."""
+    stats, normalizer = statistics(logits, tokens.target, head, block_rows, keep=True, **asked)
+    loss, coefs = coefficients(objective, stats, tokens, weight)
+    return stats, loss, gradient(logits, tokens.target, normalizer, coefs, head, block_rows, dtype)
 
 
 def has_triton() -> bool:

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from ..extras import Taken
 from ..head import Head
-from ..tokens import Tokens, TokenStats, coefficients
-from . import Normalizer, tuning
+from ..tokens import Tokens, TokenStats
+from . import Normalizer, in_three_steps, tuning
 from .triton_objectives import Columns, fused, token_loss
 
 SCALE = tuning.Launch(4096, 8)
@@ -437,9 +437,8 @@ def loss_and_gradient(
     `taken` is to be filled, if given.
     """
     if (device_code := fused(objective, tokens)) is None:
-        stats, normalizer = statistics(logits, tokens.target, head, block_rows, taken=taken)
-        loss, coefs = coefficients(objective, stats, tokens, weight)
-        return stats, loss, gradient(logits, tokens.target, normalizer, coefs, head, block_rows, dtype)
+        asked = logits, tokens, weight, objective, head, block_rows, dtype
+        return in_three_steps(statistics, gradient, *asked, taken=taken)
     structure, numbers = device_code
     n, vocab = logits.shape
     out, dlogits = logits.new_empty(4, n), _over(logits, dtype)
