@@ -4,7 +4,10 @@ import os
 
 import torch
 
+from .interpreter import interpret_fast
+
 # cuBLAS is deterministic only with a fixed workspace, and the tests ask torch for determinism
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    interpret_fast()

@@ -17,6 +17,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ..interpreter import interpret_fast
+
 PATIENCE = 60.0  # seconds for a call
 
 
@@ -75,6 +77,7 @@ class Ranks:
 
 
 def _serve(pipe: Connection, rank: int, count: int, store: str) -> None:
+    interpret_fast()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # as in this process, uninitialised memory holds NaN
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -16,10 +16,13 @@ triton_rows = pytest.importorskip("srft_kernels.rows.triton_rows")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy on infinities
 
 
-@pytest.fixture(params=[8192, 32], ids=["one block", "many blocks"])
+ONE_BLOCK, MANY_BLOCKS = tuning.Launch(8192, 1), tuning.Launch(32, 1)  # of a row: MANY with maxima that rise
+
+
+@pytest.fixture(params=[ONE_BLOCK, MANY_BLOCKS], ids=["one block", "many blocks"])
 def blocks(request):
-    """A row of 131 numbers in one loop step, and in five, with running maxima that rise."""
-    with tuning.forced(tuning.Launch(request.param, 1)):
+    """A row of 131 numbers in one loop step, or in five."""
+    with tuning.forced(request.param):
         yield
 
 
@@ -39,58 +42,51 @@ def annotations(n: int, seed: int = 0) -> dict[str, torch.Tensor]:
 MIXED = sk.PolicyGradient(kl_coef=0.05, entropy_coef=0.1)
 
 
-@pytest.mark.parametrize("passes", [1, 2])
+FUSED = sk.PolicyGradient(surrogate="reinforce", entropy_coef=0.1)
+CALLABLE = lambda stats, tokens: -tokens.advantages * stats.logprobs - 0.1 * stats.entropy  # noqa: E731
+
+
+@pytest.mark.parametrize("objective, passes, launch", [
+    (FUSED, 1, tuning.Launch(64, 1)), (CALLABLE, 1, tuning.Launch(64, 1)), (FUSED, 2, ONE_BLOCK),
+], ids=["fused, blocks", "between two kernels, blocks", "two passes, one block"])  # fmt: skip
 @pytest.mark.parametrize("kind", cases.KINDS)
-def test_exact(kind, passes, blocks):
-    problem = cases.problem(kind)
-    objective = lambda stats, tokens: -tokens.advantages * stats.logprobs - 0.1 * stats.entropy  # noqa: E731
-    columns = {"advantages": annotations(len(problem.target))["advantages"]}
-    truth, eager = (f(problem, objective, **columns) for f in (cases.truth, cases.eager))
-    built_in = sk.PolicyGradient(surrogate="reinforce", entropy_coef=0.1)
-    plan = sk.Plan(backend="triton", chunk_rows=5, passes=passes)
-    for name, run in (("fused", built_in), ("between two kernels", objective)):
-        cases.assert_exact(cases.ours(problem, run, plan, **columns), eager, truth, note=name)
+def test_exact(kind, objective, passes, launch):
+    """131 numbers in two whole blocks and three numbers, or in one block; chunks of three rows and of two."""
+    problem = cases.problem(kind, tokens=6)
+    columns = {"advantages": annotations(6)["advantages"]}
+    truth, eager = (f(problem, CALLABLE, **columns) for f in (cases.truth, cases.eager))
+    plan = sk.Plan(backend="triton", chunk_rows=3, passes=passes)
+    with tuning.forced(launch):
+        cases.assert_exact(cases.ours(problem, objective, plan, **columns), eager, truth)
 
 
-OBJECTIVES = {
-    "sft": [sk.sft(), sk.dft(), sk.CrossEntropy(z_loss=1e-2)],
-    "policy_gradient": [
-        sk.PolicyGradient(surrogate=surrogate, clip_low=low, clip_high=high, dual_clip=dual, kl_coef=kl, entropy_coef=c)
-        for surrogate, (low, high), dual, kl, c in product(
-            ("reinforce", "ppo", "cispo"), ((0.2, 0.28), (None, 0.1), (None, None)), (None, 1.1), (0.0, 0.1), (0.0, 0.1)
-        )
-        if surrogate == "ppo" or dual is None
-    ],
-    "srft": [
-        sk.SRFT(entropy_sign=sign, demo_weight=weight, demo_shaping=shaping, rollout_weight=rollout_weight,
-                surrogate=surrogate, rollout_signal=signal, positive=positive, entropy_coef=c)
-        for i, (sign, weight, shaping, rollout_weight, surrogate, signal, positive, c) in enumerate(product(
-            (-1, 1), ("entropy", "constant", "p(1-p)"), (None, 0.1), ("entropy", "constant"),
-            ("reinforce", "ppo", "sapo"), ("sign", "advantage"), ("advantage", "reward"), (0.0, 0.1),
-        ))
-        if i % 11 == 0  # every option with every other, not every combination
-    ] + [sk.srft_paper(), sk.srft_official(), sk.luffy(), sk.chord(0.3), sk.chord(0.3, token_weighted=True)],
-}  # fmt: skip
+# Each with several derivatives at a time: that options mean what they should is in test_device_formulas.py.
+OBJECTIVES = [
+    sk.dft(entropy_coef=0.1),
+    sk.CrossEntropy(z_loss=1e-2, kl_coef=0.1),
+    sk.PolicyGradient(clip_low=None, clip_high=0.1, dual_clip=1.1, kl_coef=0.1, entropy_coef=0.1),
+    sk.cispo(entropy_coef=0.1),
+    sk.SRFT(entropy_sign=1, demo_weight="p(1-p)", surrogate="sapo", positive="reward", entropy_coef=0.1),
+    sk.srft_paper(),
+    sk.srft_official(),
+    sk.luffy(),
+    sk.chord(0.3, token_weighted=True),
+]
 
 
-@pytest.mark.parametrize("family", OBJECTIVES)
-def test_fused_objectives_are_the_pytorch_formulas(family):
-    """Device code with derivatives by hand against the formula that autograd differentiates, for each option."""
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
+def test_fused_objectives_are_the_pytorch_formulas(objective):
+    """Device code with derivatives by hand against the formula that autograd differentiates, in a row's kernel."""
     n, vocab = 10, 48
     logits = torch.randn(n, vocab, generator=torch.Generator().manual_seed(1)) * 2
-    for i, objective in enumerate(OBJECTIVES[family]):
-        for old in (True, False):
-            columns = annotations(n, seed=i)
-            target = torch.randint(vocab, (n,), generator=torch.Generator().manual_seed(i))
-            tokens = sk.Tokens(target, **{**columns, "old_logprobs": columns["old_logprobs"] if old else None})
-            weight = torch.rand(n)
-            run = {
-                name: rows.loss_and_gradient(buffer(logits), tokens, weight, objective, Head(), 8, torch.float32)
-                for name, rows in (("torch", torch_rows), ("triton", triton_rows))
-            }
-            for index, output in ((1, "loss"), (2, "gradient")):
-                theirs, own = run["torch"][index], run["triton"][index]
-                assert torch.allclose(own, theirs, rtol=2e-5, atol=1e-6), f"{output} of {objective}, old={old}"
+    columns = annotations(n)
+    tokens, weight = sk.Tokens(torch.randint(vocab, (n,)), **columns), torch.rand(n)
+    run = {
+        name: rows.loss_and_gradient(buffer(logits), tokens, weight, objective, Head(), 8, torch.float32)
+        for name, rows in (("torch", torch_rows), ("triton", triton_rows))
+    }
+    for index in (1, 2):  # loss, gradient
+        torch.testing.assert_close(run["triton"][index], run["torch"][index], rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("class_weight", [False, True])
