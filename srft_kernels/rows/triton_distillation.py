@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..head import Head
-from .triton_rows import _device_of, _logits, _order, _over, _temperature
+from .triton_kernels import _logits
+from .triton_rows import _device_of, _order, _over, _temperature
 
 # Columns per loop step: two rows of them are in registers, so half of what a kernel of one row takes.
 MAX_BLOCK = 2048
@@ -123,7 +124,7 @@ def _distillation_kernel(
                 dz = dz * (1 - level * level)
             dz = tl.where(columns < vocab, dz, 0.0)
             written = columns < stride
-            if ORDER == "barrier":  # a narrow gradient lands on bytes of this block: see triton_rows.py
+            if ORDER == "barrier":  # a narrow gradient lands on bytes of this block: see triton_kernels.py
                 tl.debug_barrier()
             if ORDER == "reduction":
                 written &= tl.max(p, 0) != -1.0

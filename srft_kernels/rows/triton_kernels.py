@@ -1,0 +1,374 @@
+"""The row kernels in Triton: one program per row of logits (or walking over several), statistics and gradients.
+
+Logits are fp32; a gradient is written over them, a 16-bit one into the front of its own row. Device code alone: what
+launches it, and how rows lie in memory, is in triton_rows.py.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_objectives import token_loss
+
+
+@triton.jit
+def _tanh(x):
+    """tanh to fp32 rounding: its series near 0, where 1 − e^{−2|x|} would cancel."""
+    x2 = x * x
+    series = x * (1 + x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835)))))
+    e = tl.exp(-2 * tl.abs(x))
+    tail = (1 - e) / (1 + e)
+    return tl.where(x2 < 0.0625, series, tl.where(x < 0, -tail, tail))
+
+
+@triton.jit
+def _exp(x):
+    """e^x for x ≤ 0 by the device's base-2 exponential alone: results under 2⁻¹²⁶ may be 0, which tl.exp pays for.
+
+    x is a difference already: log₂e folded into the subtraction would round away what large logits differ by.
+    """
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def _load(ptr, columns, stride, TAIL: tl.constexpr):
+    """Columns of a row, or of a vector that is padded like one; zeros past the padding."""
+    if TAIL:
+        return tl.load(ptr + columns, mask=columns < stride, other=0.0)
+    else:
+        return tl.load(ptr + columns)
+
+
+@triton.jit
+def _of_row(temperature, temperature_ptr, row):
+    """The temperature of all rows, or this row's; None: 1."""
+    if temperature_ptr is None:
+        return temperature
+    else:
+        return tl.load(temperature_ptr + row)
+
+
+@triton.jit
+def _raw(row_ptr, bias_ptr, columns, stride, TAIL: tl.constexpr):
+    """a + b of some columns of a row; anything past the vocabulary."""
+    a = _load(row_ptr, columns, stride, TAIL)
+    if bias_ptr is not None:
+        a += _load(bias_ptr, columns, stride, TAIL)
+    return a
+
+
+@triton.jit
+def _logits(row_ptr, bias_ptr, columns, vocab, stride, softcap, temperature, TAIL: tl.constexpr = True):
+    """(z, tanh of the soft cap) of some columns of a row; z is −inf past the vocabulary, which only TAIL can reach."""
+    return _scored(_raw(row_ptr, bias_ptr, columns, stride, TAIL), columns, vocab, softcap, temperature, TAIL)
+
+
+@triton.jit
+def _scored(a, columns, vocab, softcap, temperature, TAIL: tl.constexpr):
+    level = a
+    if softcap is not None:
+        level = _tanh(tl.div_rn(a, softcap))
+        a = softcap * level
+    if temperature is not None:
+        a = tl.div_rn(a, temperature)
+    if TAIL:
+        a = tl.where(columns < vocab, a, -float("inf"))  # after the cap, which would make it finite
+    return a, level
+
+
+@triton.jit
+def _statistics(
+    row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, softcap, temperature,
+    RANK: tl.constexpr, ARGMAX: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Online over a row: (ℓ, H, lse, smooth, max, log Σ e^d, Σ p·d, rank, argmax), all in one read.
+
+    Running over blocks, in each of LANES (the program's threads) apart: the maximum m, s = Σ e^d and t = Σ e^d·d for
+    d = z − m ≤ 0. When the maximum rises by δ, every d falls by δ: t ← e^{−δ}(t − δ·s), s ← e^{−δ}·s. The maximum
+    starts at −inf, so all-negative rows are ordinary rows. Threads meet once, at the end.
+    """
+    inside = (target >= 0) & (target < vocab)
+    at_target = tl.load(row_ptr + tl.where(inside, target, 0))
+    if bias_ptr is not None:
+        at_target += tl.load(bias_ptr + tl.where(inside, target, 0))
+    raw_target = at_target
+    if softcap is not None:
+        at_target = softcap * _tanh(tl.div_rn(at_target, softcap))
+    if temperature is not None:
+        at_target = tl.div_rn(at_target, temperature)
+    at_target = tl.where(inside, at_target, float("nan"))
+
+    m = tl.full((LANES,), -float("inf"), tl.float32)
+    s = tl.zeros((LANES,), tl.float32)
+    t = tl.zeros((LANES,), tl.float32)
+    smooth_sum = tl.zeros((LANES,), tl.float32)
+    smooth_total = tl.zeros((LANES,), tl.float32)
+    rank = tl.zeros((LANES,), tl.int32)
+    best = tl.full((LANES,), -float("inf"), tl.float32)
+    first = tl.full((LANES,), 2147483647, tl.int32)
+    smooth_shift = tl.where(tl.abs(at_target) < float("inf"), at_target, 0.0)
+    whole = vocab // BLOCK * BLOCK  # only the last block has a padding to look out for
+    for start in range(0, whole, BLOCK):
+        m, s, t, smooth_sum, smooth_total, rank, best, first = _add_block(
+            m, s, t, smooth_sum, smooth_total, rank, best, first, smooth_shift, raw_target, start,
+            row_ptr, bias_ptr, smooth_ptr, vocab, stride, softcap, temperature, RANK, ARGMAX, False, LANES, BLOCK,
+        )  # fmt: skip
+    if whole < vocab:
+        m, s, t, smooth_sum, smooth_total, rank, best, first = _add_block(
+            m, s, t, smooth_sum, smooth_total, rank, best, first, smooth_shift, raw_target, whole,
+            row_ptr, bias_ptr, smooth_ptr, vocab, stride, softcap, temperature, RANK, ARGMAX, True, LANES, BLOCK,
+        )  # fmt: skip
+    top = tl.max(m, 0)
+    fall = tl.where(m == -float("inf"), 0.0, m - top)  # −inf − (−inf) is not a number; s and t are 0 there
+    scale = _exp(fall)
+    t = tl.sum(scale * (t + fall * s), 0)
+    s = tl.sum(scale * s, 0)
+    log_s = tl.log(s)
+    logprob = at_target - top - log_s
+    smooth = tl.sum(smooth_sum, 0) + tl.sum(smooth_total, 0) * (smooth_shift - top - log_s)
+    if RANK:
+        rank = tl.sum(rank, 0)
+    if ARGMAX:
+        first = tl.min(tl.where(best == tl.max(best, 0), first, 2147483647), 0)
+    return logprob, log_s - t / s, top + log_s, smooth, top, log_s, t / s, rank, first
+
+
+@triton.jit
+def _add_block(
+    m, s, t, smooth_sum, smooth_total, rank, best, first, smooth_shift, raw_target, start,
+    row_ptr, bias_ptr, smooth_ptr, vocab, stride, softcap, temperature,
+    RANK: tl.constexpr, ARGMAX: tl.constexpr, TAIL: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # (BLOCK / 4·LANES, LANES, 4): a thread loads 16 bytes at a time and reduces the other axes of its lane alone
+    steps = tl.arange(0, BLOCK // (4 * LANES)) * (4 * LANES)
+    lanes = tl.arange(0, LANES) * 4
+    columns = start + steps[:, None, None] + lanes[None, :, None] + tl.arange(0, 4)[None, None, :]
+    a = _raw(row_ptr, bias_ptr, columns, stride, TAIL)
+    z, _ = _scored(a, columns, vocab, softcap, temperature, TAIL)
+    if TAIL:
+        a = tl.where(columns < vocab, a, -float("inf"))
+    if RANK:
+        rank += _of_lanes((a > raw_target).to(tl.int32))
+    if ARGMAX:
+        highest = tl.max(tl.max(a, 2), 0)
+        where = tl.where(a == highest[None, :, None], columns, 2147483647)
+        first = tl.where(highest > best, tl.min(tl.min(where, 2), 0), first)
+        best = tl.maximum(best, highest)
+    if smooth_ptr is not None:
+        omega = _load(smooth_ptr, columns, stride, TAIL)
+        weighted = omega * (z - smooth_shift)
+        if TAIL:
+            weighted = tl.where(columns < vocab, weighted, 0.0)
+        smooth_sum += _of_lanes(weighted)
+        smooth_total += _of_lanes(omega)
+    top = tl.maximum(m, tl.max(tl.max(z, 2), 0))
+    finite_top = tl.where(top == -float("inf"), 0.0, top)
+    d = z - finite_top[None, :, None]
+    e = _exp(d)
+    fall = tl.where(m == -float("inf"), 0.0, m - finite_top)
+    scale = _exp(fall)
+    # e is 0 below −128: 0 · (−inf) is 0 here
+    t = scale * (t + fall * s) + _of_lanes(e * tl.maximum(d, -128.0))
+    s = scale * s + _of_lanes(e)
+    return top, s, t, smooth_sum, smooth_total, rank, best, first
+
+
+@triton.jit
+def _of_lanes(x):
+    return tl.sum(tl.sum(x, 2), 0)
+
+
+@triton.jit
+def _write_gradient(
+    row_ptr, out_ptr, target, m, log_s, mean, g, h, k, u,
+    bias_ptr, smooth_ptr, smooth_total, vocab, stride, softcap, temperature,
+    ORDER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """∂L/∂a of a row: g(1[v=y] − p_v) − h p_v(log p_v + H) + k p_v + u(ω_v − Σω·p_v), through temperature and cap."""
+    inside = (target >= 0) & (target < vocab)
+    g = tl.where(inside, g, float("nan"))  # no such column: no gradient that is right
+    at = tl.where(inside, target, -1).to(tl.int32)
+    if (g == 0.0) & (h == 0.0) & (k == 0.0) & (u == 0.0):  # ignored, or without advantage: nothing to read
+        for start in range(0, vocab, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            tl.store(out_ptr + columns, tl.zeros((BLOCK,), out_ptr.dtype.element_ty), mask=columns < stride)
+    else:
+        if temperature is not None:
+            g, h, k, u = g / temperature, h / temperature, k / temperature, u / temperature
+        s = tl.exp(log_s)
+        alpha = (k - g - u * smooth_total + h * mean) / s
+        beta = -h / s
+        whole = vocab // BLOCK * BLOCK
+        for start in range(0, whole, BLOCK):
+            _write_block(
+                row_ptr, out_ptr, at, start, m, g, alpha, beta, u,
+                bias_ptr, smooth_ptr, vocab, stride, softcap, temperature, ORDER, False, BLOCK,
+            )  # fmt: skip
+        if whole < vocab:
+            _write_block(
+                row_ptr, out_ptr, at, whole, m, g, alpha, beta, u,
+                bias_ptr, smooth_ptr, vocab, stride, softcap, temperature, ORDER, True, BLOCK,
+            )  # fmt: skip
+
+
+@triton.jit
+def _write_block(
+    row_ptr, out_ptr, target, start, m, g, alpha, beta, u,
+    bias_ptr, smooth_ptr, vocab, stride, softcap, temperature,
+    ORDER: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    columns = start + tl.arange(0, BLOCK)
+    z, level = _logits(row_ptr, bias_ptr, columns, vocab, stride, softcap, temperature, TAIL)
+    d = z - m
+    e = _exp(d)
+    dz = e * (alpha + beta * tl.maximum(d, -128.0))  # 0 · (−inf) is 0 here
+    if (target >= start) & (target < start + BLOCK):
+        dz += tl.where(columns == target, g, 0.0)
+    if smooth_ptr is not None:
+        dz += u * _load(smooth_ptr, columns, stride, TAIL)
+    if softcap is not None:
+        dz = dz * (1 - level * level)
+    # A narrow gradient lands on bytes of this block or of earlier ones: every thread must have read its part first.
+    if ORDER == "barrier":
+        tl.debug_barrier()
+    if TAIL:
+        dz = tl.where(columns < vocab, dz, 0.0)
+        written = columns < stride
+    else:
+        written = columns >= 0
+    if ORDER == "reduction":
+        written &= tl.max(e, 0) != -1.0  # always so, but known only when every thread's loads are there
+    if TAIL or ORDER == "reduction":
+        tl.store(out_ptr + columns, dz.to(out_ptr.dtype.element_ty), mask=written)
+    else:
+        tl.store(out_ptr + columns, dz.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _stop(rows, WALK: tl.constexpr):
+    """Where a program's rows end: at the last of all, or, known to the compiler, after one."""
+    if WALK:
+        return rows
+    else:
+        return tl.program_id(0) + 1
+
+
+@triton.jit
+def _step(WALK: tl.constexpr):
+    if WALK:
+        return tl.num_programs(0)
+    else:
+        return 1
+
+
+@triton.jit
+def _statistics_kernel(
+    logits_ptr,  # (n, stride) fp32
+    target_ptr,  # (n,) int64
+    bias_ptr, smooth_ptr,  # (V,) fp32 or None
+    out_ptr,  # (7, n) fp32: ℓ, H, lse, smooth, max, log Σ e^d, Σ p·d
+    rank_ptr, argmax_ptr,  # (n,) int64 or None
+    temperature_ptr,  # (n,) fp32, or None
+    rows, vocab, stride, softcap, temperature, LANES: tl.constexpr, BLOCK: tl.constexpr, WALK: tl.constexpr,
+):  # fmt: skip
+    for row in tl.range(tl.program_id(0), _stop(rows, WALK), _step(WALK), disable_licm=True):
+        target = tl.load(target_ptr + row)
+        row_ptr = logits_ptr + row * stride.to(tl.int64)  # row · stride passes 2³¹
+        logprob, entropy, logsumexp, smooth, m, log_s, mean, rank, argmax = _statistics(
+            row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, softcap, _of_row(temperature, temperature_ptr, row),
+            rank_ptr is not None, argmax_ptr is not None, LANES, BLOCK,
+        )  # fmt: skip
+        if rank_ptr is not None:
+            tl.store(rank_ptr + row, rank.to(tl.int64))
+        if argmax_ptr is not None:
+            tl.store(argmax_ptr + row, argmax.to(tl.int64))
+        tl.store(out_ptr + row, logprob)
+        tl.store(out_ptr + rows + row, entropy)
+        tl.store(out_ptr + 2 * rows + row, logsumexp)
+        tl.store(out_ptr + 3 * rows + row, smooth)
+        tl.store(out_ptr + 4 * rows + row, m)
+        tl.store(out_ptr + 5 * rows + row, log_s)
+        tl.store(out_ptr + 6 * rows + row, mean)
+
+
+@triton.jit
+def _gradient_kernel(
+    logits_ptr, dlogits_ptr,  # (n, stride) fp32; (n, dstride), the same memory
+    target_ptr, m_ptr, log_s_ptr, mean_ptr,  # (n,)
+    g_ptr, h_ptr, k_ptr, u_ptr,  # (n,) fp32 or None
+    bias_ptr, smooth_ptr, smooth_total_ptr,  # (V,), (V,), () fp32 or None
+    temperature_ptr,  # (n,) fp32, or None
+    rows, vocab, stride, dstride, softcap, temperature, ORDER: tl.constexpr, BLOCK: tl.constexpr, WALK: tl.constexpr,
+):  # fmt: skip
+    for row in tl.range(tl.program_id(0), _stop(rows, WALK), _step(WALK), disable_licm=True):
+        log_s = tl.load(log_s_ptr + row)
+        zero = log_s * 0.0
+        g = zero if g_ptr is None else tl.load(g_ptr + row)
+        h = zero if h_ptr is None else tl.load(h_ptr + row)
+        k = zero if k_ptr is None else tl.load(k_ptr + row)
+        u = zero if u_ptr is None else tl.load(u_ptr + row)
+        smooth_total = zero if smooth_total_ptr is None else tl.load(smooth_total_ptr)
+        _write_gradient(
+            logits_ptr + row * stride.to(tl.int64), dlogits_ptr + row * dstride.to(tl.int64), tl.load(target_ptr + row),
+            tl.load(m_ptr + row), log_s, tl.load(mean_ptr + row), g, h, k, u,
+            bias_ptr, smooth_ptr, smooth_total, vocab, stride, softcap,
+            _of_row(temperature, temperature_ptr, row), ORDER, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _loss_gradient_kernel(
+    logits_ptr, dlogits_ptr,  # (n, stride) fp32; (n, dstride), the same memory
+    target_ptr, weight_ptr,  # (n,) int64, (n,) fp32 token weights
+    columns,  # annotations by name, each (n,) or None
+    numbers,  # the objective's coefficients by name
+    bias_ptr, smooth_ptr, smooth_total_ptr,  # (V,), (V,), () fp32 or None
+    out_ptr,  # (4, n) fp32: loss, ℓ, H, lse
+    normalizer_ptr,  # (2, n) fp32: max, log Σ e^d; or None
+    rank_ptr, argmax_ptr,  # (n,) int64 or None
+    temperature_ptr,  # (n,) fp32, or None
+    rows, vocab, stride, dstride, softcap, temperature,
+    OBJECTIVE: tl.constexpr, ORDER: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, WALK: tl.constexpr,
+):  # fmt: skip
+    for row in tl.range(tl.program_id(0), _stop(rows, WALK), _step(WALK), disable_licm=True):
+        target = tl.load(target_ptr + row)
+        row_ptr = logits_ptr + row * stride.to(tl.int64)
+        logprob, entropy, logsumexp, smooth, m, log_s, mean, rank, argmax = _statistics(
+            row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, softcap, _of_row(temperature, temperature_ptr, row),
+            rank_ptr is not None, argmax_ptr is not None, LANES, BLOCK,
+        )  # fmt: skip
+        if rank_ptr is not None:
+            tl.store(rank_ptr + row, rank.to(tl.int64))
+        if argmax_ptr is not None:
+            tl.store(argmax_ptr + row, argmax.to(tl.int64))
+        loss, g, h, k, u = token_loss(OBJECTIVE, numbers, columns, row, logprob, entropy, logsumexp, smooth)
+        tl.store(out_ptr + row, loss)
+        tl.store(out_ptr + rows + row, logprob)
+        tl.store(out_ptr + 2 * rows + row, entropy)
+        tl.store(out_ptr + 3 * rows + row, logsumexp)
+        if normalizer_ptr is not None:
+            tl.store(normalizer_ptr + row, m)
+            tl.store(normalizer_ptr + rows + row, log_s)
+        weight = tl.load(weight_ptr + row)
+        silent = weight == 0.0  # whatever the derivatives are, infinite or not
+        g = tl.where(silent, 0.0, weight * g)
+        h = tl.where(silent, 0.0, weight * h)
+        k = tl.where(silent, 0.0, weight * k)
+        u = tl.where(silent, 0.0, weight * u)
+        smooth_total = m * 0.0 if smooth_total_ptr is None else tl.load(smooth_total_ptr)
+        _write_gradient(
+            row_ptr, dlogits_ptr + row * dstride.to(tl.int64), target, m, log_s, mean, g, h, k, u,
+            bias_ptr, smooth_ptr, smooth_total, vocab, stride, softcap,
+            _of_row(temperature, temperature_ptr, row), ORDER, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _scale_kernel(x_ptr, factor_ptr, count, BLOCK: tl.constexpr):
+    """x *= factor, reading and writing nothing when the factor is 1."""
+    factor = tl.load(factor_ptr)
+    if factor != 1.0:
+        offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + offsets, mask=offsets < count)
+        tl.store(x_ptr + offsets, (x.to(tl.float32) * factor).to(x.dtype), mask=offsets < count)
