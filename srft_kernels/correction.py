@@ -119,3 +119,11 @@ def one_of(owner: object, **choices: tuple[str, ...]) -> None:
             raise ValueError(
                 f"{type(owner).__name__}({field}={value!r}): expected one of {', '.join(map(repr, allowed))}"
             )
+
+
+def positive(owner: object, *fields: str, optional: bool = False) -> None:
+    for field in fields:
+        value = getattr(owner, field)
+        if not ((optional and value is None) or (isinstance(value, Real) and value > 0)):
+            expected = "a positive number" + (" or None" if optional else "")
+            raise ValueError(f"{type(owner).__name__}({field}={value!r}): expected {expected}")

@@ -26,7 +26,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from .correction import LOG_RATIO_LIMIT, Correction, log_ratio, one_of, over_sequences
+from .correction import LOG_RATIO_LIMIT, Correction, log_ratio, one_of, over_sequences, positive
+from .shaping import check_shape, shape
 from .tokens import Tokens, TokenStats
 
 SCOPES = ("token", "sequence", "batch")
@@ -38,17 +39,19 @@ class Objective:
 
         correction · policy  +  kl_coef · KL  −  entropy_coef · H
 
-    entropy_coef  c: −c·H on every token, differentiated through H
-    kl_coef       β of an estimate of KL(policy ‖ reference) on sampled tokens; annotation `ref_logprobs`, q:
-    kl_estimator  "k1" ℓ − q;  "k2" (ℓ − q)²/2;  "k3" e^{q−ℓ} − (q − ℓ) − 1 (joschu.net/blog/kl-approx.html; GRPO's k3).
-                  Differentiated as it stands: k2's gradient is that of the KL in expectation, k1's is 0
-    correction    weights for rollouts that another program sampled; annotation `sampler_logprobs`
+    entropy_coef     c: −c·H on every token, differentiated through H
+    kl_coef          β of an estimate of KL(policy ‖ reference) on sampled tokens; annotation `ref_logprobs`, q:
+    kl_estimator     "k1" ℓ − q;  "k2" (ℓ − q)²/2;  "k3" e^{q−ℓ} − (q − ℓ) − 1 (joschu.net/blog/kl-approx.html; GRPO's
+                     k3). Differentiated as it stands: k2's gradient is that of the KL in expectation, k1's is 0
+    correction       weights for rollouts that another program sampled; annotation `sampler_logprobs`
+    max_probability  tokens with p above it have no policy term: what is likely enough is left alone
     """
 
     entropy_coef: float = 0.0
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
     correction: Correction | None = None
+    max_probability: float | None = None
 
     reads_live = True
 
@@ -59,6 +62,7 @@ class Objective:
                 f"{type(self).__name__}(correction={self.correction!r}): expected None or a Correction, such as "
                 "Correction('truncate', high=2.0)"
             )
+        positive(self, "max_probability", optional=True)
 
     def __repr__(self) -> str:
         """Only what differs from the defaults."""
@@ -98,6 +102,8 @@ class Objective:
 
     def __call__(self, stats: TokenStats, tokens: Tokens) -> Tensor:
         loss = self._policy(stats, tokens)
+        if self.max_probability is not None:
+            loss = torch.where(stats.logprobs.detach().exp() > self.max_probability, 0, loss)
         if self.correction is not None:
             loss = _times(self.correction.bounded(self._mismatch(stats, tokens)), loss)
         if self.kl_coef:
@@ -175,6 +181,9 @@ class PolicyGradient(Objective):
     clip_low/high ε of clip(r, 1 − low, 1 + high); None: not clipped on that side (both None: plain r)
     dual_clip     c > 1: where A < 0 the PPO loss is at most −c·A (arXiv 1912.09729)
     tau_positive/negative  τ of SAPO where A > 0, and elsewhere
+    ratio_shaping None: r itself; a number c > 0: `ratio_shape` of it, for "ppo" of tokens, whose clip then bounds that:
+    ratio_shape   "p/(p+c)" f(p)/f(p_old) with f(p) = p/(p + c);  "p^c" r^c;  "c*log p" c·log r;  "p+c*log p"
+                  r + c·log r (on_policy_reshape of LUFFY's code)
     ratio_level   "token", or "sequence": r = e^{mean over the sequence of ℓ − ℓ_old}, whose gradient reaches each
                   token through its own ℓ (GSPO-token, arXiv 2507.18071); needs `sequence_ids`
 
@@ -185,6 +194,8 @@ class PolicyGradient(Objective):
     clip_low: float | None = 0.2
     clip_high: float | None = 0.2
     dual_clip: float | None = None
+    ratio_shape: str = "p/(p+c)"
+    ratio_shaping: float | None = None
     ratio_level: str = "token"
     tau_positive: float = 1.0
     tau_negative: float = 1.05
@@ -193,6 +204,12 @@ class PolicyGradient(Objective):
         super().__post_init__()
         name = type(self).__name__
         one_of(self, surrogate=("reinforce", "ppo", "cispo", "sapo"), ratio_level=("token", "sequence"))
+        check_shape(self, "ratio")
+        if self.ratio_shaping is not None and (self.surrogate, self.ratio_level) != ("ppo", "token"):
+            raise ValueError(
+                f"{name}(ratio_shaping={self.ratio_shaping}) reshapes the ratio of surrogate='ppo' and "
+                f"ratio_level='token', found {self.surrogate!r} and {self.ratio_level!r}"
+            )
         for field in ("clip_low", "clip_high"):
             value = getattr(self, field)
             if not (value is None or (isinstance(value, Real) and value >= 0)):
@@ -201,9 +218,7 @@ class PolicyGradient(Objective):
             raise ValueError(f"dual_clip must be greater than 1, found {self.dual_clip}")
         if self.dual_clip is not None and self.surrogate != "ppo":
             raise ValueError(f"{name}(dual_clip={self.dual_clip}) bounds surrogate='ppo', found {self.surrogate!r}")
-        for field in ("tau_positive", "tau_negative"):
-            if not (isinstance(value := getattr(self, field), Real) and value > 0):
-                raise ValueError(f"{name}({field}={value!r}): expected a positive number")
+        positive(self, "tau_positive", "tau_negative")
 
     @property
     def clip_bounds(self) -> tuple[float, float]:
@@ -237,9 +252,9 @@ class PolicyGradient(Objective):
         if self.surrogate == "sapo":
             tau = torch.where(signal > 0, torch.full_like(ratio, self.tau_positive), self.tau_negative)
             return -signal * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
-        loss = -ratio * signal
+        loss = _times(-signal, ratio)
         if (self.clip_low, self.clip_high) != (None, None):
-            loss = torch.maximum(loss, -ratio.clamp(1 - low, 1 + high) * signal)
+            loss = torch.maximum(loss, _times(-signal, ratio.clamp(1 - low, 1 + high)))
         if self.dual_clip is None:
             return loss
         return torch.where(signal < 0, torch.minimum(loss, -signal * self.dual_clip), loss)
@@ -257,7 +272,15 @@ class PolicyGradient(Objective):
         return change.clamp(max=LOG_RATIO_LIMIT)
 
     def _ratio(self, stats: TokenStats, tokens: Tokens) -> Tensor:
-        return torch.exp(self._log_ratio(stats, tokens) + _slope(stats.logprobs))
+        """r or its shape, with its gradient."""
+        log_r, c = self._log_ratio(stats, tokens) + _slope(stats.logprobs), self.ratio_shaping
+        if c is None or self.ratio_shape != "p/(p+c)":
+            return shape(log_r, self.ratio_shape, c)
+        old, demonstrated = tokens.get("old_logprobs"), self._demonstrated(tokens)
+        if old is None or demonstrated is not None:
+            now = stats.logprobs.detach()
+            old = now if old is None else torch.where(demonstrated, now, old)
+        return log_r.exp() * (old.exp() + c) / (stats.logprobs.exp() + c)
 
     def metrics(self, stats: TokenStats, tokens: Tokens) -> dict[str, Tensor]:
         result = {"entropy": stats.entropy.mean()}
@@ -268,12 +291,12 @@ class PolicyGradient(Objective):
     def _drift(self, stats: TokenStats, tokens: Tokens, signal: Tensor) -> dict[str, Tensor]:
         """Distance to the policy that sampled: share of tokens beyond the clip, and KL(old ‖ new) ≈ r − 1 − log r."""
         change, (low, high) = self._log_ratio(stats, tokens), self.clip_bounds
-        ratio, demonstrated = change.exp(), self._demonstrated(tokens)
+        ratio, demonstrated = self._ratio(stats, tokens), self._demonstrated(tokens)
         if self.surrogate == "cispo":  # its clip stops a ratio on either side, whatever the advantage
             signal = torch.sign(ratio - 1)
         beyond = ((ratio > 1 + high) & (signal > 0)) | ((ratio < 1 - low) & (signal < 0))
         sampled = torch.ones_like(beyond) if demonstrated is None else ~demonstrated
-        drift = ratio - 1 - change.clamp(min=-LOG_RATIO_LIMIT)
+        drift = change.exp() - 1 - change.clamp(min=-LOG_RATIO_LIMIT)
         return {"clip_fraction": _mean(beyond.to(ratio.dtype), sampled), "approx_kl": _mean(drift, sampled)}
 
 
@@ -293,6 +316,7 @@ class SRFT(PolicyGradient):
     demo_shaping     None: shape(u) = u (Eq 9–10); a number c > 0: demo_shape
     demo_shape       "p/(p+c)" u/(u + c) (LUFFY, arXiv 2504.14945), "p^c" u^c, "c*log p" c·log u,
                      "p+c*log p" u + c·log u
+    demo_min/max     bounds of shape(u), beyond which it is constant; None: none
     rollout_weight   v: on positives "entropy" rollout_coef · sg(e^H) (Eq 12), "constant" rollout_coef; on the others
                      negative_coef
     rollout_signal   "sign" ±1 (Eq 11), "advantage" A
@@ -311,6 +335,8 @@ class SRFT(PolicyGradient):
     demo_rl_coef: float = 1.0
     demo_shape: str = "p/(p+c)"
     demo_shaping: float | None = None
+    demo_min: float | None = None
+    demo_max: float | None = None
     rollout_coef: float = 0.1
     negative_coef: float = 1.0
     rollout_weight: str = "entropy"
@@ -323,17 +349,15 @@ class SRFT(PolicyGradient):
             self,
             level=SCOPES,
             demo_weight=("entropy", "constant", "p", "p(1-p)"),
-            demo_shape=("p/(p+c)", "p^c", "c*log p", "p+c*log p"),
             rollout_weight=("entropy", "constant"),
             rollout_signal=("sign", "advantage"),
             positive=("advantage", "reward"),
         )
         if self.entropy_sign not in (-1, 1):
             raise ValueError(f"SRFT(entropy_sign={self.entropy_sign}): expected -1 (the paper's Eq 8) or +1")
-        if self.demo_shaping is not None and not self.demo_shaping > 0:
-            raise ValueError(f"SRFT(demo_shaping={self.demo_shaping}): expected None or a positive c")
-        if self.demo_shaping is None and self.demo_shape != "p/(p+c)":
-            raise ValueError(f"SRFT(demo_shape={self.demo_shape!r}) needs its number c: pass demo_shaping=c > 0")
+        check_shape(self, "demo")
+        if None not in (self.demo_min, self.demo_max) and not self.demo_min <= self.demo_max:
+            raise ValueError(f"SRFT(demo_min={self.demo_min}, demo_max={self.demo_max}): expected demo_min ≤ demo_max")
 
     @property
     def reads_entropy(self) -> bool:
@@ -399,16 +423,10 @@ class SRFT(PolicyGradient):
         log_u, written = stats.logprobs, tokens.get("demo_logprobs")
         if written is not None:
             log_u = log_ratio(log_u.detach(), written).clamp(max=LOG_RATIO_LIMIT) + _slope(log_u)
-        u, c = log_u.exp(), self.demo_shaping
-        if c is None:
-            return u
-        shapes = {
-            "p/(p+c)": lambda: u / (u + c),
-            "p^c": lambda: torch.exp(c * log_u),
-            "c*log p": lambda: c * log_u,
-            "p+c*log p": lambda: u + c * log_u,
-        }
-        return shapes[self.demo_shape]()
+        shaped = shape(log_u, self.demo_shape, self.demo_shaping)
+        if (self.demo_min, self.demo_max) == (None, None):
+            return shaped
+        return shaped.clamp(self.demo_min, self.demo_max)
 
     def _parts(self, stats: TokenStats, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         """(SFT term, RL term of a demonstration, rollout term) of every token, as if it were of that kind."""

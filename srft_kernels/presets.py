@@ -92,7 +92,8 @@ def luffy(**options: Any) -> SRFT:
     """LUFFY (arXiv 2504.14945): demonstrations −A·p/(p + 0.1), rollouts −A·r. Usual average: constant_length.
 
     The other shapings of its code: demo_shaping=None for p; demo_shape="p^c", "c*log p" or "p+c*log p" with
-    demo_shaping=c; the annotation demo_logprobs for p / π_β.
+    demo_shaping=c; demo_min and demo_max; the annotation demo_logprobs for p / π_β; ratio_shape and ratio_shaping for
+    the rollouts' ratio; max_probability.
     """
     return SRFT(**{"demo_sft_coef": 0.0, "demo_shaping": 0.1, **ROLLOUTS, **UNCLIPPED, **options})
 

@@ -105,6 +105,12 @@ def token_loss(O: tl.constexpr, numbers, columns, row, logprob, entropy, logsume
     else:
         sampled = tl.load(columns.is_demo + row) == 0
         loss, g = _srft(O, numbers, columns, row, logprob, entropy, sampled)
+    if O.max_probability is not None:
+        kept = tl.where(tl.exp(logprob) > numbers.max_probability, 0.0, 1.0)
+        loss = _times(kept, loss)
+        g = _times(kept, g)
+        k = _times(kept, k)
+        u = _times(kept, u)
     if O.correction:
         weight = tl.where(sampled, _correction(O, numbers, columns, row, logprob), 1.0)
         loss = _times(weight, loss)
@@ -159,21 +165,31 @@ def _surrogate(O: tl.constexpr, numbers, columns, row, logprob, signal):
         return _times(-signal, logprob), -signal
     else:
         if columns.old_logprobs is None:  # fresh data
-            ratio = tl.zeros_like(logprob) + 1.0
+            old = logprob
+            log_r = tl.zeros_like(logprob)
         else:
-            ratio = tl.exp(_log_ratio(logprob, tl.load(columns.old_logprobs + row)))
+            old = tl.load(columns.old_logprobs + row)
+            log_r = _log_ratio(logprob, old)
+        c = numbers.ratio_shaping
+        if O.ratio_shaping is not None and O.ratio_shape == "p/(p+c)":
+            lower = tl.exp(logprob) + c
+            ratio = tl.exp(log_r) * (tl.exp(old) + c) / lower
+            slope = ratio * c / lower
+        else:
+            ratio, slope = _shape(O.ratio_shaping, O.ratio_shape, log_r, c)
         clipped = tl.minimum(tl.maximum(ratio, 1 - numbers.clip_low), 1 + numbers.clip_high)
         if O.surrogate == "cispo":
             return _times(-signal * clipped, logprob), -signal * clipped
         elif O.surrogate == "sapo":
             tau = tl.where(signal > 0, numbers.tau_positive, numbers.tau_negative)
             gate = 1 / (1 + tl.exp(-tau * (ratio - 1)))
-            return -signal * gate * 4 / tau, -signal * 4 * gate * (1 - gate) * ratio
+            return -signal * gate * 4 / tau, -signal * 4 * gate * (1 - gate) * slope
         else:
-            plain = -ratio * signal
-            worse = -clipped * signal > plain  # never for a NaN, which a maximum would drop
-            loss = tl.where(worse, -clipped * signal, plain)
-            g = tl.where(worse, 0.0, plain)  # dr/dℓ = r
+            plain = _times(-signal, ratio)
+            bound = _times(-signal, clipped)
+            worse = bound > plain  # never for a NaN, which a maximum would drop
+            loss = tl.where(worse, bound, plain)
+            g = tl.where(worse, 0.0, -signal * slope)
             if O.dual_clip is not None:
                 bound = -signal * numbers.dual_clip
                 bounded = (signal < 0) & (loss > bound)
@@ -200,7 +216,16 @@ def _srft(O: tl.constexpr, numbers, columns, row, logprob, entropy, sampled):
     elif O.demo_weight == "p(1-p)":
         demo_weight = p * (1 - p)
     demo_weight *= numbers.demo_sft_coef
-    shaped, slope = _shape(O, numbers, columns, row, logprob)
+    log_u = logprob
+    if columns.demo_logprobs is not None:
+        log_u = _log_ratio(logprob, tl.load(columns.demo_logprobs + row))
+    shaped, slope = _shape(O.demo_shaping, O.demo_shape, log_u, numbers.demo_shaping)
+    if O.demo_min is not None:
+        slope = tl.where(shaped < numbers.demo_min, 0.0, slope)
+        shaped = tl.where(shaped < numbers.demo_min, numbers.demo_min, shaped)
+    if O.demo_max is not None:
+        slope = tl.where(shaped > numbers.demo_max, 0.0, slope)
+        shaped = tl.where(shaped > numbers.demo_max, numbers.demo_max, shaped)
     push = -numbers.demo_rl_coef * advantage
     demo_loss = _times(-demo_weight, logprob) + _times(push, shaped)
     demo_g = push * slope - demo_weight
@@ -227,21 +252,17 @@ def _srft(O: tl.constexpr, numbers, columns, row, logprob, entropy, sampled):
 
 
 @triton.jit
-def _shape(O: tl.constexpr, numbers, columns, row, logprob):
-    """(shape(u), its derivative to ℓ) for u = p / π_β; du/dℓ = u."""
-    log_u = logprob
-    if columns.demo_logprobs is not None:
-        log_u = _log_ratio(logprob, tl.load(columns.demo_logprobs + row))
+def _shape(SHAPED: tl.constexpr, SHAPE: tl.constexpr, log_u, c):
+    """(u or the shape of it, its derivative to log u)."""
     u = tl.exp(log_u)
-    c = numbers.demo_shaping
-    if O.demo_shaping is None:
+    if SHAPED is None:
         return u, u
-    elif O.demo_shape == "p/(p+c)":
+    elif SHAPE == "p/(p+c)":
         return u / (u + c), u * c / ((u + c) * (u + c))
-    elif O.demo_shape == "p^c":
+    elif SHAPE == "p^c":
         power = tl.exp(c * log_u)
         return power, c * power
-    elif O.demo_shape == "c*log p":
+    elif SHAPE == "c*log p":
         return c * log_u, tl.zeros_like(u) + c
     else:
         return u + c * log_u, u + c

@@ -19,6 +19,8 @@ PRESETS |= {
     "cispo_two_sided": sk.cispo(clip_low=0.2),
     "chord_phi": sk.chord(token_weighted=True),
     "luffy_root": sk.luffy(demo_shape="p^c", demo_shaping=0.5),
+    "luffy_rollouts": sk.luffy(ratio_shaping=0.1, demo_max=0.5),
+    "luffy_log": sk.luffy(ratio_shape="c*log p", ratio_shaping=1.0, demo_shape="c*log p", max_probability=0.5),
     "corrected": sk.grpo(kl_coef=0.1, correction=sk.Correction()),
     "corrected_sequences": sk.srft_official(correction=sk.Correction("mask", "sequence")),
 }

@@ -99,8 +99,16 @@ def srft_by_advantage(t):
     return torch.where(t.demo, demo, clipped * torch.where(t.A > 0, 0.1 * H.exp(), 1.0))
 
 
-def luffy(t, shape=lambda p: p / (p + 0.1)):
-    return torch.where(t.demo, -t.A * shape(t.l.exp()), -t.A * (t.l - t.o).exp())
+def luffy(t, shape=lambda p: p / (p + 0.1), ratio=lambda p, old: p / old):
+    return torch.where(t.demo, -t.A * shape(t.l.exp()), -t.A * ratio(t.l.exp(), t.o.exp()))
+
+
+def luffy_clipped(t):
+    """on_policy_reshape="p_logp" under PPO's clip and off_policy_min/max_clip, all in one."""
+    s = (t.l - t.o).exp() + 0.3 * (t.l - t.o)
+    u = t.l.exp().sqrt().clamp(max=0.09).clamp(min=0.05)
+    loss = torch.where(t.demo, -t.A * u, torch.maximum(-t.A * s, -t.A * s.clamp(0.8, 1.5)))
+    return loss * (t.l.exp() <= 0.02)  # all_max_clip
 
 
 def chord(t):
@@ -191,6 +199,15 @@ FORMULAS = {
     "luffy_log": (sk.luffy(demo_shape="c*log p", demo_shaping=0.3), lambda t: luffy(t, lambda p: 0.3 * p.log())),
     "luffy_p_log": (sk.luffy(demo_shape="p+c*log p", demo_shaping=0.3),
                     lambda t: luffy(t, lambda p: p + 0.3 * p.log())),
+    "luffy_rollouts": (sk.luffy(ratio_shaping=0.5),
+                       lambda t: luffy(t, ratio=lambda p, old: p / (p + 0.5) / (old / (old + 0.5)))),
+    "luffy_rollouts_root": (sk.luffy(ratio_shape="p^c", ratio_shaping=0.5),
+                            lambda t: luffy(t, ratio=lambda p, old: torch.sqrt(p / old))),
+    "luffy_rollouts_log": (sk.luffy(ratio_shape="c*log p", ratio_shaping=1.0),
+                           lambda t: luffy(t, ratio=lambda p, old: p.log() - old.log())),
+    "luffy_clipped": (sk.luffy(ratio_shape="p+c*log p", ratio_shaping=0.3, clip_low=0.2, clip_high=0.5,
+                               demo_shape="p^c", demo_shaping=0.5, demo_min=0.05, demo_max=0.09, max_probability=0.02),
+                      luffy_clipped),
     "luffy_known_writer": (sk.luffy(demo_shaping=None), lambda t: luffy(t, lambda p: p / t.d.exp())),
     "luffy_known_writer_shaped": (sk.luffy(), lambda t: luffy(t, lambda p: p / t.d.exp() / (p / t.d.exp() + 0.1))),
     "hpt": (sk.hpt(), hpt),
@@ -534,7 +551,12 @@ def test_no_metrics_of_no_tokens():
         (lambda: sk.SRFT(clip_high="x"), r"SRFT\(clip_high='x'\): expected a number ≥ 0 or None$"),
         (lambda: sk.SRFT(level="word"), r"SRFT\(level='word'\): expected one of 'token', 'sequence', 'batch'"),
         (lambda: sk.SRFT(entropy_sign=0), r"SRFT\(entropy_sign=0\): expected -1"),
-        (lambda: sk.SRFT(demo_shaping=0.0), r"SRFT\(demo_shaping=0.0\): expected None or a positive"),
+        (lambda: sk.SRFT(demo_shaping=0.0), r"SRFT\(demo_shaping=0.0\): expected a positive number or None$"),
+        (lambda: sk.luffy(demo_min=0.5, demo_max=0.1), r"demo_min=0.5, demo_max=0.1\): expected demo_min ≤ demo_max"),
+        (lambda: sk.grpo(ratio_shape="p^c"), r"PolicyGradient\(ratio_shape='p\^c'\) needs its number c: pass ratio_sh"),
+        (lambda: sk.gspo(ratio_shaping=0.5), r"reshapes the ratio of surrogate='ppo' and .* found .ppo. and .seq"),
+        (lambda: sk.sapo(ratio_shaping=0.5), r"reshapes the ratio of surrogate='ppo' and .* found 'sapo' and 'token'"),
+        (lambda: sk.grpo(max_probability=0), r"PolicyGradient\(max_probability=0\): expected a positive number or"),
         (lambda: sk.chord(mu=1.5), r"chord\(mu=1.5\): expected a number in \[0, 1\]"),
         (lambda: sk.CrossEntropy(label_smoothing=-0.1), r"label_smoothing must lie in \[0, 1\], found -0.1"),
     ],
