@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_objectives import token_loss
+from .triton_objectives import _expm1, token_loss
 
 
 @triton.jit
@@ -82,21 +82,16 @@ def _statistics(
     row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, softcap, temperature,
     RANK: tl.constexpr, ARGMAX: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Online over a row: (ℓ, H, lse, smooth, max, log Σ e^d, Σ p·d, rank, argmax), all in one read.
+    """(ℓ, H, lse, smooth, max, log Σ e^d, Σ p·d, rank, argmax) of a row, and d and the cap's tanh at its target.
 
-    Running over blocks, in each of LANES (the program's threads) apart: the maximum m, s = Σ e^d and t = Σ e^d·d for
-    d = z − m ≤ 0. When the maximum rises by δ, every d falls by δ: t ← e^{−δ}(t − δ·s), s ← e^{−δ}·s. The maximum
-    starts at −inf, so all-negative rows are ordinary rows. Threads meet once, at the end.
+    Online, in one read. Over blocks run, in each of LANES (the program's threads) apart, the maximum m, s = Σ e^d and
+    t = Σ e^d·d for d = z − m ≤ 0. When the maximum rises by δ, every d falls by δ: t ← e^{−δ}(t − δ·s), s ← e^{−δ}·s.
+    The maximum starts at −inf, so all-negative rows are ordinary rows. Threads meet once, at the end.
     """
     inside = (target >= 0) & (target < vocab)
-    at_target = tl.load(row_ptr + tl.where(inside, target, 0))
-    if bias_ptr is not None:
-        at_target += tl.load(bias_ptr + tl.where(inside, target, 0))
-    raw_target = at_target
-    if softcap is not None:
-        at_target = softcap * _tanh(tl.div_rn(at_target, softcap))
-    if temperature is not None:
-        at_target = tl.div_rn(at_target, temperature)
+    place = tl.where(inside, target, 0)
+    raw_target = _raw(row_ptr, bias_ptr, place, stride, False)
+    at_target, level = _scored(raw_target, place, vocab, softcap, temperature, False)
     at_target = tl.where(inside, at_target, float("nan"))
 
     m = tl.full((LANES,), -float("inf"), tl.float32)
@@ -125,13 +120,14 @@ def _statistics(
     t = tl.sum(scale * (t + fall * s), 0)
     s = tl.sum(scale * s, 0)
     log_s = tl.log(s)
-    logprob = at_target - top - log_s
+    d = at_target - top
+    logprob = d - log_s
     smooth = tl.sum(smooth_sum, 0) + tl.sum(smooth_total, 0) * (smooth_shift - top - log_s)
     if RANK:
         rank = tl.sum(rank, 0)
     if ARGMAX:
         first = tl.min(tl.where(best == tl.max(best, 0), first, 2147483647), 0)
-    return logprob, log_s - t / s, top + log_s, smooth, top, log_s, t / s, rank, first
+    return logprob, log_s - t / s, top + log_s, smooth, top, log_s, t / s, rank, first, d, level
 
 
 @triton.jit
@@ -181,11 +177,15 @@ def _of_lanes(x):
 
 @triton.jit
 def _write_gradient(
-    row_ptr, out_ptr, target, m, log_s, mean, g, h, k, u,
+    row_ptr, out_ptr, target, d, level, m, log_s, mean, g, h, k, u,
     bias_ptr, smooth_ptr, smooth_total, vocab, stride, softcap, temperature,
     ORDER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """∂L/∂a of a row: g(1[v=y] − p_v) − h p_v(log p_v + H) + k p_v + u(ω_v − Σω·p_v), through temperature and cap."""
+    """∂L/∂a of a row: g(1[v=y] − p_v) − h p_v(log p_v + H) + k p_v + u(ω_v − Σω·p_v), through temperature and cap.
+
+    At v = y, where d and the cap's tanh are given, the sum is made as it stands and once for the row: alpha has
+    rounded away what is left of k where g(1 − p_y) is almost 0.
+    """
     inside = (target >= 0) & (target < vocab)
     g = tl.where(inside, g, float("nan"))  # no such column: no gradient that is right
     at = tl.where(inside, target, -1).to(tl.int32)
@@ -196,25 +196,32 @@ def _write_gradient(
     else:
         if temperature is not None:
             g, h, k, u = g / temperature, h / temperature, k / temperature, u / temperature
+        rest = k - u * smooth_total + h * mean
+        logprob = d - log_s
+        of_target = tl.exp(logprob) * (rest - h * tl.maximum(d, -128.0)) - g * _expm1(logprob)
+        if smooth_ptr is not None:
+            of_target += u * tl.load(smooth_ptr + tl.where(inside, target, 0))
+        if softcap is not None:
+            of_target *= 1 - level * level
         s = tl.exp(log_s)
-        alpha = (k - g - u * smooth_total + h * mean) / s
+        alpha = (rest - g) / s
         beta = -h / s
         whole = vocab // BLOCK * BLOCK
         for start in range(0, whole, BLOCK):
             _write_block(
-                row_ptr, out_ptr, at, start, m, g, alpha, beta, u,
+                row_ptr, out_ptr, at, of_target, start, m, alpha, beta, u,
                 bias_ptr, smooth_ptr, vocab, stride, softcap, temperature, ORDER, False, BLOCK,
             )  # fmt: skip
         if whole < vocab:
             _write_block(
-                row_ptr, out_ptr, at, whole, m, g, alpha, beta, u,
+                row_ptr, out_ptr, at, of_target, whole, m, alpha, beta, u,
                 bias_ptr, smooth_ptr, vocab, stride, softcap, temperature, ORDER, True, BLOCK,
             )  # fmt: skip
 
 
 @triton.jit
 def _write_block(
-    row_ptr, out_ptr, target, start, m, g, alpha, beta, u,
+    row_ptr, out_ptr, target, of_target, start, m, alpha, beta, u,
     bias_ptr, smooth_ptr, vocab, stride, softcap, temperature,
     ORDER: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -223,12 +230,12 @@ def _write_block(
     d = z - m
     e = _exp(d)
     dz = e * (alpha + beta * tl.maximum(d, -128.0))  # 0 · (−inf) is 0 here
-    if (target >= start) & (target < start + BLOCK):
-        dz += tl.where(columns == target, g, 0.0)
     if smooth_ptr is not None:
         dz += u * _load(smooth_ptr, columns, stride, TAIL)
     if softcap is not None:
         dz = dz * (1 - level * level)
+    if (target >= start) & (target < start + BLOCK):
+        dz = tl.where(columns == target, of_target, dz)
     # A narrow gradient lands on bytes of this block or of earlier ones: every thread must have read its part first.
     if ORDER == "barrier":
         tl.debug_barrier()
@@ -275,7 +282,7 @@ def _statistics_kernel(
     for row in tl.range(tl.program_id(0), _stop(rows, WALK), _step(WALK), disable_licm=True):
         target = tl.load(target_ptr + row)
         row_ptr = logits_ptr + row * stride.to(tl.int64)  # row · stride passes 2³¹
-        logprob, entropy, logsumexp, smooth, m, log_s, mean, rank, argmax = _statistics(
+        logprob, entropy, logsumexp, smooth, m, log_s, mean, rank, argmax, _, _ = _statistics(
             row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, softcap, _of_row(temperature, temperature_ptr, row),
             rank_ptr is not None, argmax_ptr is not None, LANES, BLOCK,
         )  # fmt: skip
@@ -299,9 +306,12 @@ def _gradient_kernel(
     g_ptr, h_ptr, k_ptr, u_ptr,  # (n,) fp32 or None
     bias_ptr, smooth_ptr, smooth_total_ptr,  # (V,), (V,), () fp32 or None
     temperature_ptr,  # (n,) fp32, or None
-    rows, vocab, stride, dstride, softcap, temperature, ORDER: tl.constexpr, BLOCK: tl.constexpr, WALK: tl.constexpr,
+    rows, vocab, stride, dstride, softcap, temperature,
+    ORDER: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
     for row in tl.range(tl.program_id(0), _stop(rows, WALK), _step(WALK), disable_licm=True):
+        target = tl.load(target_ptr + row)
+        m = tl.load(m_ptr + row)
         log_s = tl.load(log_s_ptr + row)
         zero = log_s * 0.0
         g = zero if g_ptr is None else tl.load(g_ptr + row)
@@ -309,11 +319,16 @@ def _gradient_kernel(
         k = zero if k_ptr is None else tl.load(k_ptr + row)
         u = zero if u_ptr is None else tl.load(u_ptr + row)
         smooth_total = zero if smooth_total_ptr is None else tl.load(smooth_total_ptr)
+        row_ptr = logits_ptr + row * stride.to(tl.int64)
+        temperature_here = _of_row(temperature, temperature_ptr, row)
+        place = tl.where((target >= 0) & (target < vocab), target, 0)
+        # by every thread, and reduced: so all have read it before any of them writes over it
+        a = tl.max(_raw(row_ptr, bias_ptr, place + tl.zeros((LANES,), tl.int64), stride, False), 0)
+        z, level = _scored(a, place, vocab, softcap, temperature_here, False)
         _write_gradient(
-            logits_ptr + row * stride.to(tl.int64), dlogits_ptr + row * dstride.to(tl.int64), tl.load(target_ptr + row),
-            tl.load(m_ptr + row), log_s, tl.load(mean_ptr + row), g, h, k, u,
-            bias_ptr, smooth_ptr, smooth_total, vocab, stride, softcap,
-            _of_row(temperature, temperature_ptr, row), ORDER, BLOCK,
+            row_ptr, dlogits_ptr + row * dstride.to(tl.int64), target, z - m, level,
+            m, log_s, tl.load(mean_ptr + row), g, h, k, u,
+            bias_ptr, smooth_ptr, smooth_total, vocab, stride, softcap, temperature_here, ORDER, BLOCK,
         )  # fmt: skip
 
 
@@ -334,7 +349,7 @@ def _loss_gradient_kernel(
     for row in tl.range(tl.program_id(0), _stop(rows, WALK), _step(WALK), disable_licm=True):
         target = tl.load(target_ptr + row)
         row_ptr = logits_ptr + row * stride.to(tl.int64)
-        logprob, entropy, logsumexp, smooth, m, log_s, mean, rank, argmax = _statistics(
+        logprob, entropy, logsumexp, smooth, m, log_s, mean, rank, argmax, d, level = _statistics(
             row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, softcap, _of_row(temperature, temperature_ptr, row),
             rank_ptr is not None, argmax_ptr is not None, LANES, BLOCK,
         )  # fmt: skip
@@ -358,7 +373,7 @@ def _loss_gradient_kernel(
         u = tl.where(silent, 0.0, weight * u)
         smooth_total = m * 0.0 if smooth_total_ptr is None else tl.load(smooth_total_ptr)
         _write_gradient(
-            row_ptr, dlogits_ptr + row * dstride.to(tl.int64), target, m, log_s, mean, g, h, k, u,
+            row_ptr, dlogits_ptr + row * dstride.to(tl.int64), target, d, level, m, log_s, mean, g, h, k, u,
             bias_ptr, smooth_ptr, smooth_total, vocab, stride, softcap,
             _of_row(temperature, temperature_ptr, row), ORDER, BLOCK,
         )  # fmt: skip

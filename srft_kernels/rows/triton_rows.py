@@ -161,8 +161,8 @@ def _launch(kernel: str, logits: Tensor) -> tuple[tuple[int], dict[str, int]]:
 
 
 def options(kernel: str, settings: tuning.Launch, warp_size: int) -> dict[str, int]:
-    lanes = {} if kernel == "gradient" else {"LANES": max(1, min(settings.warps * warp_size, settings.block // 4))}
-    return {"BLOCK": settings.block, **lanes, "WALK": settings.programs is not None, "num_warps": settings.warps}
+    lanes = max(1, min(settings.warps * warp_size, settings.block // 4))
+    return {"BLOCK": settings.block, "LANES": lanes, "WALK": settings.programs is not None, "num_warps": settings.warps}
 
 
 def _temperature(head: Head) -> float | None:

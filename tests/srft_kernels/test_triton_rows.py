@@ -1,7 +1,6 @@
 """The Triton row kernels, run (in the interpreter where there is no GPU) and held to the same rules as PyTorch's."""
 
 import os
-from itertools import product
 
 import pytest
 import torch
@@ -51,11 +50,11 @@ CALLABLE = lambda stats, tokens: -tokens.advantages * stats.logprobs - 0.1 * sta
 ], ids=["fused, blocks", "between two kernels, blocks", "two passes, one block"])  # fmt: skip
 @pytest.mark.parametrize("kind", cases.KINDS)
 def test_exact(kind, objective, passes, launch):
-    """131 numbers in two whole blocks and three numbers, or in one block; chunks of three rows and of two."""
-    problem = cases.problem(kind, tokens=6)
-    columns = {"advantages": annotations(6)["advantages"]}
+    """131 numbers in two whole blocks and three numbers, or in one block."""
+    problem = cases.problem(kind)
+    columns = {"advantages": annotations(len(problem.target))["advantages"]}
     truth, eager = (f(problem, CALLABLE, **columns) for f in (cases.truth, cases.eager))
-    plan = sk.Plan(backend="triton", chunk_rows=3, passes=passes)
+    plan = sk.Plan(backend="triton", chunk_rows=5, passes=passes)
     with tuning.forced(launch):
         cases.assert_exact(cases.ours(problem, objective, plan, **columns), eager, truth)
 
@@ -87,6 +86,47 @@ def test_fused_objectives_are_the_pytorch_formulas(objective):
     }
     for index in (1, 2):  # loss, gradient
         torch.testing.assert_close(run["triton"][index], run["torch"][index], rtol=2e-5, atol=1e-6)
+
+
+SURE_HEADS = {
+    "plain": {},
+    "bias, cap, temperature": {"bias": 0.25, "softcap": 30.0, "temperature": 0.7},
+    "smoothing, temperatures": {"smooth": 0.5, "temperature": torch.linspace(0.5, 1.5, 8)},
+}
+
+
+@pytest.mark.parametrize("launch", [ONE_BLOCK, tuning.Launch(16, 1)], ids=["one block", "blocks"])
+@pytest.mark.parametrize("options", SURE_HEADS.values(), ids=SURE_HEADS)
+def test_a_sure_target_keeps_what_the_other_derivatives_leave_there(options, launch):
+    """p_y = 1: g (1 − p_y) is 0, and what is left of k, u and h is not rounded to the size of g."""
+    n, vocab, eps = 8, 40, torch.finfo(torch.float32).eps
+    sure = torch.arange(n) < n // 2
+    logits = torch.randn(n, vocab) - torch.where(sure, 120.0, 9.0)[:, None]
+    target = torch.arange(n) * 5
+    logits[torch.arange(n), target] = 4 + torch.rand(n)
+    weight = torch.full((n,), 0.7)
+    coefs = (torch.full((n,), -0.7), torch.full((n,), 1e-3), torch.rand(n) * 1e-6, torch.rand(n) * 1e-7)
+
+    def gradients(rows, dtype):
+        room = lambda: buffer(logits.to(dtype))  # noqa: E731
+        vectors = {name: aligned(torch.full((vocab,), options[name]) + torch.arange(vocab) / 64, dtype)
+                   for name in ("bias", "smooth") if name in options}  # fmt: skip
+        head = Head(**{**options, **vectors})
+        given = [c.to(dtype) for c in (coefs if "smooth" in options else coefs[:3])]
+        loss = sk.CrossEntropy(z_loss=1e-7, label_smoothing=1e-7 if "smooth" in options else 0.0)
+        _, normalizer = rows.statistics(room(), target, head, 8)
+        yield rows.gradient(room(), target, normalizer, given, head, 8, dtype)
+        yield rows.loss_and_gradient(room(), sk.Tokens(target), weight.to(dtype), loss, head, 8, dtype)[2]
+
+    with tuning.forced(launch):
+        own = list(gradients(triton_rows, torch.float32))
+    usual, truth = (list(gradients(torch_rows, dtype)) for dtype in (torch.float32, torch.float64))
+    for found, eager, right in zip(own, usual, truth):
+        torch.testing.assert_close(found.double(), right, rtol=1e-4, atol=4 * eps)
+        at = lambda x: x[torch.arange(n), target]  # noqa: E731
+        error, theirs = ((at(x).double() - at(right)).abs() for x in (found, eager))
+        assert (at(right)[sure].abs() < 1e-4).all() and (at(right)[sure] != 0).all()
+        assert (error <= 8 * eps * at(right).abs() + torch.where(sure, 0, 2 * theirs + eps)).all()
 
 
 @pytest.mark.parametrize("class_weight", [False, True])
