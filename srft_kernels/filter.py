@@ -95,7 +95,7 @@ class Filtered:
 
     def _add_if(self, dense: Tensor, total: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """total (m, n) += a (m, k) · b (k, n) where `dense` () holds."""
-        if total.is_cuda and total.dtype != torch.float64 and has_triton():
+        if total.device.type in ("cuda", "xpu") and total.dtype != torch.float64 and has_triton():
             from .rows.triton_residual import add_product_
 
             return add_product_(total, a, b, dense)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .triton_rows import _device_of
 
-BLOCK_M, BLOCK_N, BLOCK_K = 128, 128, 64
+BLOCK_M, BLOCK_N = 128, 128
+K_BYTES = 128  # of a step along k, in any type: three steps of both operands are 96 KB of shared memory
 GROUP = 8  # tile rows that share B's tiles in L2
 
 
@@ -22,7 +23,7 @@ def _add_product_kernel(
     a_ptr, b_ptr, c_ptr,  # (m, k), (k, n) in one type; (m, n)
     when_ptr,  # () boolean
     m, n, k,
-    a_row, a_column, b_row, b_column, c_row,  # strides
+    a_row, a_column, b_row, b_column, c_row, c_column,  # strides
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     if tl.load(when_ptr) != 0:
@@ -41,19 +42,29 @@ def _add_product_kernel(
             a = tl.load(a_ptr + rows * a_row + of_row * a_column, mask=rows_in & (of_row < k), other=0.0)
             b = tl.load(b_ptr + of_column * b_row + columns * b_column, mask=(of_column < k) & columns_in, other=0.0)
             total = tl.dot(a, b, total, input_precision="ieee")
-        places = c_ptr + rows * c_row + columns
+        places = c_ptr + rows * c_row + columns * c_column
         inside = rows_in & columns_in
         total += tl.load(places, mask=inside, other=0.0).to(tl.float32)
         tl.store(places, total.to(c_ptr.dtype.element_ty), mask=inside)
 
 
 def add_product_(c: Tensor, a: Tensor, b: Tensor, when: Tensor) -> Tensor:
-    """c (m, n) += a (m, k) · b (k, n) where `when` () holds; fp32 sums, c rounded once. c has contiguous rows."""
+    """c (m, n) += a (m, k) · b (k, n) where `when` () holds; fp32 sums, c rounded once."""
     (m, k), n = a.shape, b.shape[1]
     grid = (triton.cdiv(m, BLOCK_M) * triton.cdiv(n, BLOCK_N),)
     with _device_of(c):
         _add_product_kernel[grid](
-            a, b, c, when.view(torch.uint8), m, n, k, *a.stride(), *b.stride(), c.stride(0),
-            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP=GROUP, num_warps=8, num_stages=3,
+            a, b, c, when.view(torch.uint8), m, n, k, *a.stride(), *b.stride(), *c.stride(),
+            **launch(a.dtype), GROUP=GROUP,
         )  # fmt: skip
     return c
+
+
+def launch(dtype: torch.dtype) -> dict[str, int]:
+    return {
+        "BLOCK_M": BLOCK_M,
+        "BLOCK_N": BLOCK_N,
+        "BLOCK_K": K_BYTES // dtype.itemsize,
+        "num_warps": 8,
+        "num_stages": 3,
+    }

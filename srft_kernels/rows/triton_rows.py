@@ -1,4 +1,4 @@
-"""The row operations in Triton: one program per row of logits, on CUDA, ROCm or, for tests, Triton's interpreter.
+"""The row operations in Triton: one program per row of logits, on CUDA, ROCm, XPU or, for tests, Triton's interpreter.
 
     statistics         reads a row once
     loss_and_gradient  one kernel for the built-in objectives: reads the row, forms the token's loss and derivatives,
@@ -136,10 +136,10 @@ def _over(logits: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _order(logits: Tensor, dlogits: Tensor) -> str:
-    """How a row's reads are kept before its writes where they overlap: on AMD a barrier does not wait for loads."""
+    """How a row's reads are kept before its writes where they overlap: a barrier waits for loads on NVIDIA alone."""
     if dlogits.dtype == logits.dtype:  # each thread overwrites what it has read itself
         return "none"
-    return "reduction" if torch.version.hip else "barrier"
+    return "reduction" if torch.version.hip or logits.device.type == "xpu" else "barrier"
 
 
 def _columns(tokens: Tokens) -> Columns:
@@ -181,4 +181,4 @@ def _total(head: Head) -> Tensor | None:
 
 def _device_of(x: Tensor):
     """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    return contextlib.nullcontext() if x.device.type == "cpu" else torch.get_device_module(x.device).device(x.device)

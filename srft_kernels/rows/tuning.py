@@ -68,7 +68,7 @@ def forced(settings: Launch) -> Iterator[None]:
 
 @lru_cache
 def target(device: torch.device) -> str:
-    """What a device's code is compiled for; "cpu" in the interpreter."""
+    """What a device's code is compiled for; "cpu" in the interpreter, "xpu" for any of Intel's."""
     if device.type != "cuda":
         return device.type
     if torch.version.hip:
@@ -78,7 +78,10 @@ def target(device: torch.device) -> str:
 
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    if device.type == "cpu":
+        return 1
+    properties = torch.get_device_module(device).get_device_properties(device)
+    return properties.gpu_subslice_count if device.type == "xpu" else properties.multi_processor_count
 
 
 @lru_cache

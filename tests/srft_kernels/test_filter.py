@@ -154,7 +154,7 @@ def test_the_device_decides(shape, dtype):
 
     m, k, n = shape
     a, b = torch.randn(k, m).to(dtype).t(), torch.randn(k, n).to(dtype)
-    for c in (torch.randn(m, n), torch.randn(m, n).to(dtype)):
+    for c in (torch.randn(m, n), torch.randn(m, n).to(dtype), torch.randn(n, m).t()):
         before = c.clone()
         assert torch.equal(add_product_(c, a, b, torch.tensor(False)), before)
         expected = before.double() + a.double() @ b.double()

@@ -1,6 +1,7 @@
 """Launch settings: the table, what they may change in results, and their measurement rehearsed on a CPU."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,6 +46,16 @@ def test_grid(monkeypatch):
     grid = lambda programs, rows: tuning.Launch(8192, 16, programs).grid(rows, torch.device("cpu"))  # noqa: E731
     assert [grid(None, 500), grid(2, 500), grid(2, 100), grid(0.5, 500), grid(0.001, 5)] == [
         (500,), (264,), (100,), (66,), (1,)]  # fmt: skip
+
+
+def test_multiprocessors(monkeypatch):
+    """What a device calls them: of an Intel GPU they are subslices."""
+    seen = lambda **properties: lambda device: SimpleNamespace(**properties)  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "get_device_properties", seen(multi_processor_count=132))
+    monkeypatch.setattr(torch.xpu, "get_device_properties", seen(gpu_subslice_count=64))
+    count = tuning.multiprocessors.__wrapped__
+    assert [count(torch.device(name)) for name in ("cuda:7", "xpu:7", "cpu")] == [132, 64, 1]
+    assert tuning.target.__wrapped__(torch.device("xpu:7")) == "xpu"
 
 
 def test_small_rows_keep_the_numbers_per_thread():
