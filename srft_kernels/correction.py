@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Real
 
 import torch
@@ -42,8 +42,8 @@ class Correction:
 
     def __post_init__(self):
         one_of(self, outside=("truncate", "mask", "reject"), level=("token", "sequence", "geometric"))
-        bounds = self.low, self.high
-        if not all(isinstance(bound, Real) for bound in bounds) or not 0 <= self.low <= self.high or self.high == 0:
+        numbers(self)
+        if not 0 <= self.low <= self.high or self.high == 0:
             raise ValueError(f"Correction(low={self.low!r}, high={self.high!r}): expected 0 ≤ low ≤ high and high > 0")
 
     def __call__(
@@ -121,9 +121,20 @@ def one_of(owner: object, **choices: tuple[str, ...]) -> None:
             )
 
 
-def positive(owner: object, *fields: str, optional: bool = False) -> None:
-    for field in fields:
-        value = getattr(owner, field)
-        if not ((optional and value is None) or (isinstance(value, Real) and value > 0)):
-            expected = "a positive number" + (" or None" if optional else "")
-            raise ValueError(f"{type(owner).__name__}({field}={value!r}): expected {expected}")
+def numbers(owner: object) -> None:
+    """Options that are numbers: not NaN, and not a tensor, at which a GPU would wait, and which would never learn."""
+    for field in fields(owner):
+        value, optional = getattr(owner, field.name), field.type == "float | None"
+        if field.type not in ("float", "float | None") or (optional and value is None):
+            continue
+        if not isinstance(value, Real) or value != value:
+            raise ValueError(
+                f"{type(owner).__name__}({field.name}={value!r}): expected a number{' or None' * optional}"
+                f"{'; of a tensor pass .item()' * isinstance(value, Tensor)}"
+            )
+
+
+def positive(owner: object, *names: str) -> None:
+    for name in names:
+        if (value := getattr(owner, name)) is not None and not value > 0:
+            raise ValueError(f"{type(owner).__name__}({name}={value!r}): expected a positive number")

@@ -21,12 +21,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import MISSING, dataclass, fields
-from numbers import Real
 
 import torch
 from torch import Tensor
 
-from .correction import LOG_RATIO_LIMIT, Correction, log_ratio, one_of, over_sequences, positive
+from .correction import LOG_RATIO_LIMIT, Correction, log_ratio, numbers, one_of, over_sequences, positive
 from .shaping import check_shape, shape
 from .tokens import Tokens, TokenStats
 
@@ -56,13 +55,14 @@ class Objective:
     reads_live = True
 
     def __post_init__(self):
+        numbers(self)
         one_of(self, kl_estimator=("k1", "k2", "k3"))
         if not (self.correction is None or isinstance(self.correction, Correction)):
             raise TypeError(
                 f"{type(self).__name__}(correction={self.correction!r}): expected None or a Correction, such as "
                 "Correction('truncate', high=2.0)"
             )
-        positive(self, "max_probability", optional=True)
+        positive(self, "max_probability")
 
     def __repr__(self) -> str:
         """Only what differs from the defaults."""
@@ -79,6 +79,13 @@ class Objective:
     def _demonstrated(self, tokens: Tokens) -> Tensor | None:
         """Tokens that no policy sampled, where there are such: they have no KL estimate and no correction."""
         return None
+
+    def _sampled(self, tokens: Tokens) -> Tensor | None:
+        """The others that are live, over which sequences are averaged; None: all."""
+        live, demonstrated = tokens.get("live"), self._demonstrated(tokens)
+        if demonstrated is None:
+            return live
+        return ~demonstrated if live is None else live & ~demonstrated
 
     def _scopes(self, given: Collection[str]) -> set[str]:
         """The scopes of the parts of the loss."""
@@ -129,7 +136,7 @@ class Objective:
         old = None if self.correction.current else tokens.get("old_logprobs")
         logprobs = stats.logprobs if old is None else old
         ids = None if self.correction.level == "token" else tokens.sequence_ids
-        ratio = self.correction.ratio(logprobs, tokens.sampler_logprobs, ids, tokens.get("live"))
+        ratio = self.correction.ratio(logprobs, tokens.sampler_logprobs, ids, self._sampled(tokens))
         demonstrated = self._demonstrated(tokens)
         return ratio if demonstrated is None else torch.where(demonstrated, 1, ratio)
 
@@ -211,8 +218,7 @@ class PolicyGradient(Objective):
                 f"ratio_level='token', found {self.surrogate!r} and {self.ratio_level!r}"
             )
         for field in ("clip_low", "clip_high"):
-            value = getattr(self, field)
-            if not (value is None or (isinstance(value, Real) and value >= 0)):
+            if (value := getattr(self, field)) is not None and not value >= 0:
                 raise ValueError(f"{name}({field}={value!r}): expected a number ≥ 0 or None")
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"dual_clip must be greater than 1, found {self.dual_clip}")
@@ -260,15 +266,12 @@ class PolicyGradient(Objective):
         return torch.where(signal < 0, torch.minimum(loss, -signal * self.dual_clip), loss)
 
     def _log_ratio(self, stats: TokenStats, tokens: Tokens) -> Tensor:
-        """ℓ − ℓ_old or its mean over the sequence, without gradient; 0 on fresh data and on demonstrations."""
-        old, demonstrated = tokens.get("old_logprobs"), self._demonstrated(tokens)
-        if old is None:
+        """ℓ − ℓ_old or its mean over the sequence's sampled tokens, without gradient; 0 on fresh data."""
+        if (old := tokens.get("old_logprobs")) is None:
             return torch.zeros_like(stats.logprobs)
         change = log_ratio(stats.logprobs.detach(), old)
-        if demonstrated is not None:  # nobody sampled them: anything may be there
-            change = torch.where(demonstrated, 0, change)
         if self._sequence_ratio:
-            change = over_sequences(change, tokens.sequence_ids, tokens.get("live"))
+            change = over_sequences(change, tokens.sequence_ids, self._sampled(tokens))
         return change.clamp(max=LOG_RATIO_LIMIT)
 
     def _ratio(self, stats: TokenStats, tokens: Tokens) -> Tensor:
@@ -276,10 +279,8 @@ class PolicyGradient(Objective):
         log_r, c = self._log_ratio(stats, tokens) + _slope(stats.logprobs), self.ratio_shaping
         if c is None or self.ratio_shape != "p/(p+c)":
             return shape(log_r, self.ratio_shape, c)
-        old, demonstrated = tokens.get("old_logprobs"), self._demonstrated(tokens)
-        if old is None or demonstrated is not None:
-            now = stats.logprobs.detach()
-            old = now if old is None else torch.where(demonstrated, now, old)
+        old = tokens.get("old_logprobs")
+        old = stats.logprobs.detach() if old is None else old
         return log_r.exp() * (old.exp() + c) / (stats.logprobs.exp() + c)
 
     def metrics(self, stats: TokenStats, tokens: Tokens) -> dict[str, Tensor]:
@@ -362,6 +363,19 @@ class SRFT(PolicyGradient):
     @property
     def reads_entropy(self) -> bool:
         return "entropy" in (self.demo_weight, self.rollout_weight)
+
+    def __call__(self, stats: TokenStats, tokens: Tokens) -> Tensor:
+        return super().__call__(stats, self._meaningful(tokens))
+
+    def _meaningful(self, tokens: Tokens) -> Tokens:
+        """Annotations as 0 on the kind that has none: anything may be there, and 0 · NaN would reach a gradient."""
+        demo = self._demonstrated(tokens)
+        nothing = {"old_logprobs": demo, "ref_logprobs": demo, "sampler_logprobs": demo, "demo_logprobs": ~demo}
+        if not self.demo_rl_coef:
+            nothing["advantages"] = demo
+        return tokens.replace(
+            **{name: torch.where(where, 0, tokens.get(name)) for name, where in nothing.items() if name in tokens}
+        )
 
     def _demonstrated(self, tokens: Tokens) -> Tensor:
         return tokens.is_demo.bool()
@@ -447,6 +461,7 @@ class SRFT(PolicyGradient):
 
     def metrics(self, stats: TokenStats, tokens: Tokens) -> dict[str, Tensor]:
         """Means over the demonstration tokens and over the rollout tokens of this call."""
+        tokens = self._meaningful(tokens)
         demo = self._demonstrated(tokens)
         demo_sft, demo_rl, rollout = self._parts(stats, tokens)
         demo_weight, rollout_weight = self._weights(stats, tokens, positive := self._positive(tokens))

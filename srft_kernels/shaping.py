@@ -25,6 +25,6 @@ def check_shape(owner: object, of: str) -> None:
     """The two options of a shape: `of`_shape, one of SHAPES, and `of`_shaping, its c > 0, or None for no shape."""
     kind, c = f"{of}_shape", f"{of}_shaping"
     one_of(owner, **{kind: SHAPES})
-    positive(owner, c, optional=True)
+    positive(owner, c)
     if getattr(owner, c) is None and getattr(owner, kind) != SHAPES[0]:
         raise ValueError(f"{type(owner).__name__}({kind}={getattr(owner, kind)!r}) needs its number c: pass {c}=c > 0")

@@ -216,19 +216,22 @@ def _srft(O: tl.constexpr, numbers, columns, row, logprob, entropy, sampled):
     elif O.demo_weight == "p(1-p)":
         demo_weight = p * (1 - p)
     demo_weight *= numbers.demo_sft_coef
-    log_u = logprob
-    if columns.demo_logprobs is not None:
-        log_u = _log_ratio(logprob, tl.load(columns.demo_logprobs + row))
-    shaped, slope = _shape(O.demo_shaping, O.demo_shape, log_u, numbers.demo_shaping)
-    if O.demo_min is not None:
-        slope = tl.where(shaped < numbers.demo_min, 0.0, slope)
-        shaped = tl.where(shaped < numbers.demo_min, numbers.demo_min, shaped)
-    if O.demo_max is not None:
-        slope = tl.where(shaped > numbers.demo_max, 0.0, slope)
-        shaped = tl.where(shaped > numbers.demo_max, numbers.demo_max, shaped)
-    push = -numbers.demo_rl_coef * advantage
-    demo_loss = _times(-demo_weight, logprob) + _times(push, shaped)
-    demo_g = push * slope - demo_weight
+    demo_loss = _times(-demo_weight, logprob)
+    demo_g = -demo_weight
+    if O.demo_rl_coef:  # else there may be no advantage
+        log_u = logprob
+        if columns.demo_logprobs is not None:
+            log_u = _log_ratio(logprob, tl.load(columns.demo_logprobs + row))
+        shaped, slope = _shape(O.demo_shaping, O.demo_shape, log_u, numbers.demo_shaping)
+        if O.demo_min is not None:
+            slope = tl.where(shaped < numbers.demo_min, 0.0, slope)
+            shaped = tl.where(shaped < numbers.demo_min, numbers.demo_min, shaped)
+        if O.demo_max is not None:
+            slope = tl.where(shaped > numbers.demo_max, 0.0, slope)
+            shaped = tl.where(shaped > numbers.demo_max, numbers.demo_max, shaped)
+        push = -numbers.demo_rl_coef * advantage
+        demo_loss += _times(push, shaped)
+        demo_g += push * slope
 
     # rollout: v · surrogate
     if O.positive == "reward":

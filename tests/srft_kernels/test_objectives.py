@@ -473,17 +473,55 @@ def test_two_missing_annotations_are_both_named():
         found(p, {}, sk.SRFT())
 
 
-@pytest.mark.parametrize("passes", [1, 2])
-@pytest.mark.parametrize("garbage", [torch.nan, -1e9, -torch.inf])
-def test_old_logprobs_of_demonstrations_are_never_read(garbage, passes):
-    """Nobody sampled a demonstration, so callers have nothing to put there."""
-    p, columns = batch("torch")
-    for objective in (sk.srft_official(), sk.SRFT(surrogate="ppo"), sk.luffy()):
-        want, gradients = found(p, columns, objective, plan=sk.Plan(passes=passes))
-        old = torch.where(columns["is_demo"], garbage, columns["old_logprobs"])
-        out, ours = found(p, {**columns, "old_logprobs": old}, objective, plan=sk.Plan(passes=passes))
-        assert_same((out.loss, *ours), (want.loss, *gradients), torch.float64)
+NOWHERE = {  # annotations of one kind alone: whether that is the demonstrations
+    "old_logprobs": False,
+    "ref_logprobs": False,
+    "sampler_logprobs": False,
+    "demo_logprobs": True,
+    "advantages": False,  # where demonstrations have no RL term
+}
+
+
+@pytest.mark.parametrize("backend, passes", [("torch", 1), ("torch", 2), ("triton", 1)])
+@pytest.mark.parametrize("garbage", [torch.nan, -torch.inf])
+def test_annotations_of_the_other_kind_are_never_read(garbage, backend, passes):
+    """Nobody sampled a demonstration and nobody wrote a rollout, so callers have nothing to put there."""
+    p, columns = batch(backend)
+    objectives = [sk.chord(kl_coef=0.1, correction=TIS), sk.luffy(ratio_shaping=0.1, kl_coef=0.1, kl_estimator="k2")]
+    for objective in objectives if backend == "torch" else objectives[:1]:
+        plan = sk.Plan(backend=backend, passes=passes)
+        want, gradients = found(p, columns, objective, True, plan=plan)
+        demo = columns["is_demo"]
+        names = [name for name in NOWHERE if name != "advantages" or not objective.demo_rl_coef]
+        bad = {name: torch.where(~demo if NOWHERE[name] else demo, garbage, columns[name]) for name in names}
+        out, ours = found(p, {**columns, **bad}, objective, True, plan=plan)
+        assert all(map(torch.equal, (out.loss, *ours), (want.loss, *gradients)))
         assert all(value.isfinite() for value in out.metrics.values())
+
+
+@pytest.mark.parametrize("correction", [None, SEQUENCE_MIS, GEOMETRIC])
+def test_a_sequence_that_begins_as_a_demonstration(correction):
+    """Ratios and weights of a sequence are over the tokens that the policy sampled."""
+    p, columns = batch("torch")
+    columns["sequence_ids"] = columns["sequence_ids"] // 20
+    objective = sk.hpt(ratio_level="sequence", clip_low=3e-4, clip_high=4e-4, correction=correction)
+
+    def formula(t):
+        rollout = gspo(SimpleNamespace(**{**vars(t), "l": t.l[~t.demo], "o": t.o[~t.demo], "A": t.A[~t.demo],
+                                          "seq": t.seq[~t.demo]}))  # fmt: skip
+        if correction is not None:
+            of_sequence, low, high, inside = (
+                (sequence_sum, 0.6, 1.5, lambda rho: rho)
+                if correction is SEQUENCE_MIS
+                else (sequence_mean, 0.9, 1.1, torch.ones_like)
+            )
+            rollout = rollout * within(low, high, inside)(of_sequence((t.o - t.s)[~t.demo], t.seq[~t.demo]).exp())
+        return (-t.l).masked_scatter(~t.demo, rollout)
+
+    loss, gradients, t = expected(p, columns, formula)
+    assert any(0 < t.demo[t.seq == i].double().mean() < 1 for i in t.seq)
+    out, ours = found(p, columns, objective)
+    assert_same((out.loss, *ours), (loss, *gradients), torch.float64)
 
 
 @backends
@@ -548,15 +586,20 @@ def test_no_metrics_of_no_tokens():
         (lambda: sk.SRFT(demo_shape="p^c"), r"SRFT\(demo_shape='p\^c'\) needs its number c: pass demo_shaping=c > 0"),
         (lambda: sk.PolicyGradient(dual_clip=0.5), "dual_clip must be greater than 1, found 0.5"),
         (lambda: sk.PolicyGradient(clip_low=-0.2), r"PolicyGradient\(clip_low=-0.2\): expected a number ≥ 0 or None"),
-        (lambda: sk.SRFT(clip_high="x"), r"SRFT\(clip_high='x'\): expected a number ≥ 0 or None$"),
+        (lambda: sk.SRFT(clip_high="x"), r"SRFT\(clip_high='x'\): expected a number or None$"),
         (lambda: sk.SRFT(level="word"), r"SRFT\(level='word'\): expected one of 'token', 'sequence', 'batch'"),
         (lambda: sk.SRFT(entropy_sign=0), r"SRFT\(entropy_sign=0\): expected -1"),
-        (lambda: sk.SRFT(demo_shaping=0.0), r"SRFT\(demo_shaping=0.0\): expected a positive number or None$"),
+        (lambda: sk.SRFT(demo_shaping=0.0), r"SRFT\(demo_shaping=0.0\): expected a positive number$"),
         (lambda: sk.luffy(demo_min=0.5, demo_max=0.1), r"demo_min=0.5, demo_max=0.1\): expected demo_min ≤ demo_max"),
         (lambda: sk.grpo(ratio_shape="p^c"), r"PolicyGradient\(ratio_shape='p\^c'\) needs its number c: pass ratio_sh"),
         (lambda: sk.gspo(ratio_shaping=0.5), r"reshapes the ratio of surrogate='ppo' and .* found .ppo. and .seq"),
         (lambda: sk.sapo(ratio_shaping=0.5), r"reshapes the ratio of surrogate='ppo' and .* found 'sapo' and 'token'"),
-        (lambda: sk.grpo(max_probability=0), r"PolicyGradient\(max_probability=0\): expected a positive number or"),
+        (lambda: sk.grpo(max_probability=0), r"PolicyGradient\(max_probability=0\): expected a positive number$"),
+        (lambda: sk.grpo(entropy_coef=torch.ones(())), r"entropy_coef=tensor.*expected a number; of a tensor pass"),
+        (lambda: sk.sft(z_loss="1"), r"CrossEntropy\(z_loss='1'\): expected a number$"),
+        (lambda: sk.sft(kl_coef=None), r"CrossEntropy\(kl_coef=None\): expected a number$"),
+        (lambda: sk.srft_paper(demo_max=torch.nan), r"SRFT\(demo_max=nan\): expected a number or None$"),
+        (lambda: sk.Correction(high=torch.ones(())), r"Correction\(high=tensor.*expected a number; of a tensor"),
         (lambda: sk.chord(mu=1.5), r"chord\(mu=1.5\): expected a number in \[0, 1\]"),
         (lambda: sk.CrossEntropy(label_smoothing=-0.1), r"label_smoothing must lie in \[0, 1\], found -0.1"),
     ],
