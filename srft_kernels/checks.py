@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .extras import Extras
 from .plan import Plan
@@ -80,7 +81,8 @@ def head(
         if value.dtype not in FLOATING:
             raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64, found {value.dtype}")
     kind = input.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and input.dtype != torch.float64:
+    narrow = all(value.dtype != torch.float64 for value in tensors.values())  # F.linear leaves others as they are
+    if narrow and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     for name, value in tensors.items():
         if value.dtype != input.dtype:
@@ -92,7 +94,7 @@ def vocabulary(linear_weight: Tensor, vocab_size: int | None) -> int:
     """The number of entries that exist."""
     rows = linear_weight.shape[0]
     if vocab_size is None:
-        vocab_size = rows
+        return rows
     if not (isinstance(vocab_size, int) and 1 <= vocab_size <= rows):
         raise ValueError(
             f"vocab_size must be an integer in [1, {rows}], the rows of linear_weight, found {vocab_size!r}"
@@ -153,7 +155,7 @@ def extras(value: Any, target: Tensor, live: Tensor | None, vocab: int, group: A
 
 
 def live_tokens(value: Any) -> None:
-    if value is not None and not (isinstance(value, int) and value >= 0):
+    if value is not None and not (isinstance(value, (int, torch.SymInt)) and value >= 0):
         raise TypeError(f"live_tokens must be a number of tokens on the host, an int ≥ 0, found {value!r}")
 
 
@@ -292,4 +294,7 @@ def target_range(target: Tensor, live: Tensor | None, vocab: int) -> None:
 
 
 def may_look(tensor: Tensor) -> bool:
+    """Whether there are data to look at, and nothing would have to wait for them."""
+    if isinstance(tensor, FakeTensor):
+        return False
     return tensor.device.type == "cpu" or os.environ.get("SRFT_KERNELS_CHECK", "0") == "1"

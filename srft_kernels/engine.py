@@ -11,6 +11,7 @@ Both walk over Rows (pack.py): the tokens that take part, those that cannot have
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -18,8 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .derivatives import once_differentiable
 from .extras import Taken
 from .filter import Filtered
 from .gemm import HeadProducts, accumulation_dtype
@@ -67,49 +68,12 @@ class OnePass(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None, call: Call):
-        rows, row_ops = call.rows, call.row_ops
-        row_pass = row_ops.loss_and_gradient
-        if call.chunks is not None:  # the objective wants to see whole sequences, row operations may show it less
-            row_pass = partial(in_three_steps, row_ops.statistics, row_ops.gradient)
-        parts, losses = [], []
-        with _plain_matmul(input):
-            products = HeadProducts(weight[: call.vocab], call.compute)
-            gradients = Gradients((input, weight, bias), ctx.needs_input_grad, products, rows, call)
-            buffer = call.logits_buffer(products)
-            token_weight = rows.weight
-            # fp16 gradients of a mean over many tokens would underflow: carry them scaled by a power of two
-            scale = _fp16_scale(token_weight) if call.compute == torch.float16 else None
-            if scale is not None:
-                token_weight = token_weight * scale
-            for chunk in _chunks(call):
-                x = products.operand(rows.hidden(input, chunk))
-                logits = products.logits(x, buffer[: len(x)])
-                tokens, head = rows.tokens.rows(chunk), rows.head(call.head, chunk)
-                if chunk.start < rows.active:
-                    stats, loss, dlogits = row_pass(
-                        logits,
-                        tokens,
-                        token_weight[chunk],
-                        call.objective,
-                        head,
-                        call.plan.block_rows,
-                        products.compute,
-                        **call.asked(chunk),
-                    )
-                    gradients.add(dlogits, x, chunk)
-                else:
-                    stats, _ = row_ops.statistics(
-                        logits, tokens.target, head, call.plan.block_rows, **call.asked(chunk)
-                    )
-                    loss = per_token_loss(call.objective, stats, tokens)
-                parts.append(stats)
-                losses.append(loss)
-        stats = _joined(parts, rows.weight)
+        loss, stats, gradients, scale = one_pass((input, weight, bias), ctx.needs_input_grad, call)
         ctx.gradients = gradients.finish(rounded=scale is None)  # scaled sums over tokens may not fit into fp16
         ctx.scale, ctx.dtypes, ctx.given = scale, gradients.dtypes, gradients.given
-        outputs = stats.logprobs, stats.entropy, stats.logsumexp
+        outputs = stats.fields()[:3]
         ctx.mark_non_differentiable(*outputs)
-        return weighted_sum(torch.cat(losses) if losses else rows.weight, rows.weight), *outputs
+        return loss, *outputs
 
     @staticmethod
     @once_differentiable
@@ -136,53 +100,117 @@ class Statistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None, call: Call):
-        rows, row_ops = call.rows, call.row_ops
-        parts, normalizers = [], []
-        with _plain_matmul(input):
-            products = HeadProducts(weight[: call.vocab], call.compute)
-            buffer = call.logits_buffer(products)
-            for chunk in call.plan.chunks(len(rows)):
-                x = products.operand(rows.hidden(input, chunk))
-                logits = products.logits(x, buffer[: len(x)])
-                head = rows.head(call.head, chunk)
-                stats, normalizer = row_ops.statistics(
-                    logits, rows.tokens.target[chunk], head, call.plan.block_rows, **call.asked(chunk)
-                )
-                parts.append(stats)
-                normalizers.append(normalizer)
-        outputs = _joined(parts, rows.weight, call.head.smooth is not None).fields()
+        stats, normalizer = first_pass((input, weight, bias), call)
         ctx.call = call
         ctx.set_materialize_grads(False)
-        normalizer = [torch.cat(fields) for fields in zip(*normalizers)] if normalizers else outputs[:2]
         ctx.save_for_backward(input, weight, bias, *normalizer)
-        return outputs
+        return stats.fields()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *coefs: Tensor | None):
         if all(coef is None for coef in coefs):
             return (None,) * 4
-        input, weight, bias, *fields = ctx.saved_tensors
-        call, row_ops = ctx.call, ctx.call.row_ops
-        coefs, rows, normalizer = _rows_with_gradient(coefs, call, fields)
-        with _plain_matmul(input):
-            products = HeadProducts(weight[: call.vocab], call.compute)
-            gradients = Gradients((input, weight, bias), ctx.needs_input_grad, products, rows, call)
-            buffer = call.logits_buffer(products)
-            for chunk in call.plan.chunks(len(rows)):
-                x = products.operand(rows.hidden(input, chunk))
-                logits = products.logits(x, buffer[: len(x)])
-                dlogits = row_ops.gradient(
+        *tensors, shift, log_total, mean = ctx.saved_tensors
+        normalizer = Normalizer(shift, log_total, mean)
+        return *second_pass(tensors, ctx.needs_input_grad, ctx.call, normalizer, coefs).finish(), None
+
+
+def one_pass(
+    tensors: Sequence[Tensor | None], wanted: Sequence[bool], call: Call
+) -> tuple[Tensor, TokenStats, Gradients, Tensor | None]:
+    """(loss, statistics, gradients of the loss to x, W and b, what these are scaled by if at all)."""
+    input, weight, _ = tensors
+    rows, row_ops = call.rows, call.row_ops
+    row_pass = row_ops.loss_and_gradient
+    if call.chunks is not None:  # the objective wants to see whole sequences, row operations may show it less
+        row_pass = partial(in_three_steps, row_ops.statistics, row_ops.gradient)
+    parts, losses = [], []
+    with _plain_matmul(input):
+        products = HeadProducts(weight[: call.vocab], call.compute)
+        gradients = Gradients(tensors, wanted, products, rows, call)
+        buffer = call.logits_buffer(products)
+        token_weight = rows.weight
+        # fp16 gradients of a mean over many tokens would underflow: carry them scaled by a power of two
+        scale = _fp16_scale(token_weight) if call.compute == torch.float16 else None
+        if scale is not None:
+            token_weight = token_weight * scale
+        for chunk in _chunks(call):
+            x = products.operand(rows.hidden(input, chunk))
+            logits = products.logits(x, buffer[: len(x)])
+            tokens, head = rows.tokens.rows(chunk), rows.head(call.head, chunk)
+            if chunk.start < rows.active:
+                stats, loss, dlogits = row_pass(
                     logits,
-                    rows.tokens.target[chunk],
-                    Normalizer(*(field[chunk] for field in normalizer)),
-                    tuple(None if coef is None else coef[chunk] for coef in coefs),
-                    rows.head(call.head, chunk),
+                    tokens,
+                    token_weight[chunk],
+                    call.objective,
+                    head,
                     call.plan.block_rows,
                     products.compute,
+                    **call.asked(chunk),
                 )
                 gradients.add(dlogits, x, chunk)
-        return *gradients.finish(), None
+            else:
+                stats, _ = row_ops.statistics(logits, tokens.target, head, call.plan.block_rows, **call.asked(chunk))
+                loss = per_token_loss(call.objective, stats, tokens)
+            parts.append(stats)
+            losses.append(loss)
+    loss = weighted_sum(torch.cat(losses) if losses else rows.weight, rows.weight)
+    return loss, _joined(parts, rows.weight), gradients, scale
+
+
+def first_pass(tensors: Sequence[Tensor | None], call: Call) -> tuple[TokenStats, Normalizer]:
+    """Statistics of the packed rows, and what the second pass needs of them."""
+    input, weight, _ = tensors
+    rows, row_ops = call.rows, call.row_ops
+    parts, normalizers = [], []
+    with _plain_matmul(input):
+        products = HeadProducts(weight[: call.vocab], call.compute)
+        buffer = call.logits_buffer(products)
+        for chunk in call.plan.chunks(len(rows)):
+            x = products.operand(rows.hidden(input, chunk))
+            logits = products.logits(x, buffer[: len(x)])
+            head = rows.head(call.head, chunk)
+            stats, normalizer = row_ops.statistics(
+                logits, rows.tokens.target[chunk], head, call.plan.block_rows, **call.asked(chunk)
+            )
+            parts.append(stats)
+            normalizers.append(normalizer)
+    if not parts:
+        return _joined(parts, rows.weight, call.head.smooth is not None), Normalizer(*[rows.weight] * 3)
+    return _joined(parts, rows.weight), Normalizer(*(torch.cat(fields) for fields in zip(*normalizers)))
+
+
+def second_pass(
+    tensors: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    call: Call,
+    normalizer: Normalizer,
+    coefs: tuple[Tensor | None, ...],
+) -> Gradients:
+    """Gradients to x, W and b, from those to the rows' statistics (n,): the logits are made again."""
+    input, weight, _ = tensors
+    row_ops = call.row_ops
+    coefs, rows, normalizer = _rows_with_gradient(coefs, call, normalizer)
+    with _plain_matmul(input):
+        products = HeadProducts(weight[: call.vocab], call.compute)
+        gradients = Gradients(tensors, wanted, products, rows, call)
+        buffer = call.logits_buffer(products)
+        for chunk in call.plan.chunks(len(rows)):
+            x = products.operand(rows.hidden(input, chunk))
+            logits = products.logits(x, buffer[: len(x)])
+            dlogits = row_ops.gradient(
+                logits,
+                rows.tokens.target[chunk],
+                Normalizer(*(field[chunk] for field in normalizer)),
+                tuple(None if coef is None else coef[chunk] for coef in coefs),
+                rows.head(call.head, chunk),
+                call.plan.block_rows,
+                products.compute,
+            )
+            gradients.add(dlogits, x, chunk)
+    return gradients
 
 
 class Gradients:
@@ -193,8 +221,8 @@ class Gradients:
 
     def __init__(
         self,
-        tensors: tuple[Tensor, Tensor, Tensor | None],
-        wanted: tuple[bool, ...],
+        tensors: Sequence[Tensor | None],
+        wanted: Sequence[bool],
         products: HeadProducts,
         rows: Rows,
         call: Call,
@@ -289,18 +317,18 @@ def _joined(parts: list[TokenStats], like: Tensor, smooth: bool = False) -> Toke
     return TokenStats(*(torch.cat(fields) for fields in zip(*(part.fields() for part in parts))))
 
 
-def _rows_with_gradient(coefs: tuple[Tensor | None, ...], call: Call, fields: list[Tensor]):
-    """(coefs, rows, fields) of the rows where any coefficient is not zero; of all rows where counting would stall."""
+def _rows_with_gradient(coefs: tuple[Tensor | None, ...], call: Call, normalizer: Normalizer):
+    """All three, of the rows where any coefficient is not zero; of all rows where counting would stall."""
     if (live := call.rows.live) is not None:  # what a dead row's annotations hold may have made 0 · ∞
         coefs = tuple(None if coef is None else torch.where(live, coef, 0) for coef in coefs)
     if not call.plan.compact or call.plan.batch_invariant:
-        return coefs, call.rows, fields
+        return coefs, call.rows, normalizer
     # past the active rows a coefficient may still be 0 · ∞
     keep = torch.stack([coef != 0 for coef in coefs if coef is not None]).any(0)[: call.rows.active].nonzero()[:, 0]
     if len(keep) == len(call.rows):
-        return coefs, call.rows, fields
+        return coefs, call.rows, normalizer
     coefs = tuple(None if coef is None else coef[keep] for coef in coefs)
-    return coefs, call.rows.only(keep), [field[keep] for field in fields]
+    return coefs, call.rows.only(keep), Normalizer(*(field[keep] for field in normalizer))
 
 
 def _plain_matmul(input: Tensor):

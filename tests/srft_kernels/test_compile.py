@@ -1,0 +1,231 @@
+"""Compiled calls: one graph, for any number of tokens, and bitwise what eager calls give."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import srft_kernels as sk
+
+H, V = 8, 40
+OBJECTIVES = {
+    "sft": sk.sft(),
+    "smoothed": sk.CrossEntropy(label_smoothing=0.1, z_loss=1e-3),
+    "grpo": sk.grpo(entropy_coef=0.01),
+    "corrected": sk.grpo(correction=sk.Correction("truncate", high=2.0)),
+    "srft_paper": sk.srft_paper(),
+    "srft_hpt": sk.srft_hpt(),  # depends on a token's sequence
+    "batch": sk.srft_hpt(level="batch"),  # in two passes
+}
+PLANS = {"default": None, "small chunks": sk.Plan(chunk_rows=5, block_rows=2), "two passes": sk.Plan(passes=2)}
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def inputs(n: int = 12, dtype: torch.dtype = torch.float32, seed: int = 0):
+    """(x, W, b, target with ignored tokens, annotations)."""
+    g = torch.Generator().manual_seed(seed)
+    x, w, b = (torch.randn(*shape, generator=g).to(dtype).requires_grad_() for shape in ((n, H), (V, H), (V,)))
+    target = torch.randint(V, (n,), generator=g)
+    target[::5] = -100
+    columns = {name: -torch.rand(n, generator=g) for name in ("old_logprobs", "sampler_logprobs")}
+    columns |= {"advantages": torch.randn(n, generator=g), "rewards": torch.randint(2, (n,), generator=g).float()}
+    columns |= {"is_demo": torch.arange(n) % 8 < 4, "sequence_ids": torch.arange(n) // 4}
+    return x, w, b, target, columns
+
+
+def gradients(loss: torch.Tensor, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(loss, leaves)
+
+
+def compiled(function, backend="aot_eager", **options):
+    return torch.compile(function, backend=backend, fullgraph=True, **options)
+
+
+def assert_bitwise(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_loss(name, plan):
+    x, w, b, target, columns = inputs()
+    out_metrics = []
+
+    def call(x, w, b, target, columns):
+        out = sk.linear_loss(x, w, target, OBJECTIVES[name], linear_bias=b, plan=PLANS[plan], **columns)
+        out_metrics.append(tuple(out.metrics))
+        return (3 * out.loss, out.logprobs, out.entropy, *out.metrics.values())
+
+    expected = call(x, w, b, target, columns)
+    found = compiled(call)(x, w, b, target, columns)
+    assert_bitwise(found, expected)
+    assert out_metrics[0] == out_metrics[-1]
+    assert_bitwise(gradients(found[0], x, w, b), gradients(expected[0], x, w, b))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_types(dtype):
+    x, w, b, target, columns = inputs(dtype=dtype)
+
+    def call(x, w, b):
+        return sk.linear_loss(x, w, target, sk.grpo(), linear_bias=b, softcap=5.0, **columns).loss
+
+    found, expected = compiled(call)(x, w, b), call(x, w, b)
+    assert_bitwise([found], [expected])
+    assert_bitwise(gradients(found, x, w, b), gradients(expected, x, w, b))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_cross_entropy(reduction):
+    x, w, b, target, _ = inputs()
+    weight, upstream = torch.rand(V), torch.randn(12) if reduction == "none" else torch.tensor(2.0)
+
+    def call(x, w, b):
+        return sk.linear_cross_entropy(
+            x, w, target, linear_bias=b, weight=weight, reduction=reduction, label_smoothing=0.1
+        )
+
+    found, expected = compiled(call)(x, w, b), call(x, w, b)
+    assert_bitwise([found], [expected])
+    assert_bitwise(gradients((found * upstream).sum(), x, w, b), gradients((expected * upstream).sum(), x, w, b))
+
+
+def test_logprobs_and_extras():
+    x, w, b, target, _ = inputs()
+    temperature = torch.rand(12) + 0.5
+    extras = sk.Extras(rank=True, argmax=True, top_k=3, candidates=torch.randint(V, (12, 2)))
+
+    def call(x, w, b, temperature):
+        stats = sk.linear_logprobs(x, w, target, linear_bias=b, temperature=temperature, extras=extras)
+        e = stats.extras
+        seen = (e.rank, e.argmax, e.top_ids, e.top_logprobs, e.candidate_logprobs)
+        return (stats.logprobs, stats.entropy, stats.logsumexp), seen
+
+    (found, seen), (expected, wanted) = compiled(call)(x, w, b, temperature), call(x, w, b, temperature)
+    assert_bitwise((*found, *seen), (*expected, *wanted))
+    upstream = torch.randn(3, 12)
+    ours, theirs = ((torch.stack(stats) * upstream).sum() for stats in (found, expected))
+    assert_bitwise(gradients(ours, x, w, b), gradients(theirs, x, w, b))
+
+
+def test_an_objective_of_ones_own():
+    x, w, b, target, columns = inputs()
+
+    def objective(stats, tokens):
+        return -tokens.advantages * stats.logprobs - 0.01 * stats.entropy
+
+    def call(x, w, b):
+        return sk.linear_loss(x, w, target, objective, linear_bias=b, advantages=columns["advantages"]).loss
+
+    found, expected = compiled(call)(x, w, b), call(x, w, b)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients(found, x, w, b), gradients(expected, x, w, b))
+
+
+def test_any_number_of_tokens_is_one_graph():
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def call(x, w, b, target, advantages):
+        return sk.linear_loss(x, w, target, sk.reinforce(), linear_bias=b, advantages=advantages).loss
+
+    graph = compiled(call, backend=counter)
+    for n in (12, 13, 20, 31):
+        x, w, b, target, columns = inputs(n)
+        found = graph(x, w, b, target, columns["advantages"])
+        expected = call(x, w, b, target, columns["advantages"])
+        assert_bitwise([found], [expected])
+        assert_bitwise(gradients(found, x, w, b), gradients(expected, x, w, b))
+    assert counter.frame_count <= 2
+
+
+def test_a_changed_option_is_seen():
+    x, w, _, target, columns = inputs()
+
+    def call(objective, plan):
+        return sk.linear_loss(x, w, target, objective, plan=plan, **columns).loss
+
+    graph = compiled(call)
+    for objective in (sk.grpo(), sk.grpo(clip_low=0.01, clip_high=0.01), sk.grpo(entropy_coef=0.5), sk.dapo()):
+        assert_bitwise([graph(objective, None)], [call(objective, None)])
+
+
+def test_without_gradients():
+    x, w, b, target, columns = inputs()
+    call = compiled(lambda x: sk.linear_loss(x, w, target, sk.grpo(), linear_bias=b, **columns).loss)
+    with torch.no_grad():
+        found = call(x)
+    assert not found.requires_grad
+    assert_bitwise([found], [sk.linear_loss(x, w, target, sk.grpo(), linear_bias=b, **columns).loss.detach()])
+
+
+def test_frozen_head_and_autocast():
+    x, w, _, target, columns = inputs()
+    w = w.detach()
+
+    def call(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return sk.linear_loss(x, w, target, sk.grpo(), **columns).loss
+
+    found, expected = compiled(call)(x), call(x)
+    assert_bitwise([found], [expected])
+    assert_bitwise(gradients(found, x), gradients(expected, x))
+
+
+def test_bad_arguments_get_their_message():
+    x, w, _, target, _ = inputs()
+    with pytest.raises(Exception, match="target"):
+        compiled(lambda: sk.linear_cross_entropy(x, w, target[:5]))()
+    outside = target.clone()
+    outside[1] = V
+    with pytest.raises(ValueError, match="target"):
+        compiled(lambda t: sk.linear_cross_entropy(x, w, t))(outside)
+
+
+def test_inductor_and_modules():
+    x, w, _, target, _ = inputs()
+    module = sk.LinearCrossEntropyLoss()
+
+    def call(x, w):
+        return module(x * 1.0, w, target) * 2
+
+    found, expected = compiled(call, backend="inductor")(x, w), call(x, w)
+    assert_bitwise([found], [expected])
+    assert_bitwise(gradients(found, x, w), gradients(expected, x, w))
+
+
+@pytest.mark.parametrize("plan", ["default", "two passes"])
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, False)])
+def test_operators_are_well_registered(plan, wanted):
+    """Schema, fake implementation, autograd and AOT dispatch, for the operators that a call runs."""
+    from srft_kernels import compiled as traced
+
+    x, w, b, target, columns = inputs()
+    x, w = x.detach().requires_grad_(wanted[0]), w.detach().requires_grad_(wanted[1])
+    b = b.detach()
+    calls = []
+    real = traced._call
+
+    def spy(*arguments):
+        calls.append(real(*arguments))
+        return calls[-1]
+
+    traced._call = spy
+    try:
+        traced.linear_loss(
+            traced.Arguments(x, w, target, sk.grpo(), linear_bias=b, annotations=columns, plan=PLANS[plan])
+        )
+    finally:
+        traced._call = real
+    ops = torch.ops.srft_kernels
+    (call,) = calls
+    op = ops.one_pass if traced.in_one_pass(call[-1], "cpu") else ops.two_pass
+    torch.library.opcheck(op, call)
+    stats = [torch.rand(12) for _ in range(3)]
+    torch.library.opcheck(ops.metrics, (stats, None, None, *call))
