@@ -23,7 +23,7 @@ train: $(READY)
 	$(BIN)/srft train $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest tests $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadgroup $(ARGS)
 	$(MAKE) peers-test
 
 bench: $(READY)

@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 
 from .interpreter import interpret_fast
@@ -11,3 +12,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     interpret_fast()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Processes of `pytest -n auto`: one per core, few enough for memory; a GPU's memory is measured by one alone."""
+    return 1 if torch.cuda.is_available() else min(4, len(os.sched_getaffinity(0)))

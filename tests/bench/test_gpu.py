@@ -18,7 +18,10 @@ CASE = Case("scoring", "scoring", Shape(64, 16, 128))
 
 @pytest.mark.slow
 def test_rehearsal(tmp_path, capfd, monkeypatch):
+    assert all((gpu.ROOT / path).exists() for path in gpu.DEVICE_TESTS)  # they run in this session anyway
+    monkeypatch.setattr(gpu, "DEVICE_TESTS", ("tests/srft_kernels/test_checks.py",))
     monkeypatch.setattr(gpu, "OTHER_TESTS", "tests/srft_kernels/test_plan.py")
+    monkeypatch.setattr(gpu, "TUNING", 6)  # of one kernel: all of them are in test_tuning.py
     out = tmp_path / "gpu.json"
     status = gpu.main(["--device", "cpu", "--group", "1 M", "--seconds", "240", "--out", str(out)])
     text = capfd.readouterr().out
@@ -207,6 +210,7 @@ def test_the_exit_status_says_whether_ours_is_right(tmp_path, monkeypatch, row, 
         record.add([Row(CASE, "srft_kernels", "ok", seconds=[0.1], extra={"case": str(CASE)}), *([row] if row else [])])
 
     monkeypatch.setattr(gpu, "bench", bench)
+    monkeypatch.setattr(gpu, "tune", lambda *_: [])
     monkeypatch.setattr(gpu, "profiles", lambda *_: None)
     found = {"passed": device_tests, "summary": "", "failures": []}
     monkeypatch.setattr(gpu, "pytest", lambda *_, **__: found)

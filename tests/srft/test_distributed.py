@@ -18,6 +18,8 @@ from srft.ranks import Ranks
 from srft.trainer import run
 from tests.srft.ranks_worker import CASES, measure
 
+pytestmark = pytest.mark.xdist_group("torchrun")  # its runs are compared with each other
+
 ROOT = Path(__file__).parents[2]
 STEPS, DIES_IN_STEP = 4, 4
 # What may differ: the clock, and the cut into microbatches.

@@ -1,4 +1,4 @@
-"""Real processes with gloo between them, started once for the many calls of a test module."""
+"""Real processes with gloo between them, started once for the many calls of all tests."""
 
 from __future__ import annotations
 
@@ -97,7 +97,11 @@ def _serve(pipe: Connection, rank: int, count: int, store: str) -> None:
         pipe.send_bytes(pickle.dumps(answer))
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids="{} ranks".format)
+# with pytest-xdist, the tests that share processes are run by one worker
+COUNTS = [pytest.param(n, id=f"{n} ranks", marks=pytest.mark.xdist_group(f"{n} ranks")) for n in (2, 4)]
+
+
+@pytest.fixture(scope="session", params=COUNTS)
 def ranks(request) -> Iterator[Ranks]:
     ranks = Ranks(request.param)
     yield ranks
