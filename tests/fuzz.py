@@ -190,12 +190,18 @@ def full(
     elif case.call == "logprobs":
         loss = everything(stats, sk.Tokens(target, **columns)).sum()
     else:
-        each = OBJECTIVES[options["objective"]](stats, sk.Tokens(target, **columns))
-        loss = (each * columns["token_weight"]).sum() if options["weighted"] else each.sum() / count
+        share = columns["token_weight"] if options["weighted"] else 1 / count
+        losses = [
+            (part(stats, sk.Tokens(target, **columns)) * share).sum()
+            for part in _parts(OBJECTIVES[options["objective"]])
+        ]
+        loss = sum(losses)
     named = {"logprobs": stats.logprobs, "entropy": stats.entropy, "logsumexp": stats.logsumexp}
     if terms is not None:
-        coefs = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
-        g, h, k = (torch.zeros_like(stats.logprobs) if c is None else c.abs() for c in coefs)
+        g = h = k = torch.zeros_like(stats.logprobs)
+        for part in [loss] if case.call != "loss" else losses:
+            coefs = torch.autograd.grad(part, list(named.values()), retain_graph=True, allow_unused=True)
+            g, h, k = (size if c is None else size + c.abs() for size, c in zip((g, h, k), coefs))
         size_of = lambda field: field.detach().nan_to_num(0, 0, 0).abs()  # noqa: E731
         one = torch.ones(())  # ℓ and H have the logarithm of a sum in them that is at least 1
         each = g * (1 + size_of(stats.logprobs)) + h * (1 + size_of(stats.entropy)) + k * size_of(stats.logsumexp)
@@ -208,6 +214,14 @@ def full(
         }
     shown = {"logprobs": named, "loss": {n: named[n] for n in ("logprobs", "entropy")}, "cross_entropy": {}}
     return _values(shown[case.call], loss, leaves)
+
+
+def _parts(objective: Callable) -> list[Callable]:
+    """Objectives whose losses sum to this one's: the two terms of a demonstration may leave little of each other."""
+    if not isinstance(objective, sk.SRFT):
+        return [objective]
+    others = {"rollout_coef": 0.0, "negative_coef": 0.0, "entropy_coef": 0.0}
+    return [replace(objective, demo_rl_coef=0.0), replace(objective, demo_sft_coef=0.0, **others)]
 
 
 def _sums(size: Tensor, leaves: list[Tensor], p: cases.Problem, live: Tensor) -> Values:
