@@ -1,4 +1,4 @@
-"""Compile every Triton row kernel ahead of time, with no GPU, and report what each compiled to.
+"""Compile every Triton kernel ahead of time, with no GPU, and report what each compiled to.
 
     python -m bench.aot [TARGET ...]            targets: sm_80 sm_90 sm_100 gfx942 (default: all)
     python -m bench.aot --table FILE [...]      `make aot`: and put the table of this Triton into FILE, between markers
@@ -26,7 +26,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import srft_kernels as sk
-from srft_kernels.rows import triton_rows, tuning
+from srft_kernels.distillation import DIVERGENCES
+from srft_kernels.rows import triton_distillation, triton_residual, triton_rows, tuning
 from srft_kernels.rows.triton_objectives import Columns, Structure, fused
 
 TARGETS = {
@@ -58,7 +59,15 @@ POINTERS = {
     "vocab": "i32",
     "stride": "i32",
     "dstride": "i32",
+    "student_ptr": F32,
+    "teacher_ptr": F32,
+    "beta": "fp32",
+    "when_ptr": U8,
+    **dict.fromkeys(("m", "n", "k", "a_row", "a_column", "b_row", "c_row"), "i32"),
+    "b_column": 1,
+    "c_column": 1,
 }
+DIVISIBLE = ("stride", "dstride", "count", "m", "n", "k", "a_row", "a_column", "b_row", "c_row")  # by 16
 OBJECTIVES = {
     "sft": (sk.CrossEntropy(), {}),
     "smoothed": (sk.CrossEntropy(label_smoothing=0.1, z_loss=1e-4), {"class_weight"}),
@@ -106,11 +115,23 @@ def variants(order: str = "barrier") -> Iterator[tuple[Any, str, dict[str, Any]]
             yield triton_rows._loss_gradient_kernel, f"{out} {name}", arguments | output
             if name == "sft":
                 yield triton_rows._loss_gradient_kernel, f"{out} {name}, {told[0]}", arguments | output | TOLD
+    for kind in DIVERGENCES:
+        for name, head in (("plain", PLAIN), ("biases, caps, temperatures", RICH)):
+            of_teacher = {f"teacher_{option}": head[option] for option in ("bias_ptr", "softcap", "temperature")}
+            forward = ("no", {"dlogits_ptr": None, "ORDER": "none"})
+            for out, output in (*outputs, forward) if head is PLAIN else outputs[:1]:
+                arguments = head | of_teacher | output | {"KIND": kind}
+                yield triton_distillation._distillation_kernel, f"{out} {kind}, {name}", arguments
+    for name, operand in (("bf16", BF16), ("fp32", F32)):
+        # dx: the residual's rows by those of W; dW: its columns by the rows of x
+        for product, strides in (("dx", {"a_column": 1}), ("dW", {"a_row": 1})):
+            arguments = {"a_ptr": operand, "b_ptr": operand, "c_ptr": F32, **strides}
+            yield triton_residual._add_product_kernel, f"{name} {product}", arguments
     for out, pointer in (("bf16", BF16), ("fp32", F32)):
         yield triton_rows._scale_kernel, out, {"x_ptr": pointer, "factor_ptr": F32, "count": "i64"}
 
 
-def compile_for(kernel, arguments: dict[str, Any], target: GPUTarget, num_warps: int):
+def compile_for(kernel, arguments: dict[str, Any], target: GPUTarget, options: dict[str, int]):
     """The compiled kernel, with the 16-byte hints that a launch on aligned tensors has."""
     signature, constants, hints = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
@@ -126,24 +147,25 @@ def compile_for(kernel, arguments: dict[str, Any], target: GPUTarget, num_warps:
             constants[(i,)] = value
             continue
         signature[name] = value
-        if str(value).startswith("*") or name in ("stride", "dstride", "count"):
+        if str(value).startswith("*") or name in DIVISIBLE:
             hints[(i,)] = [["tt.divisibility", 16]]
-    return triton.compile(ASTSource(kernel, signature, constants, hints), target, {"num_warps": num_warps})
+    return triton.compile(ASTSource(kernel, signature, constants, hints), target, options)
 
 
 def report(kernel, variant: str, arguments: dict[str, Any], name: str) -> dict[str, Any]:
     """Compile one variant for one target and read what came out."""
     target = TARGETS[name]
     title = kernel.__name__.strip("_").removesuffix("_kernel")
-    launch = tuning.launch(title, VOCAB, name) if title in tuning.KERNELS else triton_rows.SCALE
-    warps = launch.warps
-    options = triton_rows.options(title, launch, target.warp_size)
-    compiled = compile_for(kernel, arguments | options, target, warps)
-    numbers = launch.block / (warps * target.warp_size)  # per thread and step
+    settings = launch(title, arguments, target)
+    options = {option: settings.pop(option) for option in ("num_warps", "num_stages") if option in settings}
+    warps = options["num_warps"]
+    compiled = compile_for(kernel, arguments | settings, target, options)
+    block = settings.get("BLOCK") or settings["BLOCK_M"] * settings["BLOCK_N"]
+    numbers = block / (warps * target.warp_size)  # per thread and step
     found = amd(compiled) if target.backend == "hip" else nvidia(compiled)
     code = found.pop("code")
     row = {"kernel": title, "variant": variant, "target": name}
-    row |= {"block": launch.block, "warps": warps, **found, "shared": compiled.metadata.shared}
+    row |= {"block": block, "warps": warps, **found, "shared": compiled.metadata.shared}
     row["programs"] = resident(name, warps, row["registers"], row["shared"])
     row["loops"] = [
         {
@@ -154,6 +176,18 @@ def report(kernel, variant: str, arguments: dict[str, Any], name: str) -> dict[s
         for loop in innermost_loops(code)
     ]
     return row
+
+
+def launch(kernel: str, arguments: dict[str, Any], target: GPUTarget) -> dict[str, int]:
+    """What a kernel is launched with on a target: compile-time values, num_warps, num_stages."""
+    if kernel == "distillation":
+        return triton_distillation.launch(VOCAB)
+    if kernel == "add_product":
+        return triton_residual.launch({BF16: torch.bfloat16, F32: torch.float32}[arguments["a_ptr"]])
+    settings = triton_rows.SCALE
+    if kernel in tuning.KERNELS:
+        settings = tuning.launch(kernel, VOCAB, next(name for name, known in TARGETS.items() if known == target))
+    return triton_rows.options(kernel, settings, target.warp_size)
 
 
 def nvidia(compiled) -> dict[str, Any]:
@@ -213,9 +247,8 @@ def innermost_loops(code: list[str]) -> list[list[str]]:
 def resident(target: str, warps: int, registers: int, shared: int) -> int:
     """Programs that a multiprocessor (AMD: compute unit) holds at one time."""
     if target == "gfx942":  # 4 SIMDs of 512 registers per lane and 8 waves (CDNA 3 ISA guide)
-        by_threads = 4 * min(8, 512 // (-(-registers // 8) * 8)) // warps
-    else:
-        by_threads = min(65_536 // (warps * 32 * -(-registers // 8) * 8), 2048 // (32 * warps), 32)
+        return min(4 * min(8, 512 // (-(-registers // 8) * 8)) // warps, SHARED[target] // max(shared, 1))
+    by_threads = min(65_536 // (warps * 32 * -(-registers // 8) * 8), 2048 // (32 * warps), 32)
     return min(by_threads, SHARED[target] // (shared + 1024))  # 1 KB of every block's is the system's
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .triton_rows import _device_of
 
 BLOCK_M, BLOCK_N = 128, 128
-K_BYTES = 128  # of a step along k, in any type: three steps of both operands are 96 KB of shared memory
+BLOCK_K = {2: 64, 4: 16}  # by the bytes of a number: three steps of both operands fit 96 KB of shared memory
 GROUP = 8  # tile rows that share B's tiles in L2
 
 
@@ -55,16 +55,11 @@ def add_product_(c: Tensor, a: Tensor, b: Tensor, when: Tensor) -> Tensor:
     with _device_of(c):
         _add_product_kernel[grid](
             a, b, c, when.view(torch.uint8), m, n, k, *a.stride(), *b.stride(), *c.stride(),
-            **launch(a.dtype), GROUP=GROUP,
+            **launch(a.dtype),
         )  # fmt: skip
     return c
 
 
 def launch(dtype: torch.dtype) -> dict[str, int]:
-    return {
-        "BLOCK_M": BLOCK_M,
-        "BLOCK_N": BLOCK_N,
-        "BLOCK_K": K_BYTES // dtype.itemsize,
-        "num_warps": 8,
-        "num_stages": 3,
-    }
+    tile = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K[dtype.itemsize], "GROUP": GROUP}
+    return {**tile, "num_warps": 8, "num_stages": 3}

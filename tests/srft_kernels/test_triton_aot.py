@@ -20,17 +20,18 @@ def test_compiles_without_spills_and_with_wide_loads(target, tmp_path):
     run = subprocess.run([sys.executable, "-m", "bench.aot", target], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     rows = [json.loads(line) for line in run.stdout.splitlines()]
-    assert {row["kernel"] for row in rows} == {"statistics", "gradient", "loss_gradient", "scale"}
+    expected = {"statistics", "gradient", "loss_gradient", "distillation", "add_product", "scale"}
+    assert {row["kernel"] for row in rows} == expected
     for row in rows:
         assert row["spill"] == 0, row
         # beside per-row scalars (a row's target, weight, annotations), everything is a 16-byte load
         scalars = [width for width in row["loads"] if width < 128]
         wide = [width for width in row["loads"] if width == 128]
         assert wide and len(scalars) <= 12, row
-        assert row["registers"] <= 128 and row["programs"] >= 1, row  # 16 warps of them fit a multiprocessor
+        assert row["registers"] * row["warps"] <= 128 * 16 and row["programs"] >= 1, row  # they fit a multiprocessor
         assert row["loops"] or row["kernel"] == "scale", row
         if not any(word in row["variant"] for word in ("cap", "smoothed", "temperatures")):
-            assert all(loop["calls"] == 0 for loop in row["loops"]), row  # divisions are not of every number
+            assert all(loop["calls"] <= 1 for loop in row["loops"]), row  # divisions are not of every number
 
 
 def test_loops_are_what_lies_between_a_label_and_a_branch_back():
@@ -46,6 +47,7 @@ def test_occupancy():
     assert [aot.resident("sm_90", 16, registers, 64) for registers in (32, 40, 41, 64, 65)] == [4, 3, 2, 2, 1]
     assert aot.resident("sm_80", 4, 32, 60_000) == 2  # by shared memory
     assert aot.resident("gfx942", 16, 64, 0) == 2
+    assert aot.resident("gfx942", 8, 64, 65_536) == 1  # all of a compute unit's
 
 
 def test_table_replaces_its_own_section_and_no_other(tmp_path):

@@ -212,6 +212,23 @@ def test_target_outside_the_vocabulary_is_nan_and_stays_in_its_row():
     assert stats.entropy.isfinite().all()
 
 
+def test_a_row_without_weight_has_no_gradient_whatever_its_derivatives():
+    logits, tokens = torch.randn(2, 40), sk.Tokens(torch.tensor([1, 2]), advantages=torch.tensor([torch.inf, 1.0]))
+    run = triton_rows.loss_and_gradient(
+        buffer(logits), tokens, torch.tensor([0.0, 1.0]), sk.reinforce(), Head(), 1, torch.float32
+    )
+    assert (run[2][0] == 0).all() and run[2][1].isfinite().all()
+
+
+def test_a_soft_cap_far_away_keeps_small_logits():
+    """cap · tanh(a / cap) for a ≪ cap is a: no difference of two numbers near 1."""
+    a = torch.randn(2, 40)
+    for cap in (2.0**10, 2.0**16):
+        stats, _ = triton_rows.statistics(buffer(a / 16), torch.arange(2), Head(softcap=cap, temperature=2.0**-4), 1)
+        expected = (16 * cap * torch.tanh(a.double() / 16 / cap)).log_softmax(-1)[torch.arange(2), torch.arange(2)]
+        torch.testing.assert_close(stats.logprobs.double(), expected, rtol=1e-6, atol=0)
+
+
 def test_scale_in_place():
     x = torch.randn(10_001)
     assert torch.equal(triton_rows.scale_(x.clone(), torch.tensor(1.0)), x)
