@@ -28,8 +28,10 @@ def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
             made = backward(ctx, *grads)
         if not torch.is_grad_enabled():  # no create_graph=True
             return made
-        found = [gradient.detach().requires_grad_() for gradient in made if gradient is not None]
-        refusing = iter(torch._C._functions.DelayedError(REFUSED, len(found))(*found) if found else ())
-        return tuple(None if gradient is None else next(refusing) for gradient in made)
+        return tuple(None if gradient is None else _refusing(gradient) for gradient in made)
 
     return wrapped
+
+
+def _refusing(gradient: Tensor) -> Tensor:
+    return torch._C._functions.DelayedError(REFUSED, 1)(gradient.detach().requires_grad_())

@@ -103,7 +103,8 @@ class Arguments:
         here = shard.size if shard else vocab  # entries on this rank
         dtype = accumulation_dtype(compute)
         target, live = self.target_and_live()
-        columns = {name: c.detach() for name, c in self.annotations.items()}
+        target = _constant(target)
+        columns = {name: _constant(c) for name, c in self.annotations.items()}
         columns = {name: c.to(dtype) if c.is_floating_point() else c for name, c in columns.items()}
         class_weight = None if self.class_weight is None else self.class_weight.detach().to(dtype)
         if class_weight is not None:
@@ -163,13 +164,18 @@ class Arguments:
     def _token_weight(self, live: Tensor | None, of_class: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """Shaped like target; None: 1 / (number of live tokens)."""
         if self.token_weight is not None:
-            return self.token_weight.detach().to(dtype)
+            return _constant(self.token_weight).to(dtype)
         weight = torch.ones_like(self.target, dtype=dtype) if live is None else live.to(dtype)
         if self.reduction in ("none", "sum"):
             return weight
         if of_class is not None and self.reduction == "mean":
             return weight / summed(of_class.sum(), self.token_group)
         return None if self.token_group is None else weight / summed(weight.sum(), self.token_group).clamp(min=1)
+
+
+def _constant(value: Tensor) -> Tensor:
+    """Detached, and fit to be kept for a backward, as what torch.inference_mode made is not."""
+    return value.clone() if value.is_inference() and not torch.is_inference_mode_enabled() else value.detach()
 
 
 def passes(plan: Plan, objective: Any, given: Collection[str]) -> int | None:
