@@ -239,17 +239,17 @@ def test_without_gradients_the_values_are_the_same(function, mode):
 @both_passes
 def test_what_was_scored_in_inference_mode_serves_in_training(passes):
     """Old log-probs, rewards, targets, weights: whatever a rollout engine made under torch.inference_mode."""
-    p = problem(ignored=0)  # nothing is packed, hence copied
+    p = problem(ignored=0)  # one block of tokens that all count: nothing is copied
 
     def made() -> dict[str, Tensor]:
         logprobs = sk.linear_logprobs(p.input, p.weight, p.target).logprobs
         return {"target": p.target.clone(), "old_logprobs": logprobs, "ref_logprobs": logprobs - 0.1,
-                "advantages": torch.arange(13) / 3 - 2, "token_weight": torch.arange(13) / 90,
+                "advantages": torch.arange(13) / 3 - 2, "token_weight": (torch.arange(13) + 1) / 90,
                 "temperature": torch.arange(13) / 13 + 0.5}  # fmt: skip
 
     def gradients(columns: dict[str, Tensor], objective) -> tuple[Tensor, ...]:
         x, w = p.leaves()
-        sk.linear_loss(x, w, objective=objective, plan=plan_of(passes), **columns).loss.backward()
+        sk.linear_loss(x, w, objective=objective, plan=sk.Plan(passes=passes, block_rows=16), **columns).loss.backward()
         return x.grad, w.grad
 
     with torch.inference_mode():
