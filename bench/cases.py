@@ -39,6 +39,7 @@ TASKS = {
     "two pass": Task(4, SRFT_SEQUENCE),
     "frozen head": Task(2, SFT, frozen=True),
     "srft, gradients to 1%": Task(3, SRFT, allowed=1e-2),
+    "srft, in a graph": Task(3, SRFT),  # and out of one, for comparison
 }
 
 
@@ -113,6 +114,7 @@ def cpu_cases() -> list[Case]:
         Case("two pass", "two pass", head, "peaked"),
         Case("frozen head", "frozen head", small),
         Case("filtered backward", "srft, gradients to 1%", Shape(512, *model), "model", ours=True),
+        Case("compiled", "srft, in a graph", small, "peaked", ours=True),
         *(Case("masked batches", "cross entropy", small, live=live, ours=True) for live in LIVE),
         *(Case("cost against N", "srft", Shape(n, 256, 16384), ours=True) for n in (64, 256, 1024, 2048)),
         *(Case("cost against V", "srft", Shape(256, 256, v), ours=True) for v in (4096, 16384, 65536)),
@@ -140,6 +142,7 @@ def cuda_cases() -> list[Case]:
         Case("two pass", "two pass", main, "peaked"),
         Case("frozen head", "frozen head", main, "peaked"),
         Case("filtered backward", "srft, gradients to 1%", main, "peaked"),
+        Case("compiled", "srft, in a graph", main, "peaked", ours=True),
         *(Case("small calls", "srft", Shape(64, *HEADS[name]), ours=True) for name in ("Qwen3-8B", "Qwen2.5-0.5B")),
         *(Case("masked batches", "cross entropy", main, "peaked", live=live, ours=live != 0.5) for live in LIVE),
         *(Case("peak memory", "srft", Shape(n, 896, 151936), ours=n != 16384) for n in (1024, 4096, 16384, 65536)),

@@ -117,8 +117,14 @@ def filtered(device: str) -> Abilities:
     return Abilities({name: loss for name, task in TASKS.items() if task.allowed})
 
 
+def compiled(device: str) -> Abilities:
+    """A graph that holds nothing but our loss: what being in one costs."""
+    return Abilities({"srft, in a graph": torch.compile(our_loss, fullgraph=True)})
+
+
 OURS = Provider("srft_kernels", ours)
 FILTERED = Provider("srft_kernels, filtered", filtered)
+COMPILED = Provider("srft_kernels, compiled", compiled)
 
 
 def bare_products(inputs: Inputs, task: Task) -> Callable[[Inputs], None]:

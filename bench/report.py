@@ -26,6 +26,7 @@ GROUPS = (
     "two pass",
     "frozen head",
     "filtered backward",
+    "compiled",
     "small calls",
     "masked batches",
     "cost against N",

@@ -1,6 +1,7 @@
 """A small case from inputs to rows: errors, wrong and absent providers, noise."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import bench.measure
 from bench.cases import TASKS, Case, Shape, cases
 from bench.inputs import ENTROPY, Unavailable, make
 from bench.measure import Row, everyone, measure
-from bench.providers import FILTERED, OURS, Abilities, Provider, bare_products
+from bench.providers import COMPILED, FILTERED, OURS, Abilities, Provider, bare_products
 from bench.table import table
 from bench.truth import truth
 
@@ -81,6 +82,18 @@ def test_an_approximation_is_right_where_the_task_allows_it():
     assert FILTERED.load("cpu").call("srft") is None  # and takes no part where it does not
 
 
+def test_in_a_graph_it_is_the_same_loss(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # no C++ to be compiled
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    case = replace(SMALL, task="srft, in a graph")
+    found = measure(case, [OURS, COMPILED], "cpu", rounds=2)
+    assert [(row.provider, row.status) for row in found] == [(OURS.name, "ok"), (COMPILED.name, "ok")], found
+    assert found[0].extra["errors"] == found[1].extra["errors"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert COMPILED.load("cpu").call("srft") is None  # and takes no part in other groups
+
+
 def test_truth_is_autograd_in_fp64():
     """The sampled gradients against plain autograd through full logits."""
     inputs = make(SMALL, "cpu", torch.float64)
@@ -112,7 +125,7 @@ def test_masked_inputs_have_the_live_tokens_they_say():
 
 def test_every_group_is_there_for_every_device():
     groups = {"full loss", "scoring", "two pass", "frozen head", "masked batches", "cost against N", "cost against V",
-              "peak memory", "1 M tokens", "filtered backward", "small calls"}  # fmt: skip
+              "peak memory", "1 M tokens", "filtered backward", "compiled", "small calls"}  # fmt: skip
     for device in ("cpu", "cuda"):
         made = cases(device)
         assert {case.group for case in made} == groups and len(set(map(str, made))) == len(made)
