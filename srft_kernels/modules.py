@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from .functional import LossOutput, linear_cross_entropy, linear_loss
 from .presets import srft_paper
 
 
-class LinearCrossEntropyLoss(nn.Module):
+class _Loss(nn.Module):
+    """A function's options, for all calls of it. Copies share the process groups among them, which cannot be saved."""
+
+    def __init__(self, options: dict[str, Any]):
+        super().__init__()
+        self.options = options
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Loss:
+        memo |= {id(option): option for option in self.options.values() if isinstance(option, ProcessGroup)}
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        for name, option in self.options.items():
+            if isinstance(option, ProcessGroup):
+                raise TypeError(
+                    f"{type(self).__name__}({name}=...) holds a process group, which only the processes that made it "
+                    f"know: save its state_dict(), or options.pop({name!r}) before and options[{name!r}] = ... after"
+                )
+        return self.__dict__
+
+
+class LinearCrossEntropyLoss(_Loss):
     """`linear_cross_entropy` with its options fixed: loss = module(input, linear_weight, target)."""
 
     def __init__(self, weight: Tensor | None = None, **options: Any):
-        super().__init__()
+        super().__init__(options)
         self.register_buffer("weight", weight, persistent=False)
-        self.options = options
 
     def forward(
         self, input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None = None
@@ -25,23 +52,19 @@ class LinearCrossEntropyLoss(nn.Module):
             input, linear_weight, target, linear_bias=linear_bias, weight=self.weight, **self.options
         )
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
-
-class SRFTLoss(nn.Module):
+class SRFTLoss(_Loss):
     """`linear_loss` with its objective (default `srft_paper()`) and options fixed.
 
     out = module(input, linear_weight, target, is_demo=..., advantages=..., rewards=...); see `linear_loss`.
     """
 
     def __init__(self, objective: Any = None, **options: Any):
-        super().__init__()
+        super().__init__(options)
         self.objective = srft_paper() if objective is None else objective
-        self.options = options
 
     def forward(self, input: Tensor, linear_weight: Tensor, target: Tensor, **annotations: Any) -> LossOutput:
         return linear_loss(input, linear_weight, target, self.objective, **{**self.options, **annotations})
 
     def extra_repr(self) -> str:
-        return ", ".join([repr(self.objective), *(f"{name}={value!r}" for name, value in self.options.items())])
+        return ", ".join(filter(None, (repr(self.objective), super().extra_repr())))
