@@ -19,11 +19,11 @@ import torch
 
 from .cases import Case
 from .environment import ROOT, environment
+from .groups import OWN, every_case
 from .inputs import Unavailable
 from .measure import EVERYONE, OURS_ALONE, CaseFailed, Limits, Row, everyone, kind_of, measure, release
 from .providers import Provider
 from .record import Record, finite
-from .step import LOSSES, every_case, measure_step
 from .table import table
 from .timing import LOST, ContextLost, told
 
@@ -64,9 +64,8 @@ class Bench:
         self.began = config._bench_began
         self.limits = Limits(self.began + config.getoption("--budget"), EACH[kind], TOTAL[kind])
         self.record = record_of(config)
-        left_out = self.record.left_out if self.record else {}
+        self.left_out = left_out = self.record.left_out if self.record else {}
         self.providers = [lost(p.name, left_out[p.name]) if p.name in left_out else p for p in everyone()]
-        self.losses = {name: loss for name, loss in LOSSES.items() if name not in left_out}
         self.before = self.record.done if self.record else set()
         self.measured: dict[Case, dict[str, Row]] = {}
         self.say = lambda line: None
@@ -93,15 +92,15 @@ class Bench:
         gc.collect()
         gc.freeze()  # modules and compiled code, by now: every collection between providers would walk through them
         try:
-            if case.group == "training step":
-                return measure_step(self.device, self.rounds, self.limits, begin, self.losses)
+            if own := OWN.get(case.group):
+                return own.measure(self.device, self.rounds, self.limits, begin, self.left_out)
             return measure(case, self.providers, self.device, self.rounds, self.limits, begin)
         except Unavailable as error:
             row = Row(case, EVERYONE, "skipped", str(error))
         except CaseFailed as error:
             row = Row(case, EVERYONE, "failed", str(error))
         except ContextLost as error:
-            known = [p.name for p in self.providers] + list(LOSSES)
+            known = [p.name for p in self.providers] + [name for group in OWN.values() for name in group.providers]
             begin(error.provider if error.provider in known else f"{EVERYONE}, {error.provider}")
             if self.record:
                 self.record.blame(error.reason)
@@ -173,8 +172,8 @@ def pytest_generate_tests(metafunc):
 
 
 def names_of(case: Case, names: list[str]) -> list[str]:
-    if case.group == "training step":
-        return list(LOSSES)
+    if own := OWN.get(case.group):
+        return list(own.providers)
     return [name for name in names if name in OURS_ALONE] if case.ours else names
 
 

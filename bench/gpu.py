@@ -40,10 +40,10 @@ import torch
 from srft_kernels.rows import tuning
 
 from .environment import ROOT, environment
+from .groups import every_case
 from .measure import EVERYONE, Row
 from .providers import OURS
 from .record import Record
-from .step import every_case
 from .table import HEADER
 from .timing import LOST
 from .tune import merged

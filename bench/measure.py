@@ -21,12 +21,12 @@ import torch
 from . import memory, timing
 from .cases import TASKS, Case
 from .inputs import Inputs, Unavailable, make
-from .providers import COMPILED, FILTERED, OURS, Provider, bare_products
+from .providers import FILTERED, OURS, Provider, bare_products
 from .truth import Truth, truth
 
 ROUNDS = {"cuda": 12, "cpu": 7}
 MOST = {"cuda": 12.0, "cpu": 5.0}  # seconds of rounds per case
-OURS_ALONE = (OURS.name, FILTERED.name, COMPILED.name, "eager")
+OURS_ALONE = (OURS.name, FILTERED.name, "eager")
 EVERYONE = "all providers"  # stands for them in the row of a case that none of them could be measured on
 GRACE = 5.0  # seconds past the deadline in which a provider may end what it has begun
 OWN_CODE = 64 * 2**20  # bytes: less than this, taken from the driver in one case, is the kernels' code
@@ -179,17 +179,22 @@ def time_all(
         rows[name].status, rows[name].reason = "failed", f"while it was timed: {reason}"
     floor_times = times.pop(products)
     for name, measured in times.items():
-        middle, spread = timing.ratio(measured, floor_times)
-        rows[name].seconds = measured
-        rows[name].extra |= {
-            "ratio_to_products": middle,
-            "tflops": case.flops / statistics.median(measured) / 1e12,
-            "products_seconds": statistics.median(floor_times),
-        } | timing.noise(spread, busy, device)
+        set_times(rows[name], measured, floor_times, busy, device)
     if kind == "cuda" and not case.ours and OURS.name in times:
         with stage("hot L2", device):
             hot, hot_floor = (timing.hot_seconds(call, inputs, device) for call in (calls[OURS.name], floor))
         rows[OURS.name].extra |= {"hot_seconds": hot, "hot_products_seconds": hot_floor}
+
+
+def set_times(row: Row, measured: list[float], floor: list[float], busy: float, device: str) -> None:
+    """busy: the part of the processors' time that others took meanwhile."""
+    middle, spread = timing.ratio(measured, floor)
+    row.seconds = measured
+    row.extra |= {
+        "ratio_to_products": middle,
+        "tflops": row.case.flops / statistics.median(measured) / 1e12,
+        "products_seconds": statistics.median(floor),
+    } | timing.noise(spread, busy, device)
 
 
 def examine(
@@ -207,13 +212,9 @@ def examine(
     outside: what `memory.outside_bytes` was before the provider was loaded.
     """
     results = call(inputs)  # compiles, tunes, warms up
-    errors = reference.errors(results)
+    right = judge(row, results, reference, dtype)
     kept = sum(t.numel() * t.element_size() for name in ("dx", "dW") if (t := results.get(name)) is not None)
-    row.extra |= description(row.case, dtype)
-    row.extra |= {"error": max(errors.values(), default=math.inf), "errors": errors}
-    row.extra |= {"allowed": {name: reference.allowed[name] for name in errors}, "unchecked": reference.unchecked}
-    if why := reference.verdict(errors):
-        row.status, row.reason = "wrong", why
+    if not right:
         return
     del results
     release(device)
@@ -226,6 +227,17 @@ def examine(
     row.extra |= peaks(peak - kept, OUTSIDE[row.provider], device) | {"returned_bytes": kept}
     if 3 * took > limits.each:
         row.status, row.reason = "skipped", f"a call takes {took:.1f} s: three rounds would be past {limits.each:g} s"
+
+
+def judge(row: Row, results: dict[str, Any], reference: Truth, dtype: torch.dtype) -> bool:
+    """Whether the results are as exact as they have to be; the row tells how exact."""
+    errors = reference.errors(results)
+    row.extra |= description(row.case, dtype)
+    row.extra |= {"error": max(errors.values(), default=math.inf), "errors": errors}
+    row.extra |= {"allowed": {name: reference.allowed[name] for name in errors}, "unchecked": reference.unchecked}
+    if why := reference.verdict(errors):
+        row.status, row.reason = "wrong", why
+    return not why
 
 
 # Bytes that each provider has taken from the driver, around torch's allocator, and kept. Buffers that a package makes
@@ -274,4 +286,4 @@ def release(device: str) -> None:
 def everyone() -> list[Provider]:
     from .peers import PEERS
 
-    return [OURS, FILTERED, COMPILED, *PEERS]
+    return [OURS, FILTERED, *PEERS]

@@ -34,6 +34,7 @@ GROUPS = (
     "peak memory",
     "1 M tokens",
     "training step",
+    "sharded",
 )
 INTRO = """# Performance
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ import srft_kernels as sk
 from srft_kernels.functional import LossOutput
 
 from . import memory, timing
-from .cases import Case, Shape, cases
+from .cases import Case, Shape
 from .inputs import Unavailable, make
 from .measure import EVERYONE, Limits, Row, attempt, default_dtype, kind_of, release, stage, time_all
 from .truth import TOLERANCE
@@ -63,13 +63,6 @@ def step_case(device: str) -> Case:
     shape = Shape(0, model["hidden_size"], model["vocab_size"])  # as many tokens as the rollouts happen to have
     note = "rollouts not included; × products: of the head alone; TFLOP/s: 6 × (backbone + head) × tokens, no attention"
     return Case("training step", "srft", shape, "rollouts", note=note)
-
-
-def every_case(device: str) -> list[Case]:
-    """Those of cases.py, and the training step behind the first ones, which compare everybody."""
-    found = cases(device)
-    main = next((i for i, case in enumerate(found) if case.group == "masked batches"), len(found))
-    return [*found[:main], step_case(device), *found[main:]]
 
 
 class Recorded:
@@ -143,6 +136,7 @@ def measure_step(
     rounds: int | None = None,
     limits: Limits | None = None,
     begin: Callable[[str], None] = lambda provider: None,
+    left_out: Collection[str] = (),
     losses: dict[str, Callable[..., LossOutput]] = LOSSES,
 ) -> list[Row]:
     """A row per loss function, as `measure.measure`. Raises Unavailable, CaseFailed, ContextLost."""
@@ -164,6 +158,8 @@ def measure_step(
     rows: dict[str, Row] = {}
     calls: dict[str, Callable[..., Any]] = {}
     for name, loss_function in losses.items():
+        if name in left_out:
+            continue
         row = rows[name] = Row(case, name, "ok")
         begin(name)
         with attempt(row, device, limits):

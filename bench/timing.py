@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,11 +63,17 @@ def rotation(inputs: Inputs, device: str) -> list[Inputs]:
 
 
 def take_turns(
-    calls: dict[str, Callable[[Inputs], object]], inputs: Sequence[Inputs], device: str, rounds: int, most: float
+    calls: dict[str, Callable[[Inputs], object]],
+    inputs: Sequence[Inputs],
+    device: str,
+    rounds: int,
+    most: float,
+    clock: Callable[[Callable[[], Any], str], float] = seconds,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """(seconds of each call in each round, what the calls that failed said: they have no seconds).
 
     Turns go forwards and backwards; fewer rounds (3 at least) past `most` seconds. Raises ContextLost.
+    clock(call, device): how long the call took.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     failed: dict[str, str] = {}
@@ -82,7 +89,7 @@ def take_turns(
             for name in list(times)[:: 1 if turn % 2 == 0 else -1]:
                 now = next(given)
                 try:
-                    times[name].append(seconds(lambda call=calls[name], now=now: call(now), device))
+                    times[name].append(clock(lambda call=calls[name], now=now: call(now), device))
                 except Exception as error:
                     check_context(device, name, error)
                     failed[name] = told(error)

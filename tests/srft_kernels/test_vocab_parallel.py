@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 from dataclasses import replace
 
@@ -11,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 import srft_kernels as sk
+from bench.ranks import Ranks
 from srft_kernels import checks
 
 from .cases import FP16_KINDS, KINDS, Problem, Result, assert_exact, eager, ours, problem, truth
-from .ranks import Ranks
 from .test_exactness import columns_of, everything
 
 PADDING = 7  # head rows that do not exist, beside those of a problem's own
@@ -309,6 +311,29 @@ def test_ranks_outside_of_the_group_do_not_call(ranks):
     found = whole(found, p)
     for name in "xW":
         torch.testing.assert_close(found[name], one[name], rtol=1e-5, atol=1e-6)
+
+
+def copies_of_a_module(p: Problem) -> tuple[list[float], str]:
+    """Losses of a module, of a copy, and of what was saved without its group; what saving it with one says."""
+    p = part(p)
+    module = sk.SRFTLoss(sk.sft(), **p.head)
+    copied = copy.deepcopy(torch.nn.ModuleList([module, module]))
+    assert copied[0] is copied[1] and copied[0] is not module and copied[0].options is not module.options
+    assert copied.state_dict() == {} and not copied.load_state_dict({}).missing_keys
+    with pytest.raises(TypeError) as refused:
+        pickle.dumps(module)
+    group = module.options.pop("group")
+    loaded = pickle.loads(pickle.dumps(module))
+    module.options["group"] = loaded.options["group"] = group
+    return [each(p.input, p.weight, p.target).loss.item() for each in (module, copied[0], loaded)], str(refused.value)
+
+
+def test_copies_of_a_module_share_its_group_and_saving_it_is_refused(ranks):
+    p = problem(tokens=15)
+    one = sk.linear_loss(p.input, p.weight, p.target, sk.sft(), **p.head).loss.item()
+    for losses, refused in ranks(copies_of_a_module, p):
+        assert losses == pytest.approx([one] * 3, rel=1e-6)
+        assert re.match(r"SRFTLoss\(group=...\) holds a process group.*: save its state_dict\(\)", refused)
 
 
 # What is wrong

@@ -1,0 +1,32 @@
+"""Every case in its order, and the groups that are measured in a way of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .cases import Case, cases
+from .measure import Row
+from .sharded import NAMES, measure_sharded, sharded_case
+from .step import LOSSES, measure_step, step_case
+
+
+class Group(NamedTuple):
+    """measure: as `measure.measure`, but for case and providers, which it knows."""
+
+    case: Callable[[str], Case]
+    measure: Callable[..., list[Row]]
+    providers: tuple[str, ...]
+
+
+OWN = {
+    "training step": Group(step_case, measure_step, tuple(LOSSES)),
+    "sharded": Group(sharded_case, measure_sharded, NAMES),
+}
+
+
+def every_case(device: str) -> list[Case]:
+    """Those of cases.py, and the groups of their own behind the first ones, which compare everybody."""
+    found = cases(device)
+    main = next((i for i, case in enumerate(found) if case.group == "masked batches"), len(found))
+    return [*found[:main], *(group.case(device) for group in OWN.values()), *found[main:]]
