@@ -21,12 +21,12 @@ import torch
 from . import memory, timing
 from .cases import TASKS, Case
 from .inputs import Inputs, Unavailable, make
-from .providers import FILTERED, OURS, Provider, bare_products
+from .providers import COMPILED, FILTERED, OURS, Provider, bare_products
 from .truth import Truth, truth
 
 ROUNDS = {"cuda": 12, "cpu": 7}
 MOST = {"cuda": 12.0, "cpu": 5.0}  # seconds of rounds per case
-OURS_ALONE = (OURS.name, FILTERED.name, "eager")
+OURS_ALONE = (OURS.name, FILTERED.name, COMPILED.name, "eager")
 EVERYONE = "all providers"  # stands for them in the row of a case that none of them could be measured on
 GRACE = 5.0  # seconds past the deadline in which a provider may end what it has begun
 OWN_CODE = 64 * 2**20  # bytes: less than this, taken from the driver in one case, is the kernels' code
@@ -286,4 +286,4 @@ def release(device: str) -> None:
 def everyone() -> list[Provider]:
     from .peers import PEERS
 
-    return [OURS, FILTERED, *PEERS]
+    return [OURS, FILTERED, COMPILED, *PEERS]
