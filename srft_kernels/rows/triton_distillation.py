@@ -15,9 +15,10 @@ from ..head import Head
 from .triton_kernels import _logits
 from .triton_rows import _device_of, _order, _over, _temperature
 
-# Columns per loop step: two rows of them are in registers, so half of what a kernel of one row takes.
-MAX_BLOCK = 2048
-ELEMENTS_PER_WARP = 512
+# Columns per loop step, and of each row per warp: 8 of both rows in a thread's registers. With 16, and 2048 a step, the
+# compiler spilled some (two row numbers, to fit one more program) and fewer warps were resident: kernel-notes.md.
+MAX_BLOCK = 1024
+ELEMENTS_PER_WARP = 256
 
 
 # ---------------------------------------------------------------------------------------------------- device code
