@@ -15,14 +15,14 @@ from . import (
     functional,
     operators,  # noqa: F401  defines those of torch.ops
 )
-from .engine import weighted_sum
+from .engine import weighted_loss
 from .extras import Extras, TokenExtras
 from .objectives import CrossEntropy
 from .options import BUILT_IN, EXTRAS, STATISTICS, Options, encoded, in_one_pass, metric_names, result_names
 from .output import LossOutput
 from .pack import pack, token_local
 from .prepare import Arguments
-from .tokens import Tokens, TokenStats, per_token_loss
+from .tokens import Tokens, TokenStats
 
 
 def linear_loss(a: Arguments) -> LossOutput:
@@ -100,7 +100,7 @@ def _traced_loss(a: Arguments) -> LossOutput:
         weight = checks.shaped_like_target("token_weight", weight, a.target).reshape(-1).to(dtype)
     tokens, live = Tokens(target.reshape(-1), **columns), None if live is None else live.reshape(-1)
     rows, _ = pack(tokens, live, weight, a.objective, dtype, None, compact=False)
-    loss = weighted_sum(per_token_loss(a.objective, stats, rows.tokens), rows.weight)
+    loss = weighted_loss(a.objective, stats, rows)
     extras = _token_extras(a, found)
 
     def metrics() -> dict[str, Tensor]:

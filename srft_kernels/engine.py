@@ -27,8 +27,8 @@ from .gemm import HeadProducts, accumulation_dtype
 from .head import Head
 from .pack import Rows
 from .plan import Plan
-from .rows import Normalizer, aligned_size, backend, has_triton, in_three_steps
-from .tokens import TokenStats, per_token_loss
+from .rows import Normalizer, aligned_size, backend, in_three_steps, runs_triton
+from .tokens import TokenStats, crosses, per_token_loss
 from .vocab_parallel import Shard, ShardedRows
 
 
@@ -301,6 +301,14 @@ def weighted_sum(loss: Tensor, weight: Tensor) -> Tensor:
     return torch.where(weight == 0, 0, loss * weight).sum()
 
 
+def weighted_loss(objective: Any, stats: TokenStats, rows: Rows) -> Tensor:
+    """Σ weight · loss of the rows. A weight of 0 silences the gradient too, which may be 0 · NaN."""
+    if not crosses(objective, rows.tokens):
+        silent = rows.weight == 0
+        stats = stats.map(lambda field: torch.where(silent, field.detach(), field))
+    return weighted_sum(per_token_loss(objective, stats, rows.tokens), rows.weight)
+
+
 def _chunks(call: Call):
     """Chunks of the rows with gradient, then of the rest."""
     if call.chunks is not None:
@@ -359,7 +367,7 @@ def _scaled_(gradient: Tensor, factor: Tensor) -> Tensor:
     """gradient · factor, in place; in most training factor is exactly 1 and nothing is read or written."""
     if gradient.device.type == "cpu":
         return gradient if factor.item() == 1 else gradient.mul_(factor.item())
-    if gradient.is_cuda and gradient.dtype != torch.float64 and has_triton():
+    if runs_triton(gradient.device, gradient.dtype):
         return backend("triton").scale_(gradient, factor)
     # not mul_(factor), which would first round the factor to a 16-bit gradient's type
     return gradient.copy_(gradient.to(accumulation_dtype(gradient.dtype)) * factor)

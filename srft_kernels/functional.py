@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import checks
-from .engine import Call, OnePass, Statistics, weighted_sum
+from .engine import Call, OnePass, Statistics, weighted_loss
 from .extras import Extras
 from .objectives import CrossEntropy
 from .output import LossOutput
@@ -254,7 +254,7 @@ def _weighted_loss(tensors: Tensors, call: Call) -> tuple[Tensor, TokenStats]:
         loss, *fields = OnePass.apply(*tensors, call)
         return loss, TokenStats(*fields)
     stats = _statistics(tensors, call)
-    return weighted_sum(per_token_loss(call.objective, stats, call.rows.tokens), call.rows.weight), stats
+    return weighted_loss(call.objective, stats, call.rows), stats
 
 
 def _statistics(tensors: Tensors, call: Call) -> TokenStats:

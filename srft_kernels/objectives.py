@@ -7,6 +7,8 @@ PyTorch; the engine differentiates it on n-long vectors and needs to know nothin
                   shows it all tokens at once, in two passes. Default True: it sees a slice of the tokens at a time.
     scope         method of the annotations, finer than token_local: "token", "sequence" (a token's loss depends on the
                   tokens that share its `sequence_ids`) or "batch"
+    crosses       False where no token's loss has a gradient to another token's statistics, which it reads as constants.
+                  Default: what is not token-local crosses; then a token of weight 0 may have a gradient
     reads_live    True where an objective that is not token-local leaves tokens out that are not `tokens.live`
     requires      method of the given annotations: names it cannot do without, checked before any work
     inactive      method of the annotations: True where a token surely has no gradient, so that its row can be left
@@ -52,6 +54,7 @@ class Objective:
     correction: Correction | None = None
     max_probability: float | None = None
 
+    crosses = False
     reads_live = True
 
     def __post_init__(self):

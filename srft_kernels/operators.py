@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import output
-from .engine import Call, _fp16_scale, _plain_matmul, first_pass, one_pass, second_pass, weighted_sum
+from .engine import Call, _fp16_scale, _plain_matmul, first_pass, one_pass, second_pass, weighted_loss
 from .gemm import accumulation_dtype
 from .options import GRADIENTS, STATISTICS, Options, decoded, metric_names, result_names
 from .pack import Rows
@@ -153,8 +153,9 @@ def _made(o: Options, call: Call, spread: Any, stats: TokenStats) -> tuple[Tenso
     """What is differentiated, from the packed rows' statistics."""
     if o.made == "statistics":
         return stats.map(spread).fields()
-    losses = per_token_loss(call.objective, stats, call.rows.tokens)
-    return (weighted_sum(losses, call.rows.weight) if o.made == "loss" else spread(losses),)
+    if o.made == "loss":
+        return (weighted_loss(call.objective, stats, call.rows),)
+    return (spread(per_token_loss(call.objective, stats, call.rows.tokens)),)
 
 
 def _coefficients(

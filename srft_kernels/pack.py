@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .head import Head
-from .tokens import Tokens
+from .tokens import Tokens, token_local
 
 
 @dataclass(frozen=True)
@@ -121,12 +121,6 @@ def _tempered(tokens: Tokens) -> Tokens:
     if (temperature := tokens.get("temperature")) is None:
         return tokens
     return tokens.replace(temperature=torch.where(tokens.live, temperature, 1))
-
-
-def token_local(objective: Any, tokens: Tokens) -> bool:
-    """Whether a token's loss depends on that token alone."""
-    local = getattr(objective, "token_local", True)
-    return local(tokens) if callable(local) else local
 
 
 def sequence_chunks(rows: Rows, chunk_rows: int) -> tuple[slice, ...] | None:

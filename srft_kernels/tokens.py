@@ -77,6 +77,17 @@ class Tokens:
         return Tokens(**{**self._columns, **columns})
 
 
+def token_local(objective: Any, tokens: Tokens) -> bool:
+    """Whether a token's loss depends on that token alone."""
+    local = getattr(objective, "token_local", True)
+    return local(tokens) if callable(local) else local
+
+
+def crosses(objective: Any, tokens: Tokens) -> bool:
+    """Whether a token's loss may have a gradient to other tokens' statistics."""
+    return getattr(objective, "crosses", not token_local(objective, tokens))
+
+
 def coefficients(
     objective: Any, stats: TokenStats, tokens: Tokens, weight: Tensor
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
@@ -91,8 +102,10 @@ def coefficients(
         if not loss.requires_grad:  # e.g. a part that is switched off
             return loss, (None,) * len(leaves.fields())
         grads = torch.autograd.grad(loss, leaves.fields(), grad_outputs=weight.to(loss.dtype), allow_unused=True)
-    silent = weight == 0  # whatever its derivative is, infinite or not
-    return loss.detach(), tuple(None if g is None else torch.where(silent, 0, g) for g in grads)
+    if not crosses(objective, tokens):
+        silent = weight == 0  # whatever its derivative is, infinite or not
+        grads = tuple(None if g is None else torch.where(silent, 0, g) for g in grads)
+    return loss.detach(), grads
 
 
 def per_token_loss(objective: Any, stats: TokenStats, tokens: Tokens) -> Tensor:

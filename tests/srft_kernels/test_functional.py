@@ -282,26 +282,6 @@ def test_no_live_token(shape, passes):
             assert grad.shape == tensor.shape and (grad == 0).all()
 
 
-@pytest.mark.parametrize("passes", [1, 2])
-def test_weight_zero_silences_an_infinite_loss(passes):
-    """Rows that count for nothing add nothing, however bad they are: here ℓ = −inf and r = ∞."""
-    x, w = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
-    bias = torch.tensor([0.0, 0, 0, 0, -torch.inf])
-    weight = torch.tensor([1.0, 1.0, 0.0])
-    for objective, old in ((sk.sft(), torch.zeros(3)), (sk.grpo(), torch.tensor([0.0, 0.0, -1e4]))):
-        y = torch.tensor([0, 1, 4 if objective == sk.sft() else 2])
-        out = sk.linear_loss(
-            x, w, y, objective, linear_bias=bias, token_weight=weight, advantages=torch.ones(3), old_logprobs=old,
-            plan=sk.Plan(passes=passes),
-        )  # fmt: skip
-        two = sk.linear_loss(
-            x[:2], w, y[:2], objective, linear_bias=bias, token_weight=weight[:2], advantages=torch.ones(2),
-            old_logprobs=old[:2],
-        )  # fmt: skip
-        torch.testing.assert_close(out.loss, two.loss)
-        torch.testing.assert_close(torch.autograd.grad(out.loss, (x, w)), torch.autograd.grad(two.loss, (x, w)))
-
-
 # ---------------------------------------------------------------------------------------------------------- autograd
 
 
