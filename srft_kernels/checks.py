@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .extras import Extras
 from .plan import Plan
+from .rows import TRITON_DEVICES
 from .tokens import Tokens
 
 # What built-in objectives read, each as a keyword argument.
@@ -211,7 +212,7 @@ def backend(plan: Plan, input: Tensor, compute: torch.dtype) -> None:
         return
     if compute == torch.float64:
         raise TypeError("Plan(backend='triton') works in fp32, but input is fp64: use backend='torch'")
-    if not input.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if input.device.type not in TRITON_DEVICES and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             f"Plan(backend='triton'), but input is on {input.device}: move it to a GPU, use backend='torch', or set "
             "TRITON_INTERPRET=1 before importing triton, to run its interpreter"

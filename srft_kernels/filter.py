@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .gemm import HeadProducts
-from .rows import has_triton
+from .rows import runs_triton
 
 SAMPLE = 16  # tokens of a chunk, at even distances
 
@@ -95,7 +95,7 @@ class Filtered:
 
     def _add_if(self, dense: Tensor, total: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """total (m, n) += a (m, k) · b (k, n) where `dense` () holds."""
-        if total.device.type in ("cuda", "xpu") and total.dtype != torch.float64 and has_triton():
+        if runs_triton(total.device, total.dtype):
             from .rows.triton_residual import add_product_
 
             return add_product_(total, a, b, dense)

@@ -1,6 +1,6 @@
 """The three matrix products of a loss head, with fp32 results from inputs of any type.
 
-16-bit inputs are multiplied at their own rate where the device can return fp32 (CUDA); elsewhere they are widened
+16-bit inputs are multiplied at their own rate where the device can return fp32 (`mixes`); elsewhere they are widened
 first: the head once per call (V·H fp32 numbers), the hidden states chunk by chunk.
 """
 
@@ -19,7 +19,7 @@ class HeadProducts:
 
     def __init__(self, weight: Tensor, compute: torch.dtype):
         self.dtype = accumulation_dtype(compute)
-        self.mixed = compute != self.dtype and weight.is_cuda
+        self.mixed = mixes(weight.device, compute)
         self.compute = compute if self.mixed else self.dtype
         self.weight = weight.to(self.compute)
 
@@ -57,6 +57,11 @@ class HeadProducts:
             torch.mm(dlogits.t(), x, out=total)
         else:
             total.addmm_(dlogits.t(), x)
+
+
+def mixes(device: torch.device, compute: torch.dtype) -> bool:
+    """Whether 16-bit operands give fp32 results as they are: torch need not have such products but on CUDA."""
+    return device.type == "cuda" and compute != accumulation_dtype(compute)
 
 
 def accumulation_dtype(compute: torch.dtype) -> torch.dtype:

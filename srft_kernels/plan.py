@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 
 from .filter import Filter
-from .gemm import accumulation_dtype
-from .rows import aligned_size, has_triton
+from .gemm import accumulation_dtype, mixes
+from .rows import aligned_size, runs_triton
 
 MIB = 2**20
-# Enough rows for the products to run at full rate, in memory that nobody misses. Measured for CPU; on GPUs the
+# Enough rows for the products to run at full rate, in memory that nobody misses. Measured for CPU; on accelerators the
 # weight-gradient product reads and writes its V·H accumulator once per chunk, so chunks there are larger.
-WORKSPACE = {"cpu": 40_000_000, "cuda": 1024 * MIB}
+CPU_WORKSPACE, WORKSPACE = 40_000_000, 1024 * MIB
 MIN_CHUNK_ROWS = 64
 BLOCK_BYTES = 4 * MIB  # of logits per block of the torch row backend: about the L2 caches of two cores
 
@@ -82,16 +82,22 @@ class Plan:
         """The plan for `tokens` rows of size `hidden` against a head of `vocab` entries.
 
         `workspace_bytes` bounds the logits that exist at one time (and their scratch); by default 40 MB on CPU and
-        1 GiB on GPU, but no fewer than 64 rows. The fp32 accumulator of a 16-bit head's gradient comes on top, and
-        is counted in the plan's `workspace_bytes`; a bf16 head on a GPU needs none where one chunk holds all tokens.
+        1 GiB elsewhere, but no fewer than 64 rows. What a 16-bit head takes in fp32 comes on top, and is counted in the
+        plan's `workspace_bytes`: the accumulator of its gradient, which a bf16 head on CUDA does without where one
+        chunk holds all tokens, and outside of CUDA the head itself, widened.
+
+        Triton rows where Triton drives the device (CUDA, ROCm, XPU) and is installed, but for fp64; PyTorch rows on all
+        others. A TypeError for fp64 on MPS, which has none.
         """
         device = torch.device(device)
+        if device.type == "mps" and dtype == torch.float64:
+            raise TypeError("MPS has no fp64: take fp32, or a plan for the CPU")
         itemsize = accumulation_dtype(dtype).itemsize
         row_bytes = aligned_size(max(vocab, 1)) * itemsize
         block_rows = max(1, min(BLOCK_BYTES // row_bytes, 64))
-        triton = device.type == "cuda" and dtype != torch.float64 and has_triton()
+        triton = runs_triton(device, dtype)
         if workspace_bytes is None:
-            budget, least = WORKSPACE["cpu" if device.type == "cpu" else "cuda"], MIN_CHUNK_ROWS
+            budget, least = CPU_WORKSPACE if device.type == "cpu" else WORKSPACE, MIN_CHUNK_ROWS
         else:
             budget, least = workspace_bytes, 1
             block_rows = max(1, min(block_rows, budget // (4 * row_bytes)))
@@ -104,10 +110,11 @@ class Plan:
         else:
             rows = max(1, min(rows, tokens))
         narrow = dtype.itemsize < itemsize
-        single = device.type == "cuda" and dtype == torch.bfloat16 and rows >= tokens and filter is None
+        mixed = mixes(device, dtype)
+        single = mixed and dtype == torch.bfloat16 and rows >= tokens and filter is None
         accumulator = 0 if single else narrow * vocab * hidden * itemsize
         gathered = round((rows * row_bytes + 2 * vocab * hidden * itemsize) * filter.columns) if filter else 0
-        widened = accumulator if narrow and device.type == "cpu" else 0
+        widened = 0 if mixed else accumulator
         return cls(
             backend="triton" if triton else "torch",
             chunk_rows=rows,

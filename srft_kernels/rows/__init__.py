@@ -14,6 +14,7 @@ from ..head import Head
 from ..tokens import Tokens, TokenStats, coefficients
 
 BACKENDS = ("torch", "triton")
+TRITON_DEVICES = ("cuda", "xpu")  # that Triton compiles for; torch calls ROCm's cuda too
 
 # Rows of a logits buffer start at multiples of this many numbers, so that loads are 16 bytes wide for any vocabulary.
 ROW_ALIGNMENT = 16
@@ -62,6 +63,11 @@ def in_three_steps(
 
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def runs_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels run there without being asked for: where Triton is installed, but not in fp64."""
+    return device.type in TRITON_DEVICES and dtype != torch.float64 and has_triton()
 
 
 def backend(name: str) -> ModuleType:

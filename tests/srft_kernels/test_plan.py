@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import srft_kernels as sk
+from srft_kernels import checks, rows
 
 from .cases import problem
 
@@ -33,6 +34,43 @@ def test_bar_of_the_default_on_cpu():
 def test_16_bit_heads_count_their_accumulator():
     narrow, wide = (sk.Plan.choose(64, 512, 1000, t, "cpu").workspace_bytes for t in (torch.bfloat16, torch.float32))
     assert narrow - wide == 2 * 512 * 1000 * 4  # the fp32 gradient, and the head widened
+
+
+@pytest.mark.parametrize(
+    "device, backend",
+    [("cuda", "triton"), ("cuda:1", "triton"), ("xpu", "triton"), ("cpu", "torch"), ("mps", "torch"), ("hpu", "torch")],
+)
+def test_triton_rows_where_triton_drives_the_device(monkeypatch, device, backend):
+    monkeypatch.setattr(rows, "has_triton", lambda: True)
+    plans = [sk.Plan.choose(8192, 512, 64000, t, device) for t in (torch.float32, torch.bfloat16)]
+    assert {plan.backend for plan in plans} == {backend}
+    gibibyte = 2**30 // (64000 * 4)  # of logits: memory that nobody misses on an accelerator
+    assert all((plan.chunk_rows < 400) if device == "cpu" else gibibyte - 128 < plan.chunk_rows for plan in plans)
+    monkeypatch.setattr(rows, "has_triton", lambda: False)
+    assert sk.Plan.choose(8192, 512, 32000, torch.float32, device).backend == "torch"
+
+
+def test_fp64_has_torch_rows_and_none_on_mps(monkeypatch):
+    monkeypatch.setattr(rows, "has_triton", lambda: True)
+    for device in ("cuda", "xpu", "cpu"):
+        assert sk.Plan.choose(64, 8, 100, torch.float64, device).backend == "torch"
+    with pytest.raises(TypeError, match="MPS has no fp64: take fp32"):
+        sk.Plan.choose(64, 8, 100, torch.float64, "mps")
+
+
+def test_16_bit_heads_are_widened_where_products_cannot_return_fp32():
+    head = 512 * 1000 * 4
+    for device, copies in (("cuda", 0), ("xpu", 2), ("mps", 2)):  # the gradient in fp32, and the head itself
+        narrow, wide = (
+            sk.Plan.choose(64, 512, 1000, t, device).workspace_bytes for t in (torch.bfloat16, torch.float32)
+        )
+        assert narrow - wide == copies * head
+
+
+def test_triton_rows_are_refused_where_it_cannot_compile(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="input is on meta: move it to a GPU, use backend='torch'"):
+        checks.backend(sk.Plan(backend="triton"), torch.empty(3, device="meta"), torch.float32)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5, 8, 9, 100])
