@@ -194,7 +194,14 @@ def test_before(index, monkeypatch):
         torch.compiler.set_stance("default")
 
 
-LIGER = rows("Liger")
+LIGER, TRL = rows("Liger"), rows("TRL")
+
+
+def test_every_row_of_the_packages_tables_is_run():
+    """11 options of Liger and 2 outputs of TRL; a row that `rows` cannot read would be no test, and no failure."""
+    assert (len(LIGER), len(TRL)) == (11, 2)
+    lines = re.findall(r"^\| .+ \|$", PAGE[PAGE.index("## Liger:") :], flags=re.MULTILINE)
+    assert len(lines) == 11 + 2 + 3  # the heads of three tables
 
 
 def of_row(option: str) -> dict[str, Tensor]:
@@ -273,9 +280,6 @@ def test_option_of_liger_there(option, compiled_semantics):
     if option.startswith("return_"):
         found = getattr(found, option.removeprefix("return_").removesuffix("=True"))
     compare_one(found, of_liger_row(option, names), names)
-
-
-TRL = rows("TRL")
 
 
 @pytest.mark.parametrize("output, here", TRL, ids=[output for output, _ in TRL])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import srft_kernels as sk
 
@@ -53,6 +54,9 @@ COMMON = [
     ({"temperature": "1"}, ValueError, "temperature must be a positive number, found '1'"),
     ({"softcap": -30.0}, ValueError, "softcap must be a positive number, found -30.0"),
     ({"plan": "one pass"}, TypeError, "plan must be a Plan, found 'one pass': see Plan.choose"),
+    # process groups
+    ({"group": "world"}, TypeError, "group must be a process group of torch.distributed .* found 'world': pass"),
+    ({"group": dist.ProcessGroup(0, 1)}, ValueError, r"group was given, but .* call init_process_group\(\) first"),
 ]  # fmt: skip
 
 LOSS = [
@@ -124,6 +128,37 @@ def test_user_callables_may_take_annotations_of_any_name():
     """A name close to a built-in one is a slip only for objectives that say what they read."""
     out = sk.linear_loss(X, W, Y, lambda stats, tokens: -stats.logprobs * tokens.reward, reward=torch.ones(6))
     assert out.loss > 0
+
+
+@pytest.fixture
+def one_rank():
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_extras_of_a_divided_head(one_rank):
+    assert sk.linear_logprobs(X, W, Y, group=one_rank).logprobs.isfinite().all()
+    for function, more in ((sk.linear_logprobs, ()), (sk.linear_loss, (sk.sft(),))):
+        with pytest.raises(ValueError, match=r"extras= with group= is not supported: .* drop one of the two"):
+            function(X, W, Y, *more, group=one_rank, extras=sk.Extras(rank=True))
+
+
+def test_a_head_that_is_a_dtensor(one_rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    divided = DTensor.from_local(W, init_device_mesh("cpu", (1,)), [Shard(0)])
+    for changes in ({"linear_weight": divided}, {"input": divided}):
+        name = next(iter(changes))
+        refused(sk.linear_logprobs, changes, TypeError, rf"{name} is a DTensor, divided .* as \(Shard\(dim=0\),\)")
+
+
+def test_candidates_on_another_device():
+    extras = sk.Extras(candidates=torch.zeros(6, 2, dtype=torch.long, device=META))
+    message = r"Extras\(candidates=...\) is on meta but target on cpu: move it"
+    refused(sk.linear_logprobs, {"extras": extras}, ValueError, message)
 
 
 def test_missing_triton_is_told(monkeypatch):
