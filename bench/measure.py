@@ -24,7 +24,7 @@ from .inputs import Inputs, Unavailable, make
 from .providers import COMPILED, FILTERED, OURS, Provider, bare_products
 from .truth import Truth, truth
 
-ROUNDS = {"cuda": 12, "cpu": 7}
+ROUNDS = {"cuda": 12, "cpu": 9}
 MOST = {"cuda": 12.0, "cpu": 5.0}  # seconds of rounds per case
 OURS_ALONE = (OURS.name, FILTERED.name, COMPILED.name, "eager")
 EVERYONE = "all providers"  # stands for them in the row of a case that none of them could be measured on

@@ -1,7 +1,8 @@
 """Time and noise. Providers of a case and its floor take turns: what else the machine does hits them alike.
 
-On CUDA the clock is a pair of events around the call with the stream drained before, on CPU `perf_counter`. Every call
-gets the next of some copies of the inputs, which together pass the L2 cache twice.
+On CUDA the clock is a pair of events around the call with the stream drained before, and every call gets the next of
+some copies of the inputs, which together pass the L2 cache twice. On CPU it is `perf_counter`, and every round has
+another copy: where in memory a head happens to lie moves its products by a tenth, run after run alike.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ import torch
 
 from .inputs import Inputs
 
+COPIES = 2  # on CPU
 BUSY = 0.1  # of the processors' time taken by others: every round may be slow alike
 LOST = 17  # exit status of a process that ends because of ContextLost
-NOISE = {"cuda": 0.05, "cpu": 0.15}  # what two runs may differ by in a ratio to the floor
+# What two runs may differ by in a ratio to the floor is 5 % on CUDA and 15 % on CPU. Each may be off by its spread.
+NOISE = {"cuda": 0.05, "cpu": 0.1}
 
 
 class TimeUp(BaseException):
@@ -55,9 +58,9 @@ def seconds(call: Callable[[], object], device: str) -> float:
 
 
 def rotation(inputs: Inputs, device: str) -> list[Inputs]:
-    """The inputs and copies of them: between two calls on one of these, the others have filled the L2 twice."""
+    """The inputs and copies of them: on CUDA, between two calls on one, the others have filled the L2 twice."""
     if not device.startswith("cuda"):
-        return [inputs]
+        return [inputs, *(inputs.copy() for _ in range(COPIES))]
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return [inputs] + [inputs.copy() for _ in range(max(1, -(-2 * cache // inputs.bytes)))]
 
@@ -87,7 +90,7 @@ def take_turns(
             if turn >= 3 and time.perf_counter() - started > most:
                 break
             for name in list(times)[:: 1 if turn % 2 == 0 else -1]:
-                now = next(given)
+                now = next(given) if device.startswith("cuda") else inputs[turn % len(inputs)]
                 try:
                     times[name].append(clock(lambda call=calls[name], now=now: call(now), device))
                 except Exception as error:
