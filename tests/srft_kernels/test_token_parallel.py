@@ -119,6 +119,41 @@ def test_called_in_the_forward_of_a_wrapped_module(ranks, tied, wrapper):
             torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
 
 
+def of_pipeline() -> dict[str, Tensor]:
+    """Gradients by name of this rank's layers, with microbatches passing through all ranks; the last has the head."""
+    torch.manual_seed(0)
+    layers = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(4))
+    head = torch.nn.Linear(8, 40, bias=False)
+    x, target = torch.randn(6, 5, 8), torch.randint(40, (6, 5)).index_fill(0, torch.tensor([2]), -100)
+    live = (target >= 0).sum()  # of the whole step, which a stage sees only in parts
+
+    def loss_of(hidden: Tensor, target: Tensor) -> Tensor:
+        weight = torch.full(target.shape, 1 / live)
+        return sk.linear_loss(hidden, head.weight, target, sk.sft(), token_weight=weight).loss
+
+    if not dist.is_initialized():
+        loss_of(torch.nn.Sequential(*layers)(x), target).backward()
+    else:
+        from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+
+        count, rank = dist.get_world_size(), dist.get_rank()
+        mine = torch.nn.Sequential(*layers[4 * rank // count : 4 * (rank + 1) // count])
+        stage = PipelineStage(mine, rank, count, torch.device("cpu"))
+        schedule = ScheduleGPipe(stage, n_microbatches=3, loss_fn=loss_of, scale_grads=False)
+        schedule.step(*[x] * (rank == 0), target=target if rank == count - 1 else None)
+    weights = {**dict(layers.named_parameters()), "head": head.weight}
+    return {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+
+
+def test_the_last_stage_of_a_pipeline_alone_calls_the_loss(ranks):
+    one, stages = of_pipeline(), ranks(of_pipeline)
+    assert ["head" in stage for stage in stages] == [False] * (ranks.count - 1) + [True]
+    found = {name: gradient for stage in stages for name, gradient in stage.items()}
+    assert found.keys() == one.keys()
+    for name, gradient in one.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+
+
 def outside(function: str) -> str:
     """The message where the weight of a sharded module is passed as it is."""
     from torch.distributed.device_mesh import init_device_mesh
