@@ -15,13 +15,25 @@ from . import (
     functional,
     operators,  # noqa: F401  defines those of torch.ops
 )
+from .distillation import DistillationArguments, DistillationOutput
 from .engine import weighted_loss
 from .extras import Extras, TokenExtras
 from .objectives import CrossEntropy
-from .options import BUILT_IN, EXTRAS, STATISTICS, Options, encoded, in_one_pass, metric_names, result_names
+from .options import (
+    BUILT_IN,
+    EXTRAS,
+    STATISTICS,
+    TEACHING,
+    DistillationOptions,
+    Options,
+    encoded,
+    in_one_pass,
+    metric_names,
+    result_names,
+)
 from .output import LossOutput
 from .pack import pack, token_local
-from .prepare import Arguments
+from .prepare import Arguments, Tensors
 from .tokens import Tokens, TokenStats
 
 
@@ -56,6 +68,18 @@ def linear_cross_entropy(a: Arguments) -> Tensor:
         return _cross_entropy_apart(a)
     made = "losses" if a.reduction == "none" else "loss"
     return _found(_call(a, made, a.objective, {}))[made]
+
+
+def linear_distillation(a: DistillationArguments) -> DistillationOutput:
+    teaching = {name: getattr(a, name) for name in TEACHING}
+    _check_tensors(
+        {"input": a.input, "linear_weight": a.linear_weight, "linear_bias": a.linear_bias, **teaching},
+        optional=("linear_bias", "teacher_bias", "mask", "token_weight"),
+    )
+    options = DistillationOptions(**_around(a.tensors), arguments=a)
+    constants = [None if value is None else value.detach() for value in teaching.values()]
+    loss, divergence, *_ = torch.ops.srft_kernels.distillation(*a.tensors, *constants, encoded(options))
+    return DistillationOutput(loss, divergence)
 
 
 def supported(a: Arguments) -> bool:
@@ -117,23 +141,13 @@ def _call(a: Arguments, made: str, objective: Any, annotations: dict[str, Tensor
     """The arguments of an operator."""
     beside = {"temperature": a.temperature if isinstance(a.temperature, Tensor) else None,
               "token_weight": a.token_weight, "weight": a.class_weight}  # fmt: skip
-    named = {"input": a.input, "linear_weight": a.linear_weight, "target": a.target}
-    optional = {"linear_bias": a.linear_bias, **beside}
-    for name, value in {**named, **annotations}.items():
-        checks.tensor(name, value)
-    for name, value in optional.items():
-        if value is not None:
-            checks.tensor(name, value)
+    named = {"input": a.input, "linear_weight": a.linear_weight, "linear_bias": a.linear_bias, "target": a.target}
+    _check_tensors({**named, **beside, **annotations}, optional=("linear_bias", *beside))
     candidates = a.extras.candidates if isinstance(a.extras, Extras) else None
-    grad, kind = torch.is_grad_enabled(), a.input.device.type
-    autocast = None
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        autocast = str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
     options = Options(
+        **_around(a.tensors),
         made=made,
-        wanted=tuple([grad and tensor is not None and tensor.requires_grad for tensor in a.tensors]),
         annotations=tuple(annotations),
-        autocast=autocast,
         candidates=candidates is not None,
         objective=objective,
         temperature=None if isinstance(a.temperature, Tensor) else a.temperature,
@@ -153,6 +167,22 @@ def _call(a: Arguments, made: str, objective: Any, annotations: dict[str, Tensor
         a.live_tokens,
         encoded(options),
     )
+
+
+def _check_tensors(given: dict[str, Any], optional: tuple[str, ...]) -> None:
+    for name, value in given.items():
+        if value is not None or name not in optional:
+            checks.tensor(name, value)
+
+
+def _around(tensors: Tensors) -> dict[str, Any]:
+    """What `Around` tells."""
+    grad, kind = torch.is_grad_enabled(), tensors[0].device.type
+    autocast = None
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        autocast = str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
+    wanted = tuple([grad and tensor is not None and tensor.requires_grad for tensor in tensors])
+    return {"wanted": wanted, "autocast": autocast}
 
 
 def _found(call: tuple[Any, ...]) -> dict[str, Tensor]:

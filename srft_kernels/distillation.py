@@ -7,6 +7,7 @@ Both heads' logits are made for one chunk of tokens at a time, and the gradient 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .engine import Call, Gradients, OnePass, _chunks, _fp16_scale, _plain_matmul, weighted_sum
+from .engine import Call, Gradients, OnePass, chunks_of, fp16_scale, plain_matmul, weighted_sum
 from .gemm import HeadProducts, accumulation_dtype
 from .head import Head
 from .pack import pack
 from .plan import Plan
+from .prepare import Tensors
 from .rows import aligned, backend
 from .tokens import Tokens
 
@@ -89,56 +91,149 @@ def linear_distillation(
     Raises:
         ValueError, TypeError: naming the argument, what was found and what was expected, before any work.
     """
-    compute = checks.head(input, linear_weight, linear_bias)
-    of_teacher = ("teacher_input", "teacher_weight", "teacher_bias")
-    teacher_compute = checks.head(teacher_input, teacher_weight, teacher_bias, of_teacher)
-    dtype = accumulation_dtype(compute)
-    _check(input, teacher_input, dtype, accumulation_dtype(teacher_compute), divergence, beta)
-    vocab = _vocabulary(linear_weight, teacher_weight, vocab_size)
-    teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
-    for name, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature),
-                        ("softcap", softcap), ("teacher_softcap", teacher_softcap)):  # fmt: skip
-        checks.positive(name, value)
-    checks.plan(plan)
+    arguments = DistillationArguments(
+        input,
+        linear_weight,
+        teacher_input,
+        teacher_weight,
+        divergence,
+        beta,
+        linear_bias,
+        teacher_bias,
+        temperature,
+        temperature if teacher_temperature is None else teacher_temperature,
+        softcap,
+        teacher_softcap,
+        vocab_size,
+        mask,
+        token_weight,
+        plan,
+    )
+    if torch.compiler.is_compiling():
+        from . import compiled  # takes seconds, and nobody else needs it
 
-    shape = input.shape[:-1]
-    columns = {"mask": mask, "token_weight": token_weight}
-    for name, column in columns.items():
-        if column is not None:
-            columns[name] = _per_token(name, column, input)
-    if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(f"mask must be boolean, True where a token takes part, found {mask.dtype}")
-    live, weight = columns["mask"], columns["token_weight"]
-    # two rows of logits per token are one of twice the vocabulary
-    plan = plan or Plan.choose(shape.numel(), input.shape[-1], 2 * vocab, compute, input.device)
-    checks.backend(plan, input, compute)
-    if plan.passes == 2 or plan.filter is not None:
-        raise ValueError(f"{plan!r}, but distillation has one pass and no filter: use passes=None and filter=None")
-    compact = input.device.type == "cpu" if plan.compact is None else plan.compact
-    plan = replace(plan, passes=1, compact=compact)
-    rows, unpack = pack(
-        Tokens(torch.zeros(shape.numel(), dtype=torch.int64, device=input.device)),  # there are no targets
-        live,
-        None if weight is None else weight.to(dtype),
-        None,
-        dtype,
-        None,
-        compact,
-        plan.chunk_rows if plan.batch_invariant else 1,
-    )
-    teacher = Teacher(
-        teacher_input.detach().reshape(-1, teacher_input.shape[-1]),
-        teacher_weight.detach()[:vocab],
-        _head(teacher_bias, teacher_softcap, teacher_temperature, vocab, dtype),
-        teacher_compute,
-    )
-    head = _head(linear_bias, softcap, temperature, vocab, dtype)
-    call = Call(vocab, head, rows, Divergence(divergence, float(beta), teacher), plan, compute)
-    tensors = input.reshape(-1, input.shape[-1]), linear_weight, linear_bias
+        return compiled.linear_distillation(arguments)
+    return distillation_of(arguments)
+
+
+def distillation_of(a: DistillationArguments) -> DistillationOutput:
+    tensors, call, spread = a.prepared()
     if not torch.is_grad_enabled():
         tensors = tuple(None if tensor is None else tensor.detach() for tensor in tensors)
-    loss, found = Distillation.apply(*tensors, call)
-    return DistillationOutput(loss, unpack(found).reshape(shape))
+    loss, divergence = Distillation.apply(*tensors, call)
+    return DistillationOutput(loss, spread(divergence))
+
+
+@dataclass(frozen=True)
+class DistillationArguments:
+    """Those of `linear_distillation`, by their names there."""
+
+    input: Tensor
+    linear_weight: Tensor
+    teacher_input: Tensor
+    teacher_weight: Tensor
+    divergence: str
+    beta: float
+    linear_bias: Tensor | None
+    teacher_bias: Tensor | None
+    temperature: float
+    teacher_temperature: float
+    softcap: float | None
+    teacher_softcap: float | None
+    vocab_size: int | None
+    mask: Tensor | None
+    token_weight: Tensor | None
+    plan: Plan | None
+
+    @property
+    def tensors(self) -> Tensors:
+        return self.input, self.linear_weight, self.linear_bias
+
+    def checked(self) -> tuple[torch.dtype, torch.dtype, int]:
+        """(types that the student's and the teacher's matrix products run in, entries of the vocabulary).
+
+        Raises for everything that a caller may get wrong. Looks at shapes and types alone.
+        """
+        compute = checks.head(*self.tensors)
+        of_teacher = ("teacher_input", "teacher_weight", "teacher_bias")
+        teacher_compute = checks.head(self.teacher_input, self.teacher_weight, self.teacher_bias, of_teacher)
+        self._check_teacher(accumulation_dtype(compute), accumulation_dtype(teacher_compute))
+        if self.divergence not in DIVERGENCES:
+            expected = ", ".join(map(repr, DIVERGENCES))
+            raise ValueError(f"divergence must be one of {expected}, found {self.divergence!r}")
+        if not 0 < self.beta < 1:
+            raise ValueError(
+                f"beta must lie between 0 and 1, found {self.beta!r}: where other libraries take 0 or 1, use "
+                "divergence='forward_kl' or 'reverse_kl'"
+            )
+        vocab = _vocabulary(self.linear_weight, self.teacher_weight, self.vocab_size)
+        for name in ("temperature", "teacher_temperature", "softcap", "teacher_softcap"):
+            checks.positive(name, getattr(self, name))
+        for name in ("mask", "token_weight"):
+            _check_per_token(name, getattr(self, name), self.input)
+        if self.mask is not None and self.mask.dtype != torch.bool:
+            raise TypeError(f"mask must be boolean, True where a token takes part, found {self.mask.dtype}")
+        checks.plan(self.plan)
+        if self.plan is not None:
+            checks.backend(self.plan, self.input, compute)
+            if self.plan.passes == 2 or self.plan.filter is not None:
+                raise ValueError(
+                    f"{self.plan!r}, but distillation has one pass and no filter: use passes=None and filter=None"
+                )
+        return compute, teacher_compute, vocab
+
+    def prepared(self) -> tuple[Tensors, Call, Callable[[Tensor], Tensor]]:
+        """((x, W, b) with x flat; the call on packed rows; what gives a packed field (n,) the shape of the tokens)."""
+        compute, teacher_compute, vocab = self.checked()
+        dtype = accumulation_dtype(compute)
+        input, shape, device = self.input, self.input.shape[:-1], self.input.device
+        # two rows of logits per token are one of twice the vocabulary
+        plan = self.plan or Plan.choose(shape.numel(), input.shape[-1], 2 * vocab, compute, device)
+        compact = device.type == "cpu" if plan.compact is None else plan.compact
+        plan = replace(plan, passes=1, compact=compact)
+        mask, token_weight = (
+            None if column is None else column.detach().reshape(-1).contiguous()
+            for column in (self.mask, self.token_weight)
+        )
+        rows, unpack = pack(
+            Tokens(torch.zeros(shape.numel(), dtype=torch.int64, device=device)),  # there are no targets
+            mask,
+            None if token_weight is None else token_weight.to(dtype),
+            None,
+            dtype,
+            None,
+            compact,
+            plan.chunk_rows if plan.batch_invariant else 1,
+        )
+        teacher = Teacher(
+            self.teacher_input.detach().reshape(-1, self.teacher_input.shape[-1]),
+            self.teacher_weight.detach()[:vocab],
+            _head(self.teacher_bias, self.teacher_softcap, self.teacher_temperature, vocab, dtype),
+            teacher_compute,
+        )
+        head = _head(self.linear_bias, self.softcap, self.temperature, vocab, dtype)
+        divergence = Divergence(self.divergence, float(self.beta), teacher)
+        return (
+            (input.reshape(-1, input.shape[-1]), self.linear_weight, self.linear_bias),
+            Call(vocab, head, rows, divergence, plan, compute),
+            lambda field: unpack(field).reshape(shape),
+        )
+
+    def _check_teacher(self, dtype: torch.dtype, teacher_dtype: torch.dtype) -> None:
+        input, teacher_input = self.input, self.teacher_input
+        if teacher_input.shape[:-1] != input.shape[:-1]:
+            raise ValueError(
+                f"teacher_input must hold the tokens of input, {tuple(input.shape[:-1])}, "
+                f"found {tuple(teacher_input.shape[:-1])}"
+            )
+        if teacher_input.device != input.device:
+            raise ValueError(
+                f"teacher_input is on {teacher_input.device} but input is on {input.device}: move it there"
+            )
+        if teacher_dtype != dtype:
+            raise TypeError(
+                f"input is {input.dtype} and teacher_input {teacher_input.dtype}: cast one, fp64 is for both"
+            )
 
 
 @dataclass(frozen=True)
@@ -165,38 +260,45 @@ class Distillation(OnePass):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, call: Call):
-        rows, objective, row_ops = call.rows, call.objective, _rows(call.plan.backend)
-        teacher, found = objective.teacher, []
-        with _plain_matmul(input):
-            products = HeadProducts(weight[: call.vocab], call.compute)
-            teacher_products = HeadProducts(teacher.weight, teacher.compute)
-            gradients = Gradients((input, weight, bias), ctx.needs_input_grad, products, rows, call)
-            buffer, teacher_buffer = call.logits_buffer(products), call.logits_buffer(teacher_products)
-            scale = _fp16_scale(rows.weight) if call.compute == torch.float16 else None
-            token_weight = rows.weight if scale is None else rows.weight * scale
-            for chunk in _chunks(call):
-                x = products.operand(rows.hidden(input, chunk))
-                teacher_x = teacher_products.operand(rows.hidden(teacher.input, chunk))
-                active = any(ctx.needs_input_grad) and chunk.start < rows.active
-                divergence, dlogits = row_ops.divergence(
-                    products.logits(x, buffer[: len(x)]),
-                    teacher_products.logits(teacher_x, teacher_buffer[: len(x)]),
-                    token_weight[chunk],
-                    objective.kind,
-                    objective.beta,
-                    call.head,
-                    teacher.head,
-                    call.plan.block_rows,
-                    products.compute if active else None,
-                )
-                if active:
-                    gradients.add(dlogits, x, chunk)
-                found.append(divergence)
+        loss, divergence, gradients, scale = distil((input, weight, bias), ctx.needs_input_grad, call)
         ctx.gradients = gradients.finish(rounded=scale is None)
         ctx.scale, ctx.dtypes, ctx.given = scale, gradients.dtypes, False
-        found = torch.cat(found) if found else torch.empty_like(rows.weight)
-        ctx.mark_non_differentiable(found)
-        return weighted_sum(found, rows.weight), found
+        ctx.mark_non_differentiable(divergence)
+        return loss, divergence
+
+
+def distil(tensors: Tensors, wanted: Sequence[bool], call: Call) -> tuple[Tensor, Tensor, Gradients, Tensor | None]:
+    """(loss, divergence (n,), gradients of the loss to x, W and b, what these are scaled by if at all)."""
+    input, weight, _ = tensors
+    rows, objective, row_ops = call.rows, call.objective, _rows(call.plan.backend)
+    teacher, found = objective.teacher, []
+    with plain_matmul(input):
+        products = HeadProducts(weight[: call.vocab], call.compute)
+        teacher_products = HeadProducts(teacher.weight, teacher.compute)
+        gradients = Gradients(tensors, wanted, products, rows, call)
+        buffer, teacher_buffer = call.logits_buffer(products), call.logits_buffer(teacher_products)
+        scale = fp16_scale(rows.weight) if call.compute == torch.float16 else None
+        token_weight = rows.weight if scale is None else rows.weight * scale
+        for chunk in chunks_of(call):
+            x = products.operand(rows.hidden(input, chunk))
+            teacher_x = teacher_products.operand(rows.hidden(teacher.input, chunk))
+            active = any(wanted) and chunk.start < rows.active
+            divergence, dlogits = row_ops.divergence(
+                products.logits(x, buffer[: len(x)]),
+                teacher_products.logits(teacher_x, teacher_buffer[: len(x)]),
+                token_weight[chunk],
+                objective.kind,
+                objective.beta,
+                call.head,
+                teacher.head,
+                call.plan.block_rows,
+                products.compute if active else None,
+            )
+            if active:
+                gradients.add(dlogits, x, chunk)
+            found.append(divergence)
+    found = torch.cat(found) if found else torch.empty_like(rows.weight)
+    return weighted_sum(found, rows.weight), found, gradients, scale
 
 
 def _rows(name: str) -> ModuleType:
@@ -219,8 +321,9 @@ def _vocabulary(linear_weight: Tensor, teacher_weight: Tensor, vocab_size: int |
     return checks.vocabulary(linear_weight if students <= teachers else teacher_weight, vocab_size)
 
 
-def _per_token(name: str, value: Any, input: Tensor) -> Tensor:
-    """mask or token_weight, (N,) and detached."""
+def _check_per_token(name: str, value: Any, input: Tensor) -> None:
+    if value is None:
+        return
     checks.tensor(name, value)
     if value.shape != input.shape[:-1]:
         raise ValueError(
@@ -229,25 +332,3 @@ def _per_token(name: str, value: Any, input: Tensor) -> Tensor:
         )
     if value.device != input.device:
         raise ValueError(f"{name} is on {value.device} but input is on {input.device}: move it there")
-    return value.detach().reshape(-1).contiguous()
-
-
-def _check(
-    input: Tensor, teacher_input: Tensor, dtype: torch.dtype, teacher_dtype: torch.dtype, divergence: Any, beta: Any
-) -> None:
-    if teacher_input.shape[:-1] != input.shape[:-1]:
-        raise ValueError(
-            f"teacher_input must hold the tokens of input, {tuple(input.shape[:-1])}, "
-            f"found {tuple(teacher_input.shape[:-1])}"
-        )
-    if teacher_input.device != input.device:
-        raise ValueError(f"teacher_input is on {teacher_input.device} but input is on {input.device}: move it there")
-    if teacher_dtype != dtype:
-        raise TypeError(f"input is {input.dtype} and teacher_input {teacher_input.dtype}: cast one, fp64 is for both")
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence must be one of {', '.join(map(repr, DIVERGENCES))}, found {divergence!r}")
-    if not 0 < beta < 1:
-        raise ValueError(
-            f"beta must lie between 0 and 1, found {beta!r}: where other libraries take 0 or 1, use "
-            "divergence='forward_kl' or 'reverse_kl'"
-        )

@@ -126,16 +126,16 @@ def one_pass(
     if call.chunks is not None:  # the objective wants to see whole sequences, row operations may show it less
         row_pass = partial(in_three_steps, row_ops.statistics, row_ops.gradient)
     parts, losses = [], []
-    with _plain_matmul(input):
+    with plain_matmul(input):
         products = HeadProducts(weight[: call.vocab], call.compute)
         gradients = Gradients(tensors, wanted, products, rows, call)
         buffer = call.logits_buffer(products)
         token_weight = rows.weight
         # fp16 gradients of a mean over many tokens would underflow: carry them scaled by a power of two
-        scale = _fp16_scale(token_weight) if call.compute == torch.float16 else None
+        scale = fp16_scale(token_weight) if call.compute == torch.float16 else None
         if scale is not None:
             token_weight = token_weight * scale
-        for chunk in _chunks(call):
+        for chunk in chunks_of(call):
             x = products.operand(rows.hidden(input, chunk))
             logits = products.logits(x, buffer[: len(x)])
             tokens, head = rows.tokens.rows(chunk), rows.head(call.head, chunk)
@@ -165,7 +165,7 @@ def first_pass(tensors: Sequence[Tensor | None], call: Call) -> tuple[TokenStats
     input, weight, _ = tensors
     rows, row_ops = call.rows, call.row_ops
     parts, normalizers = [], []
-    with _plain_matmul(input):
+    with plain_matmul(input):
         products = HeadProducts(weight[: call.vocab], call.compute)
         buffer = call.logits_buffer(products)
         for chunk in call.plan.chunks(len(rows)):
@@ -193,7 +193,7 @@ def second_pass(
     input, weight, _ = tensors
     row_ops = call.row_ops
     coefs, rows, normalizer = _rows_with_gradient(coefs, call, normalizer)
-    with _plain_matmul(input):
+    with plain_matmul(input):
         products = HeadProducts(weight[: call.vocab], call.compute)
         gradients = Gradients(tensors, wanted, products, rows, call)
         buffer = call.logits_buffer(products)
@@ -309,7 +309,7 @@ def weighted_loss(objective: Any, stats: TokenStats, rows: Rows) -> Tensor:
     return weighted_sum(per_token_loss(objective, stats, rows.tokens), rows.weight)
 
 
-def _chunks(call: Call):
+def chunks_of(call: Call):
     """Chunks of the rows with gradient, then of the rest."""
     if call.chunks is not None:
         yield from call.chunks
@@ -339,7 +339,7 @@ def _rows_with_gradient(coefs: tuple[Tensor | None, ...], call: Call, normalizer
     return coefs, call.rows.only(keep), Normalizer(*(field[keep] for field in normalizer))
 
 
-def _plain_matmul(input: Tensor):
+def plain_matmul(input: Tensor):
     """Autocast off: operands already have the type they should be multiplied in."""
     try:
         return torch.autocast(input.device.type, enabled=False)
@@ -347,7 +347,7 @@ def _plain_matmul(input: Tensor):
         return contextlib.nullcontext()
 
 
-def _fp16_scale(token_weight: Tensor) -> Tensor:
+def fp16_scale(token_weight: Tensor) -> Tensor:
     """A power of two near 1 / (largest token weight)."""
     if len(token_weight) == 0:
         return token_weight.new_ones(())

@@ -4,6 +4,7 @@
     srft_kernels::two_pass      statistics, and the loss made of them
     srft_kernels::second_pass   its backward
     srft_kernels::metrics       an objective's metrics
+    srft_kernels::distillation  loss, divergences, gradients
 
 They run the code of eager calls. Whatever looks at data happens inside of them: checks of ranges, packing, means over
 live tokens. Their fake implementations check shapes and types, and know those of the results.
@@ -22,9 +23,20 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import output
-from .engine import Call, _fp16_scale, _plain_matmul, first_pass, one_pass, second_pass, weighted_loss
+from .distillation import DistillationArguments, distil
+from .engine import Call, Gradients, first_pass, fp16_scale, one_pass, plain_matmul, second_pass, weighted_loss
 from .gemm import accumulation_dtype
-from .options import GRADIENTS, STATISTICS, Options, decoded, metric_names, result_names
+from .options import (
+    GRADIENTS,
+    STATISTICS,
+    TEACHING,
+    Around,
+    DistillationOptions,
+    Options,
+    decoded,
+    metric_names,
+    result_names,
+)
 from .pack import Rows
 from .prepare import Arguments
 from .rows import Normalizer
@@ -35,6 +47,11 @@ ARGUMENTS = (
     "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? temperature, "
     "Tensor? token_weight, Tensor? class_weight, Tensor? candidates, Tensor[] annotations, SymInt? live_tokens, "
     "str options"
+)
+# What that of `linear_distillation` takes: the student's three tensors, which are differentiated, and TEACHING.
+OF_DISTILLATION = (
+    "(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor teacher_input, Tensor teacher_weight, "
+    "Tensor? teacher_bias, Tensor? mask, Tensor? token_weight, str options) -> Tensor[]"
 )
 
 
@@ -74,15 +91,22 @@ def _arguments(
     return arguments, o
 
 
-def _autocast(a: Arguments, o: Options) -> contextlib.AbstractContextManager:
+def _distillation_arguments(*arguments: Any) -> tuple[DistillationArguments, DistillationOptions]:
+    input, linear_weight, linear_bias, *constants, options = arguments
+    o, constants = decoded(options), dict(zip(TEACHING, constants))
+    tensors = {"input": input, "linear_weight": linear_weight, "linear_bias": linear_bias, **constants}
+    return replace(o.arguments, **tensors), o
+
+
+def _autocast(a: Arguments | DistillationArguments, o: Around) -> contextlib.AbstractContextManager:
     """As it was around the call: a compiled graph runs without."""
     if o.autocast is None:
-        return _plain_matmul(a.input)
+        return plain_matmul(a.input)
     return torch.autocast(a.input.device.type, getattr(torch, o.autocast))
 
 
 @contextlib.contextmanager
-def _eagerly(a: Arguments, o: Options) -> Iterator[None]:
+def _eagerly(a: Arguments | DistillationArguments, o: Around) -> Iterator[None]:
     """As in an eager call. An operator runs below autograd, which objectives are differentiated with."""
     keys = torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView
     with contextlib.ExitStack() as stack:
@@ -102,12 +126,11 @@ def _one_pass(*arguments: Any) -> list[Tensor]:
         else:
             stats, normalizer = first_pass(tensors, call)
             (loss,) = _made(o, call, spread, stats)
-            scale = _fp16_scale(call.rows.weight) if call.compute == torch.float16 else None
+            scale = fp16_scale(call.rows.weight) if call.compute == torch.float16 else None
             coefs = _coefficients(o, call, spread, stats, [torch.ones_like(loss) if scale is None else scale])
             gradients = second_pass(tensors, o.wanted, call, normalizer, coefs)
-        dx, *rest = gradients.finish(rounded=scale is None)
-        found = {"loss": loss, **_statistics(call, spread, stats), **dict(zip(GRADIENTS[1:], rest))}
-        found["dx"] = dx if dx is None else dx.view(a.input.shape)
+        found = {"loss": loss, **_statistics(call, spread, stats)}
+        found |= dict(zip(GRADIENTS, _finished(gradients, a, rounded=scale is None)))
         found["scale"] = loss.new_ones(()) if scale is None else scale
     return [found[name] for name in result_names(arguments[-1], True)]
 
@@ -132,8 +155,7 @@ def _second_pass(grads: Sequence[Tensor | None], kept: Tensor, *arguments: Any) 
         *stats, shift, log_total, mean = kept[:, : len(call.rows)].unbind()
         coefs = _coefficients(o, call, spread, TokenStats(*stats), grads)
         gradients = second_pass(tensors, o.wanted, call, Normalizer(shift, log_total, mean), coefs)
-        dx, *rest = gradients.finish()
-        found = dx if dx is None else dx.view(a.input.shape), *rest
+        found = _finished(gradients, a)
     return [gradient for gradient in found if gradient is not None]
 
 
@@ -147,6 +169,24 @@ def _metrics(statistics: Sequence[Tensor], argmax: Tensor | None, filtered: Tens
         found = output.metrics(o.objective, stats, call.rows.tokens, filtered, argmax)
         missing = statistics[0].new_full((), nan)
         return torch.stack([found.get(name, missing).to(missing.dtype) for name in metric_names(arguments[-1])])
+
+
+def _distillation(*arguments: Any) -> list[Tensor]:
+    a, o = _distillation_arguments(*arguments)
+    with _eagerly(a, o):
+        tensors, call, spread = a.prepared()
+        loss, divergence, gradients, scale = distil(tensors, o.wanted, call)
+        found = _finished(gradients, a, rounded=scale is None)
+        scale = loss.new_ones(()) if scale is None else scale
+        return [loss, spread(divergence), scale, *(gradient for gradient in found if gradient is not None)]
+
+
+def _finished(
+    gradients: Gradients, a: Arguments | DistillationArguments, rounded: bool = True
+) -> tuple[Tensor | None, ...]:
+    """(dx, dW, db), dx shaped like the input."""
+    dx, *rest = gradients.finish(rounded)
+    return dx if dx is None else dx.view(a.input.shape), *rest
 
 
 def _made(o: Options, call: Call, spread: Any, stats: TokenStats) -> tuple[Tensor, ...]:
@@ -207,18 +247,31 @@ def _fake(in_one_pass: bool):
 
 def _fake_second_pass(grads: Sequence[Tensor | None], kept: Tensor, *arguments: Any) -> list[Tensor]:
     a, o = _arguments(*arguments)
-    return [_empty(name, a, o, None) for name in o.gradients]
+    return [_empty_gradient(name, a, None) for name in o.gradients]
 
 
 def _fake_metrics(statistics: Sequence[Tensor], argmax: Any, filtered: Any, *arguments: Any) -> Tensor:
     return statistics[0].new_empty(len(metric_names(arguments[-1])))
 
 
-def _empty(name: str, a: Arguments, o: Options, compute: torch.dtype | None) -> Tensor:
+def _fake_distillation(*arguments: Any) -> list[Tensor]:
+    a, o = _distillation_arguments(*arguments)
+    with _autocast(a, o):
+        compute, *_ = a.checked()
+    loss = a.input.new_empty((), dtype=accumulation_dtype(compute))
+    divergence = loss.new_empty(a.input.shape[:-1])
+    return [loss, divergence, loss.new_empty(()), *[_empty_gradient(name, a, compute) for name in o.gradients]]
+
+
+def _empty_gradient(name: str, a: Arguments | DistillationArguments, compute: torch.dtype | None) -> Tensor:
+    of = a.tensors[GRADIENTS.index(name)]
+    return of.new_empty(of.shape, dtype=torch.float32 if compute == torch.float16 else of.dtype)
+
+
+def _empty(name: str, a: Arguments, o: Options, compute: torch.dtype) -> Tensor:
     """A result of one_pass or two_pass, by its name."""
     if name in GRADIENTS:
-        of = a.tensors[GRADIENTS.index(name)]
-        return of.new_empty(of.shape, dtype=torch.float32 if compute == torch.float16 else of.dtype)
+        return _empty_gradient(name, a, compute)
     shape, dtype = a.target.shape, accumulation_dtype(compute)
     if name in ("loss", "scale"):
         shape = ()
@@ -238,20 +291,20 @@ def _empty(name: str, a: Arguments, o: Options, compute: torch.dtype | None) -> 
 
 
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    found = dict(zip(result_names(inputs[-1], True), output))
+    ctx.wanted = decoded(inputs[-1]).wanted
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(found["scale"], *(found.get(name) for name in GRADIENTS))
-    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:3]]
-    ctx.annotations = len(inputs[8])
+    ctx.save_for_backward(*output[-1 - sum(ctx.wanted) :])  # the scale, and the gradients that are wanted
+    ctx.dtypes = [tensor.dtype for tensor, wanted in zip(inputs, ctx.wanted) if wanted]
+    ctx.nothing = _no_gradients(inputs)
 
 
 def _scale_gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     """Those of the forward times the factor of the loss, in the graph, where it may cost nothing."""
     scale, *made = ctx.saved_tensors
     factor = grads[0] / scale
-    scaled = [None if g is None else (g.to(factor.dtype) * factor).to(dtype) for g, dtype in zip(made, ctx.dtypes)]
-    return *scaled, *_no_gradients(ctx.annotations)
+    scaled = iter([(g.to(factor.dtype) * factor).to(dtype) for g, dtype in zip(made, ctx.dtypes)])
+    return *(next(scaled) if wanted else None for wanted in ctx.wanted), *ctx.nothing
 
 
 def _keep_call(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -260,7 +313,7 @@ def _keep_call(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.differentiable = len(o.statistics) if o.made == "statistics" else 1
     ctx.mark_non_differentiable(*output[ctx.differentiable :])
     *tensors, annotations, ctx.live_tokens, ctx.options = inputs
-    ctx.annotations = len(annotations)
+    ctx.nothing = _no_gradients(inputs)
     ctx.save_for_backward(output[names.index("kept")], *tensors, *annotations)
 
 
@@ -270,7 +323,7 @@ def _through_second_pass(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...
     tensors, annotations = saved[:8], saved[8:]
     call = *tensors, annotations, ctx.live_tokens, ctx.options
     made = iter(torch.ops.srft_kernels.second_pass(grads[: ctx.differentiable], kept, *call))
-    return *(next(made) if wanted else None for wanted in o.wanted), *_no_gradients(len(annotations))
+    return *(next(made) if wanted else None for wanted in o.wanted), *ctx.nothing
 
 
 def _constant(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -278,9 +331,9 @@ def _constant(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.mark_non_differentiable(output)
 
 
-def _no_gradients(annotations: int) -> tuple[Any, ...]:
-    """To what follows x, W and b among the arguments."""
-    return *(None,) * 5, [None] * annotations, None, None
+def _no_gradients(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """To what follows x, W and b among an operator's arguments."""
+    return tuple([None] * len(value) if isinstance(value, (list, tuple)) else None for value in inputs[3:])
 
 
 def _define(name: str, schema: str, run: Any, fake: Any, setup: Any = None, backward: Any = None) -> None:
@@ -296,3 +349,4 @@ _define("one_pass", f"({ARGUMENTS}) -> Tensor[]", _one_pass, _fake(True), _keep_
 _define("two_pass", f"({ARGUMENTS}) -> Tensor[]", _two_pass, _fake(False), _keep_call, _through_second_pass)
 _define("second_pass", OF_BACKWARD, _second_pass, _fake_second_pass)  # differentiated once
 _define("metrics", OF_METRICS, _metrics, _fake_metrics, _constant)
+_define("distillation", OF_DISTILLATION, _distillation, _fake_distillation, _keep_gradients, _scale_gradients)

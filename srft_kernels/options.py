@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from . import output
 from .correction import Correction
+from .distillation import DistillationArguments
 from .extras import Extras, TokenExtras
 from .filter import Filter
 from .objectives import SRFT, CrossEntropy, PolicyGradient
@@ -28,25 +29,39 @@ BUILT_IN = (CrossEntropy, PolicyGradient, SRFT)
 STATISTICS = ("logprobs", "entropy", "logsumexp", "smooth")
 EXTRAS = tuple(field.name for field in fields(TokenExtras))
 GRADIENTS = ("dx", "dW", "db")
+TEACHING = ("teacher_input", "teacher_weight", "teacher_bias", "mask", "token_weight")
+BESIDE = ("candidates", "input", "linear_weight", "linear_bias", *TEACHING)
 
 
 @dataclass(frozen=True)
-class Options:
+class Around:
+    """What is around a compiled call.
+
+    wanted       whether x, W and b want a gradient
+    autocast     the type that it casts to, or None where it is off
+    """
+
+    wanted: tuple[bool, ...]
+    autocast: str | None
+
+    @property
+    def gradients(self) -> tuple[str, ...]:
+        return tuple(name for name, wanted in zip(GRADIENTS, self.wanted) if wanted)
+
+
+@dataclass(frozen=True)
+class Options(Around):
     """What is constant in a compiled call.
 
     made         what is differentiated: "loss", a scalar; "losses", one of each token; "statistics"
-    wanted       whether x, W and b want a gradient
     annotations  names of the tensors given as such
-    autocast     the type that it casts to, or None where it is off
     candidates   whether extras has some
 
     The others are those of `Arguments`; temperature is None where a tensor is given.
     """
 
     made: str
-    wanted: tuple[bool, ...]
     annotations: tuple[str, ...]
-    autocast: str | None
     candidates: bool
     objective: Any
     temperature: float | None
@@ -62,32 +77,36 @@ class Options:
     def statistics(self) -> tuple[str, ...]:
         return STATISTICS if getattr(self.objective, "label_smoothing", 0) else STATISTICS[:3]
 
-    @property
-    def gradients(self) -> tuple[str, ...]:
-        return tuple(name for name, wanted in zip(GRADIENTS, self.wanted) if wanted)
+
+@dataclass(frozen=True)
+class DistillationOptions(Around):
+    """What is constant in a compiled call of `linear_distillation`: its arguments without the tensors."""
+
+    arguments: DistillationArguments
 
 
-def encoded(value: Any) -> str:
-    """The expression of a constant. A tensor in it is passed beside, and is None here."""
-    if value is None or isinstance(value, Tensor):
+def encoded(value: Any, name: str = "options") -> str:
+    """The expression of a constant, None for the tensors that are passed beside. Raises TypeError for any other."""
+    if value is None or (name in BESIDE and isinstance(value, Tensor)):
         return "None"
     if isinstance(value, (bool, str)):
         return f"{value!r}"
     if isinstance(value, (int, float)):
         return f"{guard_scalar(value)!r}"  # may be symbolic: a number that has changed between calls
     if isinstance(value, tuple):
-        return f"({''.join([f'{encoded(item)}, ' for item in value])})"
+        return f"({''.join([f'{encoded(item, name)}, ' for item in value])})"
     if is_dataclass(value) and type(value).__name__ in NAMES:
-        parts = [f"{field.name}={encoded(getattr(value, field.name))}" for field in fields(value)]
+        parts = [f"{field.name}={encoded(getattr(value, field.name), field.name)}" for field in fields(value)]
         return f"{type(value).__name__}({', '.join(parts)})"
-    raise TypeError(f"{value!r} cannot be an option of a compiled call")
+    raise TypeError(f"{name} must be a constant of Python in a compiled call, found {type(value).__name__}")
 
 
-NAMES = {cls.__name__: cls for cls in (*BUILT_IN, Options, Correction, Extras, Filter, Plan)} | {"inf": inf, "nan": nan}
+CLASSES = (*BUILT_IN, Options, DistillationOptions, DistillationArguments, Correction, Extras, Filter, Plan)
+NAMES = {cls.__name__: cls for cls in CLASSES} | {"inf": inf, "nan": nan}
 
 
 @lru_cache(maxsize=1024)
-def decoded(options: str) -> Options:
+def decoded(options: str) -> Any:
     return eval(options, {"__builtins__": {}}, NAMES)
 
 

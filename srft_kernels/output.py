@@ -21,7 +21,8 @@ class LossOutput:
     loss       scalar, Σ_t token_weight_t · loss_t; differentiable
     logprobs   ℓ, shaped like target, detached; 0 where ignored
     entropy    H in nats, likewise
-    metrics    token means over this call's live tokens, detached 0-d tensors; computed when first read
+    metrics    token means over this call's live tokens, detached 0-d tensors; computed when first read. With no live
+               token there are none, and in a graph of torch.compile, which has the outputs that it has, they are NaN
     extras     what `extras` asked for beside, else None
     """
 

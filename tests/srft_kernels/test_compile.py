@@ -6,6 +6,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import srft_kernels as sk
 
+from .compiling import assert_bitwise, compiled, fresh, gradients  # noqa: F401
+
 H, V = 8, 40
 OBJECTIVES = {
     "sft": sk.sft(),
@@ -19,13 +21,6 @@ OBJECTIVES = {
 PLANS = {"default": None, "small chunks": sk.Plan(chunk_rows=5, block_rows=2), "two passes": sk.Plan(passes=2)}
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def inputs(n: int = 12, dtype: torch.dtype = torch.float32, seed: int = 0):
     """(x, W, b, target with ignored tokens, annotations)."""
     g = torch.Generator().manual_seed(seed)
@@ -36,20 +31,6 @@ def inputs(n: int = 12, dtype: torch.dtype = torch.float32, seed: int = 0):
     columns |= {"advantages": torch.randn(n, generator=g), "rewards": torch.randint(2, (n,), generator=g).float()}
     columns |= {"is_demo": torch.arange(n) % 8 < 4, "sequence_ids": torch.arange(n) // 4}
     return x, w, b, target, columns
-
-
-def gradients(loss: torch.Tensor, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return torch.autograd.grad(loss, leaves)
-
-
-def compiled(function, backend="aot_eager", **options):
-    return torch.compile(function, backend=backend, fullgraph=True, **options)
-
-
-def assert_bitwise(found, expected):
-    for one, other in zip(found, expected, strict=True):
-        assert one.dtype == other.dtype
-        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -225,7 +206,75 @@ def test_operators_are_well_registered(plan, wanted):
         traced._call = real
     ops = torch.ops.srft_kernels
     (call,) = calls
-    op = ops.one_pass if traced.in_one_pass(call[-1], "cpu") else ops.two_pass
+    one_pass = traced.in_one_pass(call[-1], "cpu")
+    op = ops.one_pass if one_pass else ops.two_pass
     torch.library.opcheck(op, call)
     stats = [torch.rand(12) for _ in range(3)]
     torch.library.opcheck(ops.metrics, (stats, None, None, *call))
+    if not one_pass and any(wanted):
+        kept = dict(zip(traced.result_names(call[-1], False), op(*call)))["kept"].detach()
+        constants = [value.detach() if isinstance(value, torch.Tensor) else value for value in call]
+        torch.library.opcheck(ops.second_pass, ([torch.tensor(2.0)], kept, *constants))
+
+
+def test_second_pass_of_statistics_is_well_registered():
+    """Where some of them have a gradient and others have none."""
+    from srft_kernels import compiled as traced
+
+    x, w, b, target, _ = inputs()
+    call = traced._call(traced.Arguments(x, w, target, linear_bias=b), "statistics", None, {})
+    *_, kept = torch.ops.srft_kernels.two_pass(*call)
+    constants = [value.detach() if isinstance(value, torch.Tensor) else value for value in call]
+    torch.library.opcheck(torch.ops.srft_kernels.second_pass, ([None, torch.rand(12), None], kept.detach(), *constants))
+
+
+def test_the_factor_of_the_loss():
+    """Any, in any type, as eager calls round it."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x, w, b, target, columns = inputs(dtype=dtype)
+
+        def call(x, w, b, factor):
+            return sk.linear_loss(x, w, target, sk.grpo(), linear_bias=b, **columns).loss * factor  # noqa: B023
+
+        graph = compiled(call)
+        for factor in torch.tensor([1.0, 0.0, 1 / 3, -700.0]):
+            found, expected = graph(x, w, b, factor), call(x, w, b, factor)
+            assert_bitwise(gradients(found, x, w, b), gradients(expected, x, w, b))
+
+
+def test_metrics_without_a_live_token():
+    """A graph has the outputs that it has: NaN, where an eager call has no metrics."""
+    x, w, _, target, columns = inputs()
+
+    def call(target):
+        out = sk.linear_loss(x, w, target, sk.grpo(), **columns)
+        return out.loss, out.metrics
+
+    graph, nobody = compiled(call), torch.full_like(target, -100)
+    names = call(target)[1].keys()
+    assert graph(target)[1].keys() == names and all(value.isfinite() for value in graph(target)[1].values())
+    loss, metrics = graph(nobody)
+    assert loss == 0 and metrics.keys() == names and all(value.isnan() for value in metrics.values())
+    assert call(nobody)[1] == {}
+
+
+def test_srft_module():
+    x, w, _, target, columns = inputs()
+    module = sk.SRFTLoss(temperature=0.9)
+
+    def call(x, w, columns):
+        out = module(x, w, target, **columns)
+        return (out.loss, out.logprobs, *out.metrics.values())
+
+    found, expected = compiled(call)(x, w, columns), call(x, w, columns)
+    assert_bitwise(found, expected)
+    assert_bitwise(gradients(found[0], x, w), gradients(expected[0], x, w))
+    out = torch.compile(module, backend="aot_eager", fullgraph=True)(x, w, target, **columns)
+    assert_bitwise([out.loss, *out.metrics.values()], [expected[0], *expected[2:]])
+
+
+@pytest.mark.parametrize("name", ["softcap", "logit_scale", "ignore_index"])
+def test_options_must_be_constants(name):
+    x, w, _, target, _ = inputs()
+    with pytest.raises(Exception, match=f"{name} must be a constant of Python in a compiled call, found"):
+        compiled(lambda: sk.linear_cross_entropy(x, w, target, **{name: torch.tensor(2)}))()
