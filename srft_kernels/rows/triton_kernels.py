@@ -41,15 +41,6 @@ def _load(ptr, columns, stride, TAIL: tl.constexpr):
 
 
 @triton.jit
-def _of_row(temperature, temperature_ptr, row):
-    """The temperature of all rows, or this row's; None: 1."""
-    if temperature_ptr is None:
-        return temperature
-    else:
-        return tl.load(temperature_ptr + row)
-
-
-@triton.jit
 def _raw(row_ptr, bias_ptr, columns, stride, TAIL: tl.constexpr):
     """a + b of some columns of a row; anything past the vocabulary."""
     a = _load(row_ptr, columns, stride, TAIL)
@@ -282,8 +273,9 @@ def _statistics_kernel(
     for row in tl.range(tl.program_id(0), _stop(rows, WALK), _step(WALK), disable_licm=True):
         target = tl.load(target_ptr + row)
         row_ptr = logits_ptr + row * stride.to(tl.int64)  # row · stride passes 2³¹
+        temperature_here = temperature if temperature_ptr is None else tl.load(temperature_ptr + row)
         logprob, entropy, logsumexp, smooth, m, log_s, mean, rank, argmax, _, _ = _statistics(
-            row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, softcap, _of_row(temperature, temperature_ptr, row),
+            row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, softcap, temperature_here,
             rank_ptr is not None, argmax_ptr is not None, LANES, BLOCK,
         )  # fmt: skip
         if rank_ptr is not None:
@@ -320,7 +312,7 @@ def _gradient_kernel(
         u = zero if u_ptr is None else tl.load(u_ptr + row)
         smooth_total = zero if smooth_total_ptr is None else tl.load(smooth_total_ptr)
         row_ptr = logits_ptr + row * stride.to(tl.int64)
-        temperature_here = _of_row(temperature, temperature_ptr, row)
+        temperature_here = temperature if temperature_ptr is None else tl.load(temperature_ptr + row)
         place = tl.where((target >= 0) & (target < vocab), target, 0)
         # by every thread, and reduced: so all have read it before any of them writes over it
         a = tl.max(_raw(row_ptr, bias_ptr, place + tl.zeros((LANES,), tl.int64), stride, False), 0)
@@ -349,8 +341,9 @@ def _loss_gradient_kernel(
     for row in tl.range(tl.program_id(0), _stop(rows, WALK), _step(WALK), disable_licm=True):
         target = tl.load(target_ptr + row)
         row_ptr = logits_ptr + row * stride.to(tl.int64)
+        temperature_here = temperature if temperature_ptr is None else tl.load(temperature_ptr + row)
         logprob, entropy, logsumexp, smooth, m, log_s, mean, rank, argmax, d, level = _statistics(
-            row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, softcap, _of_row(temperature, temperature_ptr, row),
+            row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, softcap, temperature_here,
             rank_ptr is not None, argmax_ptr is not None, LANES, BLOCK,
         )  # fmt: skip
         if rank_ptr is not None:
@@ -374,8 +367,7 @@ def _loss_gradient_kernel(
         smooth_total = m * 0.0 if smooth_total_ptr is None else tl.load(smooth_total_ptr)
         _write_gradient(
             row_ptr, dlogits_ptr + row * dstride.to(tl.int64), target, d, level, m, log_s, mean, g, h, k, u,
-            bias_ptr, smooth_ptr, smooth_total, vocab, stride, softcap,
-            _of_row(temperature, temperature_ptr, row), ORDER, BLOCK,
+            bias_ptr, smooth_ptr, smooth_total, vocab, stride, softcap, temperature_here, ORDER, BLOCK,
         )  # fmt: skip
 
 

@@ -176,7 +176,9 @@ def _surrogate(O: tl.constexpr, numbers, columns, row, logprob, signal):
             ratio = tl.exp(log_r) * (tl.exp(old) + c) / lower
             slope = ratio * c / lower
         else:
-            ratio, slope = _shape(O.ratio_shaping, O.ratio_shape, log_r, c)
+            RATIO_SHAPED: tl.constexpr = O.ratio_shaping  # Triton 3.6 passes no plain value on
+            RATIO_SHAPE: tl.constexpr = O.ratio_shape
+            ratio, slope = _shape(RATIO_SHAPED, RATIO_SHAPE, log_r, c)
         clipped = tl.minimum(tl.maximum(ratio, 1 - numbers.clip_low), 1 + numbers.clip_high)
         if O.surrogate == "cispo":
             return _times(-signal * clipped, logprob), -signal * clipped
@@ -222,7 +224,9 @@ def _srft(O: tl.constexpr, numbers, columns, row, logprob, entropy, sampled):
         log_u = logprob
         if columns.demo_logprobs is not None:
             log_u = _log_ratio(logprob, tl.load(columns.demo_logprobs + row))
-        shaped, slope = _shape(O.demo_shaping, O.demo_shape, log_u, numbers.demo_shaping)
+        DEMO_SHAPED: tl.constexpr = O.demo_shaping
+        DEMO_SHAPE: tl.constexpr = O.demo_shape
+        shaped, slope = _shape(DEMO_SHAPED, DEMO_SHAPE, log_u, numbers.demo_shaping)
         if O.demo_min is not None:
             slope = tl.where(shaped < numbers.demo_min, 0.0, slope)
             shaped = tl.where(shaped < numbers.demo_min, numbers.demo_min, shaped)
