@@ -2,6 +2,7 @@
 
     python -m tests.fuzz --minutes 5 [--seed N]       cases N, N + 1, … (N: by the clock); exit status 1 at a failure
     python -m tests.fuzz --seed N --cases 1           case N again
+    python -m tests.fuzz --workers K                  K processes, each with cases of its own
 
 A case is one call with all its gradients, drawn from its number alone: function, shapes, types, options, plan, and rows
 that are random, peaked, flat, tied, huge, partly −inf (tests/srft_kernels/cases.py). Uninitialised memory is NaN.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import srft_kernels as sk
+from srft_kernels.shaping import SHAPES
 
 from .srft_kernels import cases
 from .srft_kernels.test_distillation import formula
@@ -42,27 +45,35 @@ class Case:
     plan: sk.Plan | None
     options: dict[str, Any]  # of the call
     columns: dict[str, Tensor]  # annotations and upstream gradients, one number per token
+    extras: sk.Extras | None = None
 
     def __str__(self) -> str:
         p = self.problem
         shape = f"N={len(p.target)} H={p.input.shape[1]} V={len(p.weight)}"
         options = {k: v for k, v in self.options.items() if not isinstance(v, (Tensor, cases.Problem))}
-        return f"{self.call} {shape} {p.input.dtype} {p.head} {options} {self.plan}"
+        extras = "" if self.extras is None else self.extras
+        return f"{self.call} {shape} {p.input.dtype} {p.head} {options} {self.plan} {extras}"
 
 
 def everything(stats: sk.TokenStats, tokens: sk.Tokens) -> Tensor:
     return tokens.g * stats.logprobs + tokens.h * stats.entropy + tokens.k * stats.logsumexp
 
 
-# Smooth in the statistics: where a formula jumps (a clipped ratio) fp32 and fp64 may stand on different sides.
+# Where a formula jumps fp32 and fp64 may stand on different sides: bounds are numbers that no probability comes near.
 OBJECTIVES = {
     "everything": everything,
     "z_loss": sk.CrossEntropy(z_loss=1e-3),
     "dft": sk.dft(),
     "reinforce": sk.PolicyGradient(surrogate="reinforce", entropy_coef=0.1),
+    "grpo": sk.grpo(dual_clip=3.1, max_probability=0.7391),
+    "cispo": sk.cispo(),
+    "sapo": sk.sapo(),
     "luffy": sk.luffy(),
+    "bounded": sk.luffy(demo_min=0.0613, demo_max=0.4337, max_probability=0.7391),
+    **{f"luffy {kind}": sk.luffy(demo_shape=kind, demo_shaping=0.3, ratio_shape=kind, ratio_shaping=0.3)
+       for kind in SHAPES},
     "srft_hpt": replace(sk.srft_paper(), entropy_coef=0.01),
-}
+}  # fmt: skip
 
 
 def draw(seed: int, rng: random.Random | None = None) -> Case:
@@ -85,10 +96,14 @@ def draw(seed: int, rng: random.Random | None = None) -> Case:
     column = lambda: cases.grid(tokens, generator=generator) * 2  # noqa: E731
     columns = {name: column() for name in ("g", "h", "k", "token_weight", "advantages", "rewards")}
     columns["is_demo"] = column() > 0
+    columns |= {name: -column().abs() for name in ("old_logprobs", "demo_logprobs")}
     call = rng.choice(["loss", "loss", "logprobs", "cross_entropy", "distillation"])
     options: dict[str, Any] = {}
     if call == "loss":
         options = {"objective": rng.choice(list(OBJECTIVES)), "weighted": rng.random() < 0.5}
+        for name in ("old_logprobs", "demo_logprobs"):  # without which the data are fresh, the writer unknown
+            if rng.random() < 0.5:
+                del columns[name]
         plan = plan and replace(plan, passes=rng.choice([None, 1, 2]))
     elif call == "cross_entropy":
         options = {"reduction": rng.choice(["mean", "sum", "none"]), "z_loss": rng.choice([0.0, 1e-3])}
@@ -98,14 +113,26 @@ def draw(seed: int, rng: random.Random | None = None) -> Case:
             entries = problem.head.get("vocab_size", vocab)
             options["weight"] = cases.grid(entries, generator=generator).abs() + 0.125
     elif call == "distillation":
-        kind = rng.choice([kind for kind in kinds if kind not in ("banned", "padded", "everything")])
+        divergence = rng.choice(["forward_kl", "reverse_kl", "jensen_shannon"])
+        # of what only the student has KL(p ‖ q) is infinite, and has no gradient
+        kind = rng.choice([kind for kind in kinds if kind != "banned" or divergence != "reverse_kl"])
         teacher = cases.problem(kind, **{**size, "hidden": rng.choice([1, 4])}, seed=seed + 1)
+        if shared := teacher.head.get("vocab_size"):
+            head, live = {**problem.head, "vocab_size": shared}, problem.live
+            problem = replace(problem, head=head, target=torch.where(live, problem.target % shared, cases.IGNORED))
         options = {
-            "divergence": rng.choice(["forward_kl", "reverse_kl", "jensen_shannon"]),
+            "divergence": divergence,
             "beta": rng.choice([0.1, 0.5, 0.75]),
             "teacher": teacher,
+            "weighted": rng.random() < 0.3,
         }
-    return Case(seed, call, problem, plan, options, columns)
+    extras = None
+    if call in ("loss", "logprobs") and kind != "gaussian" and rng.random() < 0.4:  # whose logits alone are inexact
+        entries = problem.head.get("vocab_size", vocab)
+        candidates = torch.randint(entries, (tokens, rng.choice([1, 3])), generator=generator)
+        extras = sk.Extras(rng.random() < 0.5, rng.random() < 0.5, min(rng.choice([0, 1, 3, 64]), entries),
+                           rng.choice([None, torch.where(problem.live[:, None], candidates, -7)]))  # fmt: skip
+    return Case(seed, call, problem, plan, options, columns, extras)
 
 
 def fused(case: Case) -> Values:
@@ -113,31 +140,69 @@ def fused(case: Case) -> Values:
     p, columns, options = case.problem, case.columns, dict(case.options)
     leaves = p.leaves()
     common = {"linear_bias": leaves[2] if len(leaves) == 3 else None, "plan": case.plan}
-    stats = None
+    stats = extras = None
     if case.call == "logprobs":
-        stats = sk.linear_logprobs(*leaves[:2], p.target, **common, **p.head)
+        stats = sk.linear_logprobs(*leaves[:2], p.target, extras=case.extras, **common, **p.head)
+        extras = stats.extras
         loss = everything(stats, sk.Tokens(p.target, **columns)).sum()
     elif case.call == "loss":
         weight = columns["token_weight"] if options["weighted"] else None
         given = {name: column for name, column in columns.items() if name != "token_weight"}
-        out = sk.linear_loss(*leaves[:2], p.target, OBJECTIVES[options["objective"]], token_weight=weight, **common,
-                             **p.head, **given)  # fmt: skip
+        out = sk.linear_loss(*leaves[:2], p.target, OBJECTIVES[options["objective"]], token_weight=weight,
+                             extras=case.extras, **common, **p.head, **given)  # fmt: skip
+        extras = out.extras
         stats, loss = sk.TokenStats(out.logprobs, out.entropy, out.entropy), out.loss
     elif case.call == "cross_entropy":
         loss = sk.linear_cross_entropy(*leaves[:2], p.target, **common, **p.head, **options)
         loss = (loss * columns["g"]).sum() if options["reduction"] == "none" else loss
     else:
-        teacher = options.pop("teacher")
+        teacher, weighted = options.pop("teacher"), options.pop("weighted")
         out = sk.linear_distillation(
             *leaves[:2], teacher.input, teacher.weight, teacher_bias=teacher.bias, mask=p.live,
             teacher_temperature=teacher.head.get("temperature", 1.0), teacher_softcap=teacher.head.get("softcap"),
-            **common, **p.head, **options,
+            token_weight=columns["token_weight"] if weighted else None, **common, **p.head, **options,
         )  # fmt: skip
         return _values({"divergence": out.divergence[p.live]}, out.loss, leaves)
     named = {} if stats is None else dict(zip(("logprobs", "entropy", "logsumexp"), stats.fields()))
     if case.call == "loss":
         del named["logsumexp"]
+    if extras is not None:
+        named |= told(case, extras)
     return _values({name: field[p.live] for name, field in named.items()}, loss, leaves)
+
+
+def told(case: Case, extras: sk.TokenExtras) -> Values:
+    """The extras of all tokens as numbers that can be compared: of several equal entries any may be among the top k."""
+    found = {name: field for name, field in vars(extras).items() if field is not None}
+    if (ids := found.pop("top_ids", None)) is not None:
+        a = raw(case.problem).gather(1, ids.clamp(min=0))
+        found["top_logits"] = torch.where(ids < 0, -torch.inf, a)
+        found["top_distinct"] = torch.tensor([len(set(row) - {-1}) for row in ids.tolist()])
+    return {name: field if field.is_floating_point() else field.double() for name, field in found.items()}
+
+
+def to_tell(case: Case, z: Tensor, order: Tensor) -> Values:
+    """The same for the live tokens, from their logits z (n, V) in an order of the vocabulary."""
+    asked, p = case.extras, case.problem
+    a, log_p, found = raw(p)[p.live], z.detach().log_softmax(-1), {}
+    if asked.rank:
+        found["rank"] = (a > a.gather(1, p.target[p.live, None])).sum(-1).double()
+    if asked.argmax:
+        found["argmax"] = a.argmax(-1).double()
+    if asked.top_k:
+        top = found["top_logits"] = a.topk(asked.top_k).values
+        found["top_distinct"] = top.isfinite().sum(-1).double()
+        found["top_logprobs"] = log_p.topk(asked.top_k).values
+    if asked.candidates is not None:
+        found["candidate_logprobs"] = log_p.gather(1, order.argsort()[asked.candidates[p.live]])
+    return found
+
+
+def raw(p: cases.Problem) -> Tensor:
+    """Logits before scale, cap and temperature, exact in fp64."""
+    size = p.head.get("vocab_size", len(p.weight))
+    bias = None if p.bias is None else p.bias[:size].double()
+    return F.linear(p.input.double(), p.weight[:size].double(), bias)
 
 
 def full(
@@ -166,14 +231,16 @@ def full(
             other = logits(teacher, teacher.leaves(dtype), order, softmax)[live]
         log_p, log_q = z.log_softmax(-1), other.log_softmax(-1)
         found = formula(options["divergence"], options["beta"], log_p, log_q)
+        share = columns["token_weight"] if options["weighted"] else torch.full_like(log_p[:, 0], 1 / count)
         if terms is not None:
             ratio = sum(
                 log.detach().nan_to_num(0, 0, 0).abs() for log in (log_p, log_q)
             )  # what log p − log q is made of
             weight = log_p.exp() if options["divergence"] == "reverse_kl" else log_q.exp()
             each = 1 + (weight.detach() * ratio).sum(-1)  # and of the logarithms of sums that are at least 1
-            terms |= {"divergence": each.amax(), "loss": each.mean(), **_sums(each / count, leaves, p, live)}
-        return _values({"divergence": found}, found.sum() / count, leaves)
+            each_share = each * share.abs()
+            terms |= {"divergence": each.amax(), "loss": each_share.sum(), **_sums(each_share, leaves, p, live)}
+        return _values({"divergence": found}, torch.where(share == 0, 0, found * share).sum(), leaves)
     stats = sk.reference.token_stats(z, target)
     loss = smooth = 0
     if case.call == "cross_entropy":
@@ -207,13 +274,13 @@ def full(
         each = g * (1 + size_of(stats.logprobs)) + h * (1 + size_of(stats.entropy)) + k * size_of(stats.logsumexp)
         each = each + smooth * (1 + size_of(stats.logprobs) + size_of(stats.smooth))
         terms |= {
-            "logprobs": one,
-            "entropy": one,
+            **dict.fromkeys(("logprobs", "entropy", "top_logprobs", "candidate_logprobs"), one),
             "loss": each.sum(),
             **_sums(g + h * (1 + size_of(stats.logprobs)) + k + smooth, leaves, p, live),
         }
     shown = {"logprobs": named, "loss": {n: named[n] for n in ("logprobs", "entropy")}, "cross_entropy": {}}
-    return _values(shown[case.call], loss, leaves)
+    more = {} if case.extras is None else to_tell(case, z, order)
+    return _values({**shown[case.call], **more}, loss, leaves)
 
 
 def _parts(objective: Callable) -> list[Callable]:
@@ -294,7 +361,14 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=int(time.time()) * 1000, help="number of the first case")
     parser.add_argument("--cases", type=int, default=None, help="stop after so many")
+    parser.add_argument("--workers", type=int, default=1, help="processes")
     arguments = parser.parse_args()
+    if arguments.workers > 1:
+        share = arguments.cases and -(-arguments.cases // arguments.workers)
+        command = [sys.executable, "-m", "tests.fuzz", "--minutes", str(arguments.minutes)]
+        command += ["--cases", str(share)] if share else []
+        starts = [arguments.seed + i * (share or 10**8) for i in range(arguments.workers)]
+        return max([process.wait() for process in [subprocess.Popen([*command, "--seed", str(n)]) for n in starts]])
     torch.set_num_threads(1)
     poison()
     print(f"seed {arguments.seed}", flush=True)

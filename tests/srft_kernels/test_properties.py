@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -68,6 +69,47 @@ def test_the_fuzz_notices():
         assert fuzz.failure(case) is None
         assert name in fuzz.failure(case, off(name, 1e-3))
         assert name in fuzz.failure(case, off(name, torch.nan))
+
+
+def test_the_fuzz_notices_what_else_is_told():
+    """An entry or a log-prob that is off by one; a divergence."""
+
+    def off(name: str):
+        def run(case):
+            values = fuzz.fused(case)
+            values[name].view(-1)[0].add_(1)
+            return values
+
+        return run
+
+    drawn = [c for c in map(fuzz.draw, range(400)) if c.problem.live.any() and c.problem.input.dtype == torch.float32]
+    asked = {
+        "rank": lambda extras: extras.rank,
+        "argmax": lambda extras: extras.argmax,
+        **dict.fromkeys(("top_logits", "top_distinct", "top_logprobs"), lambda extras: extras.top_k),
+        "candidate_logprobs": lambda extras: extras.candidates is not None,
+    }
+    for name, wanted in asked.items():
+        case = next(c for c in drawn if c.extras and wanted(c.extras))
+        assert fuzz.failure(case) is None and name in fuzz.failure(case, off(name))
+    for divergence in ("forward_kl", "reverse_kl", "jensen_shannon"):
+        of_it = (c for c in drawn if c.options.get("divergence") == divergence and c.options["weighted"])
+        case = next(c for c in of_it if fuzz.fused(c)["divergence"][0] < 9)  # where 1 is seen
+        assert fuzz.failure(case) is None and "divergence" in fuzz.failure(case, off("divergence"))
+
+
+def test_the_fuzz_draws_every_option():
+    drawn = [fuzz.draw(seed) for seed in range(1500)]
+    losses = [c for c in drawn if c.call == "loss"]
+    assert {c.options["objective"] for c in losses} == set(fuzz.OBJECTIVES)
+    for name in ("old_logprobs", "demo_logprobs"):
+        assert {name in c.columns for c in losses if "luffy" in c.options["objective"]} == {True, False}
+    extras = [c.extras for c in drawn if c.extras]
+    assert {(e.rank, e.argmax, e.top_k > 1, e.candidates is None) for e in extras} == set(product(*[[False, True]] * 4))
+    apart = [c.options for c in drawn if c.call == "distillation"]
+    assert {(o["divergence"], o["weighted"], "vocab_size" in o["teacher"].head) for o in apart} == set(
+        product(("forward_kl", "reverse_kl", "jensen_shannon"), *[[False, True]] * 2)
+    )
 
 
 def test_the_fuzz_says_how_to_see_it_again(monkeypatch, capsys):
