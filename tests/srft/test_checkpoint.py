@@ -47,6 +47,27 @@ def test_a_state_that_cannot_be_written_leaves_the_last_checkpoint_whole(tiny, t
     assert state["moment"].tolist() == [1, 1, 1]
 
 
+def test_the_end_of_a_process_within_a_save_leaves_the_last_checkpoint_whole(tiny, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(state, directory, ranks):
+        directory.mkdir()
+        (directory / "half").touch()
+        raise Killed
+
+    state = {"moment": torch.ones(3)}
+    checkpoint.save(tiny, tmp_path / "checkpoint-1", state=state)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(checkpoint, "write_state", killed)
+        checkpoint.save(tiny, tmp_path / "checkpoint-2", state=state)
+    assert checkpoint.resumable(str(tmp_path)) == tmp_path / "checkpoint-1"
+    assert load_model(ModelConfig(str(tmp_path / "checkpoint-1"), device="cpu"))
+    checkpoint.save(tiny, tmp_path / "checkpoint-2", state=state)
+    assert {each.name for each in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2"}
+    assert checkpoint.resumable(str(tmp_path)) == tmp_path / "checkpoint-2"
+
+
 def test_the_newest_checkpoint_with_a_state_is_found(tmp_path):
     for name in ("checkpoint-9/state", "checkpoint-10/state", "checkpoint-11", ".checkpoint-12.partial/state"):
         (tmp_path / name).mkdir(parents=True)
