@@ -202,9 +202,11 @@ def learns_from_rollouts(objective: Any) -> bool:
 
 def chosen(sequences: list[Sequence], threshold: float) -> list[Sequence]:
     """HPT's switch (arXiv 2509.04419) for one prompt: its rollouts if enough are rewarded, else its demonstration."""
-    rewards = [sequence.reward for sequence in sequences if not sequence.is_demo]
-    succeeds = sum(reward > 0 for reward in rewards) > threshold * len(rewards)
-    return [sequence for sequence in sequences if sequence.is_demo != succeeds]
+    is_demo = torch.tensor([sequence.is_demo for sequence in sequences])
+    rewards = torch.tensor([sequence.reward for sequence in sequences])
+    one_prompt, each = torch.zeros(len(sequences)), torch.arange(len(sequences))
+    learns = sk.hpt_switch(is_demo, rewards, one_prompt, each, threshold)  # as if a sequence were one token
+    return [sequence for sequence, kept in zip(sequences, learns.tolist()) if kept]
 
 
 def parameters(loaded: LoadedModel) -> str:

@@ -65,8 +65,8 @@ def hpt_switch(
     for name, value in (("rewards", rewards), ("prompt_ids", prompt_ids), ("sequence_ids", sequence_ids)):
         if tuple(value.shape) != shape:
             raise ValueError(f"{name} must be shaped like is_demo {shape}, found {tuple(value.shape)}")
-    if not 0 <= threshold < 1:
-        raise ValueError(f"threshold must lie in [0, 1), the share of successes to exceed, found {threshold}")
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must lie in [0, 1], the share of successes to exceed, found {threshold}")
     demo = is_demo.bool().flatten()
     live = torch.ones_like(demo) if mask is None else _boolean(mask).flatten()
     (demo, live, rewards, prompt_ids, sequence_ids), own = gathered(

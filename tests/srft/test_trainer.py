@@ -128,7 +128,13 @@ def test_training_makes_demonstrations_likelier(tiny):
 
 @pytest.mark.parametrize(
     ("rewards", "threshold", "demo"),
-    [([1, 0, 0, 0], 0.0, False), ([0, 0, 0, 0], 0.0, True), ([1, 0, 0, 0], 0.25, True), ([], 0.0, True)],
+    [
+        ([1, 0, 0, 0], 0.0, False),
+        ([0, 0, 0, 0], 0.0, True),
+        ([1, 0, 0, 0], 0.25, True),
+        ([1], 1.0, True),
+        ([], 0.0, True),
+    ],
 )
 def test_hpt_learns_from_rollouts_that_succeed_often_enough_else_from_the_demonstration(rewards, threshold, demo):
     rollouts = [Sequence([1], [2], False, float(reward)) for reward in rewards]

@@ -52,7 +52,7 @@ def test_switched_loss():
 
 @pytest.mark.parametrize("arguments, message", [
     ((DEMO, REWARD[:3], PROMPT, SEQUENCE), r"rewards must be shaped like is_demo \(14,\), found \(3,\)"),
-    ((DEMO, REWARD, PROMPT, SEQUENCE, 1.0), r"threshold must lie in \[0, 1\), the share of successes .*, found 1.0"),
+    ((DEMO, REWARD, PROMPT, SEQUENCE, 1.5), r"threshold must lie in \[0, 1\], the share of successes .*, found 1.5"),
 ])  # fmt: skip
 def test_mistakes(arguments, message):
     with pytest.raises(ValueError, match=message):
