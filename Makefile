@@ -1,6 +1,7 @@
 # One command each: an environment is made on first use, then the command runs in it.
 #   make train   SRFT on the embedded SmolLM2-135M, CPU or CUDA     make bench   speed, memory and error
 #   make test    every test                                         make lint    ruff
+#   make oldest-test  the kernels under Triton 3.6.0
 #   make peers-test   bench/peers.py and docs/migrate.md against the peers' packages, in an environment on top of this one
 #   make gpu     tests, bench and profiles on a GPU, in 9 minutes
 #   make aot     every Triton kernel compiled with no GPU; table in docs/kernel-notes.md; TRITON=3.6.0 for another Triton
@@ -17,20 +18,27 @@ ARGS   ?=
 BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 
-.PHONY: train test peers-test bench gpu aot tune lint clean
+.PHONY: train test peers-test oldest-test bench gpu aot tune lint clean
 
 train: $(READY)
 	$(BIN)/srft train $(ARGS)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadgroup $(ARGS)
-	$(MAKE) peers-test
+	$(MAKE) peers-test oldest-test
 
 bench: $(READY)
 	$(BIN)/python -m pytest bench/ --benchmark $(ARGS)
 
-# The peers' environment sees the packages of the first one, so that torch is there already. Two of the peers are taken
-# without what they require (Ray, the CUTLASS DSL): one has a path that needs none of it, the other is only read.
+# An environment that sees the packages of the first one: torch is there already.
+define on_top
+$(PYTHON) -m venv $(1)
+$(BIN)/python -c 'import site; print(*site.getsitepackages())' > \
+	"$$($(1)/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+endef
+
+# Two of the peers are taken without what they require (Ray, the CUTLASS DSL): one has a path that needs none of it, the
+# other is only read.
 PEERS_VENV ?= .venv-peers
 PEERS      ?= liger-kernel==0.8.5 cut-cross-entropy==25.1.1 trl==1.16.0
 PEERS_BARE ?= verl==0.9.1 quack-kernels==0.6.5
@@ -39,9 +47,7 @@ peers-test: $(PEERS_VENV)/.ready
 		-k "migrate or a_peer_is_right and (liger or cut-cross or QuACK or verl or TRL)"
 
 $(PEERS_VENV)/.ready: $(READY)
-	$(PYTHON) -m venv $(PEERS_VENV)
-	$(BIN)/python -c 'import site; print(*site.getsitepackages())' > \
-		"$$($(PEERS_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+	$(call on_top,$(PEERS_VENV))
 	$(PEERS_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) $(PEERS)
 	$(PEERS_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps $(PEERS_BARE)
 	touch $@
@@ -61,15 +67,22 @@ tune:
 	$(PYTHON) -m bench.tune --device $(DEVICE) $(ARGS)
 endif
 
-# Another Triton has an environment of its own, without what compiling does not need.
+# Another Triton has an environment of its own.
 AOT_VENV = $(if $(filter 3.7.0,$(TRITON)),$(VENV),.venv-triton-$(TRITON))
 aot: $(AOT_VENV)/.ready
 	env -u TRITON_INTERPRET $(AOT_VENV)/bin/python -m bench.aot --table docs/kernel-notes.md $(ARGS)
 
-.venv-triton-%/.ready: Makefile
-	$(PYTHON) -m venv .venv-triton-$*
-	.venv-triton-$*/bin/python -m pip install --quiet $(PIP_ARGS) "$(TORCH)" "triton==$*" numpy setuptools
+# It sees the packages of the first one, torch among them, and its own Triton before theirs.
+.venv-triton-%/.ready: $(READY)
+	$(call on_top,.venv-triton-$*)
+	.venv-triton-$*/bin/python -m pip install --quiet $(PIP_ARGS) "triton==$*"
 	touch $@
+
+# The kernels under the oldest Triton that is supported: compiled, and a few run in its interpreter.
+OLDEST = .venv-triton-3.6.0
+oldest-test: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest tests/srft_kernels/test_triton_aot.py tests/srft_kernels/test_device_formulas.py -n auto \
+		-k "sm_90 or device_formulas"
 
 lint: $(READY)
 	$(BIN)/ruff check .
