@@ -179,10 +179,15 @@ def _around(tensors: Tensors) -> dict[str, Any]:
     """What `Around` tells."""
     grad, kind = torch.is_grad_enabled(), tensors[0].device.type
     autocast = None
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if _has_autocast(kind) and torch.is_autocast_enabled(kind):
         autocast = str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
     wanted = tuple([grad and tensor is not None and tensor.requires_grad for tensor in tensors])
     return {"wanted": wanted, "autocast": autocast}
+
+
+@torch.compiler.assume_constant_result
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)  # which torch 2.11 cannot trace
 
 
 def _found(call: tuple[Any, ...]) -> dict[str, Tensor]:

@@ -205,7 +205,7 @@ def linear_cross_entropy(
         input,
         linear_weight,
         target,
-        CrossEntropy(label_smoothing, z_loss),
+        CrossEntropy(label_smoothing=label_smoothing, z_loss=z_loss),  # by name: torch 2.11 cannot trace it otherwise
         linear_bias=linear_bias,
         temperature=temperature,
         softcap=softcap,
