@@ -58,6 +58,7 @@ def linear_distillation(
     mask: Tensor | None = None,
     token_weight: Tensor | None = None,
     plan: Plan | None = None,
+    group: None = None,
 ) -> DistillationOutput:
     """Σ_t token_weight_t · D(p_t, q_t) of a student p = softmax(input · linear_weightᵀ) and a teacher q, logits unmade.
 
@@ -79,11 +80,14 @@ def linear_distillation(
         softcap, teacher_softcap: cap > 0 of cap · tanh(z / cap) in each head, before the temperature; or None.
         vocab_size: the vocabulary that both heads share, where one has padding rows: those past it do not exist.
         mask: (...) boolean, False where a token takes no part (target != -100, say); None: all do.
-        token_weight: (...), default 1 / (number of tokens that take part). See `token_mean`, `sequence_mean`.
+        token_weight: (...), default 1 / (number of tokens that take part). See `token_mean`, `sequence_mean`, which
+            count tokens that are divided over ranks too.
         plan: how to run; default as `Plan.choose`, with chunks of half as many tokens since each has two rows.
+        group: refused: a head divided over ranks, as `linear_loss` takes it, is not supported here.
 
     Returns:
-        DistillationOutput. With no token the loss is exactly 0, and so are its gradients.
+        DistillationOutput. With no token the loss is exactly 0, and so are its gradients. Tokens' divergences come
+        without a gradient, and there is no reduction="none": what each of them counts is its token_weight.
 
     Where p has what the reference of a KL has not (KL(q ‖ p) with p_v = 0 < q_v, KL(p ‖ q) with q_v = 0 < p_v) it is
     +∞; that of KL(q ‖ p) still has its gradient p − q, that of KL(p ‖ q) has none (NaN).
@@ -91,6 +95,11 @@ def linear_distillation(
     Raises:
         ValueError, TypeError: naming the argument, what was found and what was expected, before any work.
     """
+    if group is not None:
+        raise ValueError(
+            "linear_distillation(group=...) is not supported: every rank needs all rows of both heads; gather those of "
+            "a divided head on each rank, and drop group="
+        )
     arguments = DistillationArguments(
         input,
         linear_weight,

@@ -375,6 +375,7 @@ def test_cost(divergence):
         ({"mask": torch.ones(3)}, TypeError, "mask must be boolean, True where .*, found torch.float32"),
         ({"mask": torch.ones(2) > 0}, ValueError, r"mask must be shaped like input .* \(3,\), found \(2,\)"),
         ({"token_weight": torch.ones(2)}, ValueError, r"token_weight must be shaped like input .* found \(2,\)"),
+        ({"group": object()}, ValueError, r"linear_distillation\(group=...\) is not supported: .* drop group="),
         ({"plan": sk.Plan(passes=2)}, ValueError, r"distillation has one pass and no filter: use passes=None"),
     ],
 )  # fmt: skip
