@@ -42,7 +42,7 @@ from srft_kernels.rows import tuning
 from .environment import ROOT, environment
 from .groups import every_case
 from .measure import EVERYONE, Row
-from .providers import OURS
+from .providers import OUR_NAMES, OURS
 from .record import Record
 from .table import HEADER
 from .timing import LOST
@@ -227,7 +227,7 @@ def problems(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def is_ours(row: dict[str, Any]) -> bool:
-    return row["provider"] in (OURS.name, EVERYONE)
+    return row["provider"] in (*OUR_NAMES, EVERYONE)
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -239,7 +239,8 @@ def summary(result: dict[str, Any]) -> str:
     for case, rows in by_case.items():
         if (mine := rows.pop(OURS.name, None)) is None:
             continue
-        best = min(rows.values(), key=lambda row: row["stats"]["median"], default=None)
+        peers = (row for name, row in rows.items() if name not in OUR_NAMES)
+        best = min(peers, key=lambda row: row["stats"]["median"], default=None)
         times = mine["extra_info"].get("ratio_to_products")
         peer = (f"{1e3 * best['stats']['median']:.2f}", best["extra_info"]["provider"]) if best else ("–", "–")
         ratio = f"{times:.2f}" if times else "–"

@@ -21,12 +21,12 @@ import torch
 from . import memory, timing
 from .cases import TASKS, Case
 from .inputs import Inputs, Unavailable, make
-from .providers import COMPILED, FILTERED, OURS, Provider, bare_products
+from .providers import OUR_NAMES, OURS, OWN, Provider, bare_products
 from .truth import Truth, truth
 
 ROUNDS = {"cuda": 12, "cpu": 9}
 MOST = {"cuda": 12.0, "cpu": 5.0}  # seconds of rounds per case
-OURS_ALONE = (OURS.name, FILTERED.name, COMPILED.name, "eager")
+OURS_ALONE = (*OUR_NAMES, "eager")
 EVERYONE = "all providers"  # stands for them in the row of a case that none of them could be measured on
 GRACE = 5.0  # seconds past the deadline in which a provider may end what it has begun
 OWN_CODE = 64 * 2**20  # bytes: less than this, taken from the driver in one case, is the kernels' code
@@ -66,7 +66,7 @@ class Limits:
         """Raise TimeUp where the provider may not begin."""
         if time.perf_counter() > self.deadline:
             raise timing.TimeUp("no time left")
-        if provider != OURS.name and self.spent[provider] > self.total:
+        if provider not in OUR_NAMES and self.spent[provider] > self.total:
             raise timing.TimeUp(f"has had its {self.total:g} s in the cases before")
 
 
@@ -286,4 +286,4 @@ def release(device: str) -> None:
 def everyone() -> list[Provider]:
     from .peers import PEERS
 
-    return [OURS, FILTERED, COMPILED, *PEERS]
+    return [*OWN, *PEERS]

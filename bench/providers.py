@@ -125,6 +125,9 @@ def compiled(device: str) -> Abilities:
 OURS = Provider("srft_kernels", ours)
 FILTERED = Provider("srft_kernels, filtered", filtered)
 COMPILED = Provider("srft_kernels, compiled", compiled)
+OWN = (OURS, FILTERED, COMPILED)
+ALONE = "one process"  # beside the ranks of sharded.py: the same loss
+OUR_NAMES = (*(provider.name for provider in OWN), ALONE)  # no peers: where one of these is wrong, the run has failed
 
 
 def bare_products(inputs: Inputs, task: Task) -> Callable[[Inputs], None]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .environment import ROOT
+from .providers import OUR_NAMES
 from .table import KEPT, of_kept
 
 RESULTS, DOCS = ROOT / "bench" / "results", ROOT / "docs"
@@ -263,7 +264,7 @@ def figure(result: Result, group: str, docs: Path) -> str | None:
 def bars(rows: list[dict[str, Any]], ax: Any) -> None:
     """Time against the floor: a bar per provider and case."""
     names = [f"{row['provider']}, {row['case'].partition(': ')[2]}" for row in rows]
-    colours = ["tab:blue" if row["provider"] == "srft_kernels" else "0.7" for row in rows]
+    colours = ["tab:blue" if row["provider"] in OUR_NAMES else "0.7" for row in rows]
     ax.figure.set_figheight(1.2 + 0.24 * len(rows))
     ax.barh(names, [row["ratio_to_products"] for row in rows], color=colours)
     ax.axvline(1, color="black", linewidth=0.8)

@@ -38,13 +38,12 @@ from .measure import (
     set_times,
     stage,
 )
-from .providers import OURS, Abilities, bare_products
+from .providers import ALONE, OURS, Abilities, bare_products
 from .ranks import Ranks
 from .truth import Truth, truth
 
 SHAPES = {"cpu": Shape(256, 256, 16384), "cuda": Shape(8192, *HEADS["Qwen3-8B"])}
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
-ALONE = "one process"
 NAMES = (OURS.name, ALONE)
 FLOOR = "bare products"
 ROUNDS = 15

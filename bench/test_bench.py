@@ -6,6 +6,7 @@ Each case is measured as a whole, all providers in turns (measure.py); pytest-be
 import pytest
 
 from .peers import Changed
+from .providers import OUR_NAMES
 from .record import finite
 from .timing import Replay
 
@@ -23,7 +24,7 @@ def test_case(benchmark, bench, case, provider):
         pytest.skip(f"{provider} does not do this: {case.task}")
     if row.status != "ok":
         told = f"{row.status}: {row.reason}"
-        ours = provider == "srft_kernels" and row.status in ("wrong", "failed")
+        ours = provider in OUR_NAMES and row.status in ("wrong", "failed")
         assert not ours and Changed.__name__ not in row.reason, told
         pytest.skip(told)
     durations = iter(row.seconds)

@@ -10,7 +10,8 @@ import torch
 from bench import gpu
 from bench.cases import Case, Shape
 from bench.measure import EVERYONE, Row
-from bench.record import Record, replace, untimed
+from bench.providers import OUR_NAMES
+from bench.record import Record, replace, timed, untimed
 from bench.timing import LOST
 
 CASE = Case("scoring", "scoring", Shape(64, 16, 128))
@@ -194,12 +195,20 @@ def test_wrong_and_failed_rows_are_shown_ours_first():
     assert "not measured: eager: not here" in text and f"skipped, more than 30 s:\n  torch.compile, {CASE}" in text
 
 
+def test_the_best_peer_is_none_of_ours():
+    case = {"case": str(CASE)}
+    times = {"srft_kernels": 0.2, "srft_kernels, filtered": 0.1, "one process": 0.1, "verl": 0.4, "eager": 0.3}
+    measured = [timed(Row(CASE, name, "ok", seconds=[each], extra=case)) for name, each in times.items()]
+    line = next(line for line in gpu.summary({"benchmarks": measured, "untimed": []}).splitlines() if str(CASE) in line)
+    assert line.split()[-4:] == ["200.00", "–", "300.00", "eager"]
+
+
 @pytest.mark.parametrize(
     "row, device_tests, status",
     [
         (None, True, 0),
         (Row(CASE, "QuACK", "failed", "broken"), True, 0),
-        (Row(CASE, "srft_kernels", "wrong", "error"), True, 1),
+        *((Row(CASE, name, "wrong", "error"), True, 1) for name in OUR_NAMES),
         (Row(CASE, EVERYONE, "failed", "truth in fp64: out of memory"), True, 1),
         (None, False, 1),
         (None, None, 1),

@@ -4,13 +4,15 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from bench import environment
+from bench import environment, test_bench
 from bench.cases import Case, Shape
 from bench.environment import ROOT
 from bench.measure import Row
+from bench.providers import OUR_NAMES
 from bench.record import Record, finite
 
 CASE = Case("scoring", "scoring", Shape(64, 16, 128))
@@ -87,6 +89,17 @@ def test_a_selection_without_a_case_is_no_error(tmp_path):
     for selection in (["--group=nothing"], ["-k", "nothing"]):
         done = pytest_bench(tmp_path, *selection)
         assert done.returncode in (0, 5) and "Error" not in done.stdout + done.stderr, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("provider", OUR_NAMES)
+def test_a_wrong_row_of_ours_fails_the_bench_and_a_peers_does_not(provider):
+    rows = {name: Row(CASE, name, "wrong", "error dx 0.5") for name in (provider, "a peer")}
+    bench = SimpleNamespace(before=set(), row=lambda case, name: rows[name])
+    benchmark = SimpleNamespace()
+    with pytest.raises(AssertionError, match=r"wrong: error dx 0\.5"):
+        test_bench.test_case(benchmark, bench, CASE, provider)
+    with pytest.raises(pytest.skip.Exception):
+        test_bench.test_case(benchmark, bench, CASE, "a peer")
 
 
 def pytest_bench(tmp_path, *options):
