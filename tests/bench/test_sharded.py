@@ -13,6 +13,7 @@ from bench.cases import Shape
 from bench.measure import CaseFailed, Row
 from bench.record import timed
 from bench.table import table
+from bench.timing import TimeUp, limit
 
 
 @pytest.fixture(autouse=True)
@@ -103,3 +104,21 @@ def test_what_goes_wrong_on_a_rank_fails_the_ranks_alone(measured, name, fails, 
 def test_ranks_that_cannot_start_fail_the_case(measured):
     with pytest.raises(CaseFailed, match="start of the ranks: RuntimeError: rank 1: ended, exit status 3"):
         measured("ready", dies)
+
+
+def double(number: int) -> int:
+    return number * (1 + dist.get_rank())
+
+
+def test_after_a_failure_or_an_interruption_the_next_call_gets_its_own_answers():
+    pair = ranks.Ranks(2, partial(sharded.settle, "cpu"), preload=("bench.sharded", __name__))
+    try:
+        assert pair(double, 3) == [3, 6]
+        with pytest.raises(TimeUp), limit(1.0):
+            pair(time.sleep, 3)
+        assert pair(double, 4) == [4, 8]
+        with pytest.raises(RuntimeError, match="rank 1: OutOfMemoryError"):
+            pair(raises)
+        assert pair(double, 5) == [5, 10]
+    finally:
+        pair.stop()
