@@ -9,7 +9,8 @@ PyTorch; the engine differentiates it on n-long vectors and needs to know nothin
                   tokens that share its `sequence_ids`) or "batch"
     crosses       False where no token's loss has a gradient to another token's statistics, which it reads as constants.
                   Default: what is not token-local crosses; then a token of weight 0 may have a gradient
-    reads_live    True where an objective that is not token-local leaves tokens out that are not `tokens.live`
+    reads_live    True where an objective that is not token-local leaves tokens out that are not `tokens.live`, and so
+                  does `metrics`; else they are taken out first, for which the host waits for an accelerator
     requires      method of the given annotations: names it cannot do without, checked before any work
     inactive      method of the annotations: True where a token surely has no gradient, so that its row can be left
                   out of the two backward matrix products
@@ -127,11 +128,12 @@ class Objective:
         sampled = torch.ones_like(stats.logprobs, dtype=torch.bool) if demonstrated is None else ~demonstrated
         result = {}
         if self.kl_coef:
-            result["ref_kl"] = _mean(self._kl(stats, tokens), sampled)
+            result["ref_kl"] = _mean(tokens, self._kl(stats, tokens), sampled)
         if self.correction is not None:
             mismatch = self._mismatch(stats, tokens)
-            result["correction_weight"] = _mean(self.correction.bounded(mismatch), sampled)
-            result["correction_outside"] = _mean((~self.correction.inside(mismatch)).to(mismatch.dtype), sampled)
+            result["correction_weight"] = _mean(tokens, self.correction.bounded(mismatch), sampled)
+            outside = (~self.correction.inside(mismatch)).to(mismatch.dtype)
+            result["correction_outside"] = _mean(tokens, outside, sampled)
         return result
 
     def _mismatch(self, stats: TokenStats, tokens: Tokens) -> Tensor:
@@ -287,7 +289,7 @@ class PolicyGradient(Objective):
         return log_r.exp() * (old.exp() + c) / (stats.logprobs.exp() + c)
 
     def metrics(self, stats: TokenStats, tokens: Tokens) -> dict[str, Tensor]:
-        result = {"entropy": stats.entropy.mean()}
+        result = {"entropy": _mean(tokens, stats.entropy)}
         if self.surrogate != "reinforce":
             result |= self._drift(stats, tokens, tokens.advantages)
         return result | super().metrics(stats, tokens)
@@ -301,7 +303,8 @@ class PolicyGradient(Objective):
         beyond = ((ratio > 1 + high) & (signal > 0)) | ((ratio < 1 - low) & (signal < 0))
         sampled = torch.ones_like(beyond) if demonstrated is None else ~demonstrated
         drift = change.exp() - 1 - change.clamp(min=-LOG_RATIO_LIMIT)
-        return {"clip_fraction": _mean(beyond.to(ratio.dtype), sampled), "approx_kl": _mean(drift, sampled)}
+        clipped = _mean(tokens, beyond.to(ratio.dtype), sampled)
+        return {"clip_fraction": clipped, "approx_kl": _mean(tokens, drift, sampled)}
 
 
 @dataclass(frozen=True, repr=False)
@@ -469,20 +472,24 @@ class SRFT(PolicyGradient):
         demo_sft, demo_rl, rollout = self._parts(stats, tokens)
         demo_weight, rollout_weight = self._weights(stats, tokens, positive := self._positive(tokens))
         return {
-            "demo_sft_loss": _mean(demo_sft, demo),
-            "demo_rl_loss": _mean(demo_rl, demo),
-            "rollout_loss": _mean(rollout, ~demo),
-            "demo_entropy": _mean(stats.entropy, demo),
-            "rollout_entropy": _mean(stats.entropy, ~demo),
-            "demo_weight": _mean(demo_weight, demo),
-            "rollout_weight": _mean(rollout_weight, ~demo & positive),
+            "demo_sft_loss": _mean(tokens, demo_sft, demo),
+            "demo_rl_loss": _mean(tokens, demo_rl, demo),
+            "rollout_loss": _mean(tokens, rollout, ~demo),
+            "demo_entropy": _mean(tokens, stats.entropy, demo),
+            "rollout_entropy": _mean(tokens, stats.entropy, ~demo),
+            "demo_weight": _mean(tokens, demo_weight, demo),
+            "rollout_weight": _mean(tokens, rollout_weight, ~demo & positive),
             **self._drift(stats, tokens, self._signal(tokens, positive)),
             **Objective.metrics(self, stats, tokens),
         }
 
 
-def _mean(values: Tensor, where: Tensor) -> Tensor:
-    """Mean over the tokens where `where` holds; 0 when there is none."""
+def _mean(tokens: Tokens, values: Tensor, where: Tensor | None = None) -> Tensor:
+    """Mean over the live tokens where `where` holds; 0 when there is none."""
+    if (live := tokens.get("live")) is not None:
+        where = live if where is None else where & live
+    if where is None:
+        return values.mean()
     return torch.where(where, values, 0).sum() / where.sum().clamp(min=1)
 
 

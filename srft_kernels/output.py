@@ -22,7 +22,8 @@ class LossOutput:
     logprobs   ℓ, shaped like target, detached; 0 where ignored
     entropy    H in nats, likewise
     metrics    token means over this call's live tokens, detached 0-d tensors; computed when first read. With no live
-               token there are none, and in a graph of torch.compile, which has the outputs that it has, they are NaN
+               token there are none; they are NaN where nothing looks at the data to know: on accelerators, and in a
+               graph of torch.compile
     extras     what `extras` asked for beside, else None
     """
 
@@ -64,13 +65,17 @@ def metrics(
     objective: Any, stats: TokenStats, tokens: Tokens, filtered: Tensor | None, argmax: Tensor | None
 ) -> dict[str, Tensor]:
     """The objective's own, over the live tokens alone, top-1 accuracy, and what a filtered backward dropped so far."""
-    if (live := tokens.get("live")) is not None:
+    live = tokens.get("live")
+    if live is not None and not getattr(objective, "reads_live", False):  # where this waits for an accelerator
         stats, tokens = stats.map(lambda field: field[live]), tokens.rows(live)
-        argmax = argmax if argmax is None else argmax[live]
+        argmax, live = argmax if argmax is None else argmax[live], None
     of_objective = getattr(objective, "metrics", None)
     result = of_objective(stats, tokens) if of_objective and len(stats.logprobs) else {}
     if argmax is not None and len(argmax):
-        result["accuracy"] = (argmax == tokens.target).to(stats.logprobs.dtype).mean()
+        right = (argmax == tokens.target).to(stats.logprobs.dtype)
+        result["accuracy"] = right.mean() if live is None else (right * live).sum() / live.sum()
+    if live is not None:
+        result = {name: torch.where(live.any(), value, torch.nan) for name, value in result.items()}
     if filtered is not None:
         dropped, whole = filtered.view(2, 2).unbind(1)
         found = (dropped / whole.clamp(min=torch.finfo(whole.dtype).tiny)).sqrt()

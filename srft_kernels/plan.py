@@ -103,8 +103,7 @@ class Plan:
             block_rows = max(1, min(block_rows, budget // (4 * row_bytes)))
         scratch = 0 if triton else block_rows * row_bytes
         rows = max((budget - scratch) // row_bytes, least)
-        step = 128 if rows >= 256 else 8 if rows >= 16 else 1
-        rows = max(1, rows // step * step)
+        rows = max(1, rows // _step(rows) * _step(rows))
         if batch_invariant:  # nothing may depend on the number of tokens, nor a row on its place in a block
             block_rows = math.gcd(rows, 2 ** int(math.log2(block_rows)))
         else:
@@ -127,10 +126,15 @@ class Plan:
         )
 
     def chunks(self, rows: int) -> Iterator[slice]:
-        """Slices that cut `rows` rows into the fewest chunks, as equal as possible."""
+        """Slices that cut `rows` rows into the fewest chunks, as equal as whole tiles of the products allow.
+
+        Every chunk then starts at an aligned address of each annotation too, for which kernels are compiled once.
+        """
         count = -(-rows // self.chunk_rows)
-        for i in range(count):
-            yield slice(rows * i // count, rows * (i + 1) // count)
+        size = -(-rows // max(count, 1))
+        size = min(self.chunk_rows, -(-size // _step(size)) * _step(size))
+        for start in range(0, rows, max(size, 1)):
+            yield slice(start, min(start + size, rows))
 
     def __str__(self) -> str:
         passes = {None: "one pass where the objective allows", 1: "one pass", 2: "two passes"}[self.passes]
@@ -138,3 +142,8 @@ class Plan:
         passes += f", {self.filter.columns:.1%} of the columns in the backward" if self.filter else ""
         memory = f", {self.workspace_bytes / 1e6:.1f} MB of workspace" if self.workspace_bytes else ""
         return f"{self.backend} rows, chunks of {self.chunk_rows} tokens, {passes}{memory}"
+
+
+def _step(rows: int) -> int:
+    """What the number of rows of a chunk of about so many is to be a multiple of."""
+    return 128 if rows >= 256 else 16 if rows >= 16 else 1

@@ -1,7 +1,7 @@
 """The row kernels in Triton: one program per row of logits (or walking over several), statistics and gradients.
 
 Logits are fp32; a gradient is written over them, a 16-bit one into the front of its own row. Device code alone: what
-launches it, and how rows lie in memory, is in triton_rows.py.
+launches it, and how rows lie in memory, is in triton_rows.py. A kernel is compiled once for any number of rows.
 """
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ def _step(WALK: tl.constexpr):
         return 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _statistics_kernel(
     logits_ptr,  # (n, stride) fp32
     target_ptr,  # (n,) int64
@@ -291,7 +291,7 @@ def _statistics_kernel(
         tl.store(out_ptr + 6 * rows + row, mean)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _gradient_kernel(
     logits_ptr, dlogits_ptr,  # (n, stride) fp32; (n, dstride), the same memory
     target_ptr, m_ptr, log_s_ptr, mean_ptr,  # (n,)
@@ -324,7 +324,7 @@ def _gradient_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _loss_gradient_kernel(
     logits_ptr, dlogits_ptr,  # (n, stride) fp32; (n, dstride), the same memory
     target_ptr, weight_ptr,  # (n,) int64, (n,) fp32 token weights

@@ -1,6 +1,7 @@
 """Rows that are worked through: ignored ones left out, or kept as dead rows where counting would stall a stream."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -119,6 +120,39 @@ def test_built_in_losses_over_several_tokens_read_which_are_live(objective):
     torch.testing.assert_close(out.metrics, expected.metrics)
 
 
+@pytest.mark.parametrize(
+    "objective", [sk.grpo(kl_coef=0.1), sk.srft_official(), sk.cispo(correction=sk.Correction(high=2.0)), sk.sft()]
+)
+def test_metrics_are_means_over_live_tokens(objective):
+    p, extras = problem("random", tokens=30), sk.Extras(argmax=True)
+    names = ("advantages", "old_logprobs", "ref_logprobs", "sampler_logprobs", "rewards")
+    given = {name: torch.randn(30) for name in names} | {"is_demo": torch.arange(30) % 2 == 0}
+    given = {name: torch.where(p.live, column, torch.nan if column.is_floating_point() else True)
+             for name, column in given.items()}  # fmt: skip
+    call = partial(sk.linear_loss, p.input, p.weight, objective=objective, extras=extras, **given)
+    assert not p.live.all()
+    torch.testing.assert_close(call(target=p.target, plan=MASKED).metrics, call(target=p.target).metrics)
+    nobody = torch.full_like(p.target, -100)
+    assert call(target=nobody).metrics == {}
+    assert all(value.isnan() for value in call(target=nobody, plan=MASKED).metrics.values())
+
+
+def test_metrics_of_an_objective_that_does_not_read_live_see_live_tokens_alone():
+    class Mine:
+        def __call__(self, stats, tokens):
+            return -tokens.advantages * stats.logprobs
+
+        def metrics(self, stats, tokens):
+            return {"seen": torch.tensor(float(len(stats.logprobs))), "entropy": stats.entropy.mean()}
+
+    p = problem("random", tokens=30)
+    found, expected = (
+        sk.linear_loss(p.input, p.weight, p.target, Mine(), plan=plan, **columns(30)).metrics for plan in (MASKED, None)
+    )
+    assert found["seen"] == p.live.sum()
+    torch.testing.assert_close(found, expected)
+
+
 def test_an_annotation_called_live_is_refused():
     p = problem("random")
     with pytest.raises(ValueError, match="cannot be called live"):
@@ -177,7 +211,11 @@ def test_no_synchronisation_on_accelerators(passes, live_tokens):
         plan = sk.Plan(chunk_rows=24, passes=passes)
         given = {"advantages": torch.randn(64), "is_demo": torch.rand(64) < 0.5, "rewards": torch.ones(64)}
         head = {"linear_bias": b, "live_tokens": live_tokens, "plan": plan}
-        sk.linear_loss(x, w, target, sk.srft_paper(), **head, **given).loss.backward()
+        objective = sk.srft_paper(kl_coef=0.1, correction=sk.Correction(high=2.0))
+        given |= {"ref_logprobs": torch.randn(64), "sampler_logprobs": torch.randn(64)}
+        out = sk.linear_loss(x, w, target, objective, extras=sk.Extras(argmax=True), **head, **given)
+        out.loss.backward()
+        assert {"rollout_loss", "approx_kl", "ref_kl", "correction_weight", "accuracy"} <= set(out.metrics)
         stats = sk.linear_logprobs(x, w, target, **head)
         (stats.logprobs + stats.entropy).sum().backward()
         sk.linear_cross_entropy(x, w, target, label_smoothing=0.1, weight=torch.rand(500), **head).backward()
