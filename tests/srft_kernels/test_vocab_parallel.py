@@ -313,6 +313,34 @@ def test_ranks_outside_of_the_group_do_not_call(ranks):
         torch.testing.assert_close(found[name], one[name], rtol=1e-5, atol=1e-6)
 
 
+def on_a_mesh(p: Problem) -> dict[str, Tensor]:
+    """The head divided within pairs of ranks, the tokens between the pairs."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("pairs", "within"))
+    between = mesh.get_group("pairs")
+    pair, pairs = dist.get_rank(between), dist.get_world_size(between)
+    x, target = (t.tensor_split(pairs)[pair] for t in (p.input, p.target))
+    p = part(replace(p, input=x, target=target), mesh.get_group("within"))
+    x, w = p.leaves()
+    loss = sk.linear_loss(x, w, p.target, sk.sft(), token_group=between, plan=plan_of(1), **p.head).loss
+    loss.backward()
+    loss = loss.detach()
+    for each in (loss, w.grad):
+        dist.all_reduce(each, group=between)
+    return {"loss": loss, "x": x.grad, "W": w.grad}
+
+
+def test_the_head_and_the_tokens_are_divided_both(ranks):
+    p = problem(tokens=15)
+    one, found = call("linear_loss", p, "xW", {"objective": sk.sft()}), ranks(on_a_mesh, p)
+    pairs = [whole(found[first : first + 2], p) for first in range(0, ranks.count, 2)]
+    torch.testing.assert_close(torch.cat([pair["x"] for pair in pairs]), one["x"], rtol=1e-5, atol=1e-6)
+    for pair in pairs:
+        for name in ("loss", "W"):
+            torch.testing.assert_close(pair[name], one[name], rtol=1e-5, atol=1e-6)
+
+
 def copies_of_a_module(p: Problem) -> tuple[list[float], str]:
     """Losses of a module, of a copy, and of what was saved without its group; what saving it with one says."""
     p = part(p)
