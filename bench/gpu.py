@@ -45,6 +45,7 @@ from .measure import EVERYONE, Row
 from .providers import OUR_NAMES, OURS
 from .record import Record
 from .table import HEADER
+from .targets import evaluate
 from .timing import LOST
 from .tune import merged
 
@@ -231,7 +232,7 @@ def is_ours(row: dict[str, Any]) -> bool:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Ours against the best peer of each case, the largest kernels, the tests, and what was left out."""
+    """Ours against the best peer of each case, targets, the largest kernels, the tests, and what was left out."""
     by_case: dict[str, dict[str, dict]] = {}
     for row in result["benchmarks"]:
         by_case.setdefault(row["extra_info"]["case"], {})[row["extra_info"]["provider"]] = row
@@ -246,6 +247,8 @@ def summary(result: dict[str, Any]) -> str:
         ratio = f"{times:.2f}" if times else "–"
         noisy = " (noisy)" if mine["extra_info"].get("noisy") or (best and best["extra_info"].get("noisy")) else ""
         lines.append(f"{case:<66} {1e3 * mine['stats']['median']:>9.2f} {ratio:>10} {peer[0]:>10}  {peer[1]}{noisy}")
+    if result.get("machine_info", {}).get("kind") == "cuda":
+        lines += ["", *(f"{verdict:<15} {what}: {goal}; {found}" for what, goal, found, verdict in evaluate(result))]
     for shown in result.get("profiles", []):
         lines += ["", f"profile of {shown['case']}" + (f": {shown['problem']}" if "problem" in shown else "")]
         lines += [f"  {k['milliseconds']:9.2f} ms {k['share']:5.0%} {k['calls']:4}× {k['name'][:80]}"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import srft_kernels as sk
 
-from .cases import TASKS, Task
+from .cases import BUDGETED_TASK, TASKS, Task
 from .inputs import Inputs
 
 Statistics = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]  # x, W, target → ℓ, H (or None)
@@ -117,6 +117,15 @@ def filtered(device: str) -> Abilities:
     return Abilities({name: loss for name, task in TASKS.items() if task.allowed})
 
 
+def budgeted(device: str) -> Abilities:
+    def loss(inputs: Inputs, task: Task):
+        (n, hidden), vocab = inputs.input.shape, len(inputs.weight)
+        plan = sk.Plan.choose(n, hidden, vocab, inputs.input.dtype, device, workspace_bytes=256 * 2**20)
+        return our_loss(inputs, task, plan)
+
+    return Abilities({BUDGETED_TASK: loss})
+
+
 def compiled(device: str) -> Abilities:
     """A graph that holds nothing but our loss: what being in one costs."""
     return Abilities({"srft, in a graph": torch.compile(our_loss, fullgraph=True)})
@@ -125,7 +134,8 @@ def compiled(device: str) -> Abilities:
 OURS = Provider("srft_kernels", ours)
 FILTERED = Provider("srft_kernels, filtered", filtered)
 COMPILED = Provider("srft_kernels, compiled", compiled)
-OWN = (OURS, FILTERED, COMPILED)
+BUDGETED = Provider("srft_kernels, 256 MiB", budgeted)
+OWN = (OURS, FILTERED, COMPILED, BUDGETED)
 ALONE = "one process"  # beside the ranks of sharded.py: the same loss
 OUR_NAMES = (*(provider.name for provider in OWN), ALONE)  # no peers: where one of these is wrong, the run has failed
 

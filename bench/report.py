@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import targets
 from .environment import ROOT
 from .providers import OUR_NAMES
 from .table import KEPT, of_kept
@@ -74,6 +75,7 @@ class Result:
         self.partial = bool(data.get("partial"))
         self.seconds = data.get("total_seconds") or data.get("seconds")
         self.problems = data.get("problems", []) + [f"{who}: {why}" for who, why in data.get("left_out", {}).items()]
+        self.targets = targets.evaluate(data)
         self.cases: dict[str, dict[str, list]] = {}  # group → case → rows
         for row in data["benchmarks"]:
             extra = row["extra_info"] | {"median": row["stats"]["median"], "status": "ok"}
@@ -122,6 +124,7 @@ def main(files: Sequence[Path] = (), results: Path = RESULTS, docs: Path = DOCS)
     if not any(result.machine.get("kind") == "cuda" for result in found):
         missing = "; ".join(GROUPS)
         parts.append(f"## GPU\n\nNot measured: {missing}. `make gpu` on a machine with one fills this in.\n")
+        parts += ["\n".join(verdicts(targets.evaluate({"benchmarks": []})))]
     parts += [section(result, docs) for result in found]
     docs.mkdir(parents=True, exist_ok=True)
     (docs / "performance.md").write_text("\n".join(parts), encoding="utf-8")
@@ -136,6 +139,8 @@ def section(result: Result, docs: Path) -> str:
     lines += [f"- {one_line(problem)}" for problem in result.problems] + [""] * bool(result.problems)
     for name, words in result.tests.items():
         lines += [f"Tests on it: `{name}`: {words['summary']}.", ""]
+    if result.machine.get("kind") == "cuda":
+        lines += verdicts(result.targets)
     for group in GROUPS:
         lines += [f"### {group[0].upper()}{group[1:]}", ""]
         if group not in result.cases:
@@ -153,6 +158,19 @@ def section(result: Result, docs: Path) -> str:
         ]
         lines.append("")
     return "\n".join(lines)
+
+
+def verdicts(found: list[tuple[str, str, str, str]]) -> list[str]:
+    """targets.py: what is to be reached, and whether it was."""
+    lines = [
+        "### Targets",
+        "",
+        "For an H200, in bf16; medians of one run.",
+        "",
+        "| | goal | found | |",
+        "|---|---|---|---|",
+    ]
+    return [*lines, *(f"| {' | '.join(map(one_line, row))} |" for row in found), ""]
 
 
 def took(seconds: float | None) -> str:

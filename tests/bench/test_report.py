@@ -22,7 +22,8 @@ def row(group: str, provider: str, **extra) -> dict:
     case = f"{group}: srft 8192×4096×151936 peaked" + (f" {extra['live']:.0%} live" if "live" in extra else "")
     info = {"case": case, "provider": provider, "ratio_to_products": 1.25, "tflops": 640.0, "peak_bytes": 2e9,
             "error": 0.003, "errors": {"dW others": 0.001},
-            "tokens": 8192, "vocab": 151936, "live": 1.0, "note": "", "noisy": False}  # fmt: skip
+            "task": "srft", "tokens": 8192, "hidden": 4096, "vocab": 151936, "live": 1.0, "note": "",
+            "noisy": False}  # fmt: skip
     return {"group": group, "stats": {"median": 0.0484}, "extra_info": info | extra}
 
 
@@ -58,6 +59,7 @@ def test_numbers_sources_and_what_is_missing(page, tmp_path):
     text = page(MACHINE, row("full loss", "srft_kernels", noisy=True), *memory, *masked)
     assert "| srft_kernels | 48.4 ms | 1.25 | 640 | 2,000.0 MB | 3e-03 | 1e-03 | noisy |" in text
     assert "| Fast | WRONG | | | | | | | error dx 0.5 (allowed 0.1) |" in text and "- QuACK: gone" in text
+    assert "| SRFT in one pass, 8192×4096×151936: share of the products | ≥ 0.92 | 0.80 | NOT MET, noisy |" in text
     source = (
         "NVIDIA H200, driver 580.1, CUDA 13.0; Python 3.12.3, torch 2.11.0, triton 3.6.0; commit abc123; `make gpu`"
     )
@@ -73,6 +75,8 @@ def test_numbers_sources_and_what_is_missing(page, tmp_path):
 def test_without_a_gpu_it_says_so(page):
     text = page(MACHINE | {"kind": "cpu", "driver": "none", "device": "a CPU"}, row("scoring", "srft_kernels"))
     assert "## GPU\n\nNot measured: full loss; scoring" in text and "driver" not in text.partition("## a CPU")[2]
+    assert "| SRFT in one pass, 8192×4096×151936: share of the products | ≥ 0.92 | – | not measured |" in text
+    assert text.count("### Targets") == 1
 
 
 def test_the_same_results_make_the_same_files(page, tmp_path):
