@@ -5,7 +5,8 @@
     --group TEXT          only groups whose name has TEXT in it
     --record FILE         go on with the run in this file (record.py): measure the cases that are not in it
 
-The JSON goes to .benchmarks/latest.json, or where --benchmark-json says; it is there after every case.
+The JSON goes to .benchmarks/latest.json, or where --benchmark-json says; it is there after every case. Whether two of
+them agree: `python -m bench.agreement A.json B.json`.
 """
 
 from __future__ import annotations
