@@ -16,6 +16,9 @@ from bench.table import table
 from bench.timing import TimeUp, limit
 
 
+pytestmark = pytest.mark.xdist_group("sharded")  # one server of processes for all
+
+
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setitem(sharded.SHAPES, "cpu", Shape(64, 32, 1001))
