@@ -27,5 +27,5 @@ def gradients(loss: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
 
 def assert_bitwise(found: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
     for one, other in zip(found, expected, strict=True):
-        assert one.dtype == other.dtype
+        assert one.dtype == other.dtype and one.requires_grad == other.requires_grad
         assert torch.equal(one, other)

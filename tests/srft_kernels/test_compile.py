@@ -5,6 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import srft_kernels as sk
+from srft_kernels import engine
 
 from .compiling import assert_bitwise, compiled, fresh, gradients  # noqa: F401
 
@@ -18,7 +19,12 @@ OBJECTIVES = {
     "srft_hpt": sk.srft_hpt(),  # depends on a token's sequence
     "batch": sk.srft_hpt(level="batch"),  # in two passes
 }
-PLANS = {"default": None, "small chunks": sk.Plan(chunk_rows=5, block_rows=2), "two passes": sk.Plan(passes=2)}
+PLANS = {
+    "default": None,
+    "small chunks": sk.Plan(chunk_rows=5, block_rows=2),
+    "two passes": sk.Plan(passes=2),
+    "batch-invariant": sk.Plan(passes=2, chunk_rows=5, block_rows=1, batch_invariant=True),
+}
 
 
 def inputs(n: int = 12, dtype: torch.dtype = torch.float32, seed: int = 0):
@@ -51,16 +57,63 @@ def test_loss(name, plan):
     assert_bitwise(gradients(found[0], x, w, b), gradients(expected[0], x, w, b))
 
 
+@pytest.mark.parametrize("objective", ["grpo", "srft_hpt"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_types(dtype):
+def test_types(dtype, objective):
     x, w, b, target, columns = inputs(dtype=dtype)
 
     def call(x, w, b):
-        return sk.linear_loss(x, w, target, sk.grpo(), linear_bias=b, softcap=5.0, **columns).loss
+        return sk.linear_loss(x, w, target, OBJECTIVES[objective], linear_bias=b, softcap=5.0, **columns).loss
 
     found, expected = compiled(call)(x, w, b), call(x, w, b)
     assert_bitwise([found], [expected])
     assert_bitwise(gradients(found, x, w, b), gradients(expected, x, w, b))
+
+
+OPTIONS = {
+    "logit_scale": {"logit_scale": 0.5, "softcap": 3.0},
+    "ignore_index": {"ignore_index": 7},
+    "no ignored tokens": {"ignore_index": None},
+    "vocab_size": {"vocab_size": V - 3},
+    "temperature": {"temperature": 0.7},
+    "live_tokens": {"live_tokens": 10, "plan": sk.Plan(compact=False)},
+    "too few live_tokens": {"live_tokens": 3, "plan": sk.Plan(compact=False)},
+    "filter": {"plan": sk.Plan(filter=sk.Filter(columns=0.5))},
+    "extras": {"extras": sk.Extras(argmax=True)},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(name, monkeypatch):
+    monkeypatch.setattr("srft_kernels.checks.may_look", lambda _: False)  # as on an accelerator
+    x, w, b, target, columns = inputs()
+    if name in ("ignore_index", "no ignored tokens", "vocab_size"):
+        target = torch.where(target < 0, 7, target % (V - 3))
+    columns["token_weight"] = torch.rand(12)
+
+    def call(x, w, b):
+        out = sk.linear_loss(x, w, target, sk.grpo(), linear_bias=b, **OPTIONS[name], **columns)
+        return (out.loss, out.logprobs, out.entropy, *out.metrics.values())
+
+    found, expected = compiled(call)(x, w, b), call(x, w, b)
+    grads = gradients(found[0], x, w, b), gradients(expected[0], x, w, b)
+    if name == "too few live_tokens":
+        assert found[0].isnan()
+        found, expected = found[:3], expected[:3]
+    torch.testing.assert_close((found, grads[0]), (expected, grads[1]), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("live_tokens", [8, 10])
+def test_the_number_of_live_tokens_may_change(live_tokens):
+    """Without another graph, and the host's count is the one of the call."""
+    x, w, _, target, _ = inputs()
+    graph = compiled(lambda x, n: sk.linear_cross_entropy(x, w, target, live_tokens=n), dynamic=True)
+    assert graph(x, 9) == sk.linear_cross_entropy(x, w, target)
+    if live_tokens == 8:
+        with pytest.raises(ValueError, match="live_tokens=8, but 9 targets are live"):
+            graph(x, live_tokens)
+    else:
+        assert graph(x, live_tokens) == graph(x, 9)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -82,6 +135,7 @@ def test_logprobs_and_extras():
     x, w, b, target, _ = inputs()
     temperature = torch.rand(12) + 0.5
     extras = sk.Extras(rank=True, argmax=True, top_k=3, candidates=torch.randint(V, (12, 2)))
+    x.data[-1] = torch.nan  # where ranks are −1
 
     def call(x, w, b, temperature):
         stats = sk.linear_logprobs(x, w, target, linear_bias=b, temperature=temperature, extras=extras)
@@ -90,24 +144,36 @@ def test_logprobs_and_extras():
         return (stats.logprobs, stats.entropy, stats.logsumexp), seen
 
     (found, seen), (expected, wanted) = compiled(call)(x, w, b, temperature), call(x, w, b, temperature)
-    assert_bitwise((*found, *seen), (*expected, *wanted))
-    upstream = torch.randn(3, 12)
-    ours, theirs = ((torch.stack(stats) * upstream).sum() for stats in (found, expected))
+    assert_bitwise([value[:-1] for value in (*found, *seen)], [value[:-1] for value in (*expected, *wanted)])
+    assert seen[0][-1] == seen[1][-1] == wanted[0][-1] == -1
+    upstream = torch.randn(3, 11)
+    ours, theirs = ((torch.stack(stats)[:, :-1] * upstream).sum() for stats in (found, expected))
     assert_bitwise(gradients(ours, x, w, b), gradients(theirs, x, w, b))
 
 
-def test_an_objective_of_ones_own():
-    x, w, b, target, columns = inputs()
+class Smoothed:
+    label_smoothing = 0.1
 
-    def objective(stats, tokens):
-        return -tokens.advantages * stats.logprobs - 0.01 * stats.entropy
+    def __call__(self, stats, tokens):
+        return -0.9 * tokens.advantages * stats.logprobs - 0.1 * stats.smooth
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("objective", [lambda s, t: -t.advantages * s.logprobs - 0.01 * s.entropy, Smoothed()])
+def test_an_objective_of_ones_own(objective, weighted):
+    x, w, b, target, columns = inputs()
+    options = {"token_weight": torch.rand(12)} if weighted else {}
+    advantages, extras = columns["advantages"].to(torch.bfloat16), sk.Extras(argmax=True)
 
     def call(x, w, b):
-        return sk.linear_loss(x, w, target, objective, linear_bias=b, advantages=columns["advantages"]).loss
+        out = sk.linear_loss(x, w, target, objective, linear_bias=b, advantages=advantages, extras=extras, **options)
+        return out.loss, out.logprobs, out.entropy, out.metrics["accuracy"]
 
     found, expected = compiled(call)(x, w, b), call(x, w, b)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(gradients(found, x, w, b), gradients(expected, x, w, b))
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other)
+        assert one.requires_grad == other.requires_grad
+    torch.testing.assert_close(gradients(found[0], x, w, b), gradients(expected[0], x, w, b))
 
 
 def test_any_number_of_tokens_is_one_graph():
@@ -148,7 +214,7 @@ def test_without_gradients():
 
 def test_frozen_head_and_autocast():
     x, w, _, target, columns = inputs()
-    w = w.detach()
+    w = w.detach().bfloat16()  # which could not be multiplied otherwise
 
     def call(x):
         with torch.autocast("cpu", torch.bfloat16):
@@ -157,6 +223,38 @@ def test_frozen_head_and_autocast():
     found, expected = compiled(call)(x), call(x)
     assert_bitwise([found], [expected])
     assert_bitwise(gradients(found, x), gradients(expected, x))
+
+
+@pytest.mark.parametrize("name", ["grpo", "batch"])
+def test_the_backward_may_run_in_another_autocast(name, monkeypatch):
+    x, w, b, target, columns = inputs()
+    types = set()
+
+    class Recorded(engine.HeadProducts):
+        def __init__(self, weight, compute):
+            types.add(compute)
+            super().__init__(weight, compute)
+
+    monkeypatch.setattr(engine, "HeadProducts", Recorded)
+
+    def call(x):
+        return sk.linear_loss(x, w, target, OBJECTIVES[name], linear_bias=b, **columns).loss
+
+    found, expected = compiled(call)(x), call(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_bitwise(gradients(found, x), gradients(expected, x))
+    assert types == {torch.float32}
+
+
+def test_annotations_are_constants():
+    x, w, _, target, columns = inputs()
+    advantages, temperature = columns["advantages"].requires_grad_(), torch.ones(12, requires_grad=True)
+    call = compiled(
+        lambda x: sk.linear_loss(x, w.detach(), target, sk.reinforce(), advantages=advantages, temperature=temperature)
+    )
+    assert not call(x.detach()).loss.requires_grad
+    found = torch.autograd.grad(call(x).loss, (x, advantages, temperature), allow_unused=True)
+    assert found[0] is not None and found[1] is None and found[2] is None
 
 
 def test_bad_arguments_get_their_message():
