@@ -11,6 +11,7 @@ import torch
 import srft_kernels as sk
 
 from . import cases
+from . import test_distillation as distillation
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy on infinities
@@ -33,7 +34,10 @@ def fp32_products():
 
 
 def problem(kind: str, dtype: torch.dtype = torch.float32, **size: int) -> cases.Problem:
-    made = cases.problem(kind, dtype=dtype, **size)
+    return moved(cases.problem(kind, dtype=dtype, **size))
+
+
+def moved(made: cases.Problem) -> cases.Problem:
     bias = None if made.bias is None else made.bias.to(DEVICE)
     return replace(
         made, input=made.input.to(DEVICE), weight=made.weight.to(DEVICE), target=made.target.to(DEVICE), bias=bias
@@ -100,6 +104,81 @@ def test_presets_agree_with_the_torch_rows(preset):
         results.append((out.loss.detach(), out.logprobs, out.entropy, *torch.autograd.grad(out.loss, leaves)))
     for own, other in zip(*results):
         torch.testing.assert_close(own, other, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("divergence", distillation.DIVERGENCES)
+def test_distillation(divergence, dtype):
+    made = distillation.pair("everything", dtype=dtype)
+    student, teacher = moved(made.student), moved(made.teacher)
+    on_device = distillation.Pair(student, teacher, made.mask.to(DEVICE), made.weight.to(DEVICE))
+    distillation.check(on_device, divergence, "triton", chunks=(5,))
+
+
+def results(given: cases.Problem, plan: sk.Plan, tokens: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """ℓ, H and the gradients of some tokens (all of them) in this order; weights that depend on no other token."""
+    n = len(given.target)
+    tokens = torch.arange(n, device=DEVICE) if tokens is None else tokens
+    x, w = given.input[tokens].requires_grad_(), given.weight.clone().requires_grad_()
+    advantages, weight = columns(n)["advantages"][tokens], torch.ones(len(tokens), device=DEVICE)
+    out = sk.linear_loss(
+        x, w, given.target[tokens], BUILT_IN, plan=plan, advantages=advantages, token_weight=weight, **given.head
+    )
+    dx, dw = torch.autograd.grad(out.loss, (x, w))
+    return {"logprobs": out.logprobs, "entropy": out.entropy, "dx": dx, "dW": dw}
+
+
+SIZE = {"tokens": 300, "hidden": 512, "vocab": 20_011} if CUDA else {"tokens": 19, "hidden": 64, "vocab": 131}
+ROWS = 128 if CUDA else 8
+BITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("dtype", BITS)
+def test_a_batch_invariant_tokens_results_are_bitwise_the_same_in_any_company(dtype, passes):
+    given = problem("gaussian", dtype, **SIZE)
+    plan = sk.Plan(backend="triton", chunk_rows=ROWS, passes=passes, batch_invariant=True)
+    whole = results(given, plan)
+    order = torch.randperm(SIZE["tokens"], generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    for count in (1, ROWS + 1, len(order)):
+        found = results(given, plan, order[:count])
+        for name in ("logprobs", "entropy", "dx"):
+            assert torch.equal(found[name], whole[name][order[:count]]), (name, count)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("dtype", BITS)
+def test_two_runs_are_bitwise_the_same(dtype, passes, backend):
+    """In the second one, memory that is not written before it is read would be NaN."""
+    given = problem("gaussian", dtype, **SIZE)
+    plan = sk.Plan(backend=backend, chunk_rows=ROWS, passes=passes)
+    first = results(given, plan)
+    torch.full((SIZE["vocab"], 4 * SIZE["hidden"]), torch.nan, device=DEVICE)
+    second = results(given, plan)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("dtype", BITS if CUDA else [torch.float32])  # the interpreter has no bf16 products
+def test_a_filter_whose_bound_always_fails_is_the_dense_backward(dtype, monkeypatch):
+    from srft_kernels.rows import triton_residual
+
+    def counted(*arguments):
+        ran.append(arguments)
+        return add_product_(*arguments)
+
+    ran, add_product_ = [], triton_residual.add_product_
+    monkeypatch.setattr(triton_residual, "add_product_", counted)
+    monkeypatch.setattr("srft_kernels.filter.runs_triton", lambda *_: True)  # without a device too
+    given = problem("gaussian", dtype, **SIZE)
+    plan = sk.Plan(backend="triton", chunk_rows=ROWS, filter=sk.Filter(1 / 100, 1e-9))
+    found, dense = results(given, plan), results(given, replace(plan, filter=None))
+    chunks = len(list(plan.chunks(SIZE["tokens"] if CUDA else int(given.live.sum()))))
+    assert len(ran) == 2 * chunks
+    for name, value in found.items():
+        difference = (value.double() - dense[name].double()).norm() / dense[name].double().norm()
+        assert difference < BITS[dtype], name
 
 
 @ON_CUDA
