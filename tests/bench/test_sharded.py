@@ -15,7 +15,6 @@ from bench.record import timed
 from bench.table import table
 from bench.timing import TimeUp, limit
 
-
 pytestmark = pytest.mark.xdist_group("sharded")  # one server of processes for all
 
 
@@ -57,7 +56,7 @@ def dies(*_) -> None:
 
 
 def hangs(*_) -> None:
-    time.sleep(60)
+    time.sleep(600)
 
 
 def raises(*_) -> None:
@@ -80,7 +79,8 @@ def measured(monkeypatch):
 
     def measure(name: str, fails) -> list[Row]:
         monkeypatch.setattr(sharded, "Ranks", partial(ranks.Ranks, preload=("bench.sharded", __name__)))
-        monkeypatch.setattr(sharded, "ANSWERING", 3.0)
+        if fails is hangs:
+            monkeypatch.setattr(sharded, "ANSWERING", 3.0)
         monkeypatch.setattr(sharded, name, fails)
         return sharded.measure_sharded("cpu", 2)
 
@@ -101,7 +101,8 @@ def test_what_goes_wrong_on_a_rank_fails_the_ranks_alone(measured, name, fails, 
     started = time.perf_counter()
     shared, alone = measured(name, fails)
     assert shared.status == status and shared.reason.startswith(reason) and not shared.seconds
-    assert alone.status == "ok" and len(alone.seconds) == 2 and time.perf_counter() - started < 20
+    assert alone.status == "ok" and len(alone.seconds) == 2
+    assert time.perf_counter() - started < sharded.STARTING  # on a machine that may be busy
 
 
 def test_ranks_that_cannot_start_fail_the_case(measured):
