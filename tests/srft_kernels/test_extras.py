@@ -17,12 +17,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpr
 
 
 def asked(p, plan, extras, call="loss", **head):
-    """(TokenExtras, metrics) of a problem."""
+    """(TokenExtras, metrics) of a problem; a third of the tokens has no weight, and is read apart from the others."""
     tensors, head = p.leaves()[:2], {"linear_bias": p.bias, **p.head, **head}
+    weight = (torch.arange(len(p.target)) % 3).float()
     if call == "logprobs":
         return sk.linear_logprobs(*tensors, p.target, plan=plan, extras=extras, **head).extras, None
     objective = sk.sft() if call == "loss" else lambda stats, tokens: -stats.logprobs
-    out = sk.linear_loss(*tensors, p.target, objective, plan=plan, extras=extras, **head)
+    out = sk.linear_loss(*tensors, p.target, objective, token_weight=weight, plan=plan, extras=extras, **head)
     return out.extras, out.metrics
 
 
