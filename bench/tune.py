@@ -4,11 +4,12 @@
 
 From another program: `tune(device, seconds)`, which returns what it measured and writes nothing.
 
-Each kernel runs on one chunk of logits of each vocabulary (most important first) with each candidate: blocks and warps
-with a program per row, then the best of them with fewer programs that walk over rows. The kernels overwrite their
-logits, so a fresh copy is made before every call, outside the clock. A candidate whose results are not those of the
-table's settings is refused, and one replaces them only where it is GAIN faster. On a CPU this is a rehearsal in
-Triton's interpreter on small rows; its times mean nothing, and it writes no table unless --out names one.
+Each kernel runs on one chunk of logits of each vocabulary (most important first) with each candidate: first all of them
+with fewer programs that walk over rows, then, with the best number of these, with other blocks and warps. The table is
+written after every kernel and vocabulary: who stops this keeps what is known. The kernels overwrite their logits, so a
+fresh copy is made before every call, outside the clock. A candidate whose results are not those of the table's settings
+is refused, and one replaces them only where it is GAIN faster. On a CPU this is a rehearsal in Triton's interpreter on
+small rows; its times mean nothing, and it writes no table unless --out names one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,12 @@ import srft_kernels as sk
 from srft_kernels.head import Head
 from srft_kernels.rows import aligned_size, tuning
 
+from . import record
 from .environment import environment
+from .measure import kind_of
 from .timing import seconds as timed
 
-VOCABS = {"cuda": (151_936, 128_256, 32_000, 65_536), "cpu": (96, 24)}
+VOCABS = {"cuda": (151_936, 32_000, 128_256, 65_536), "cpu": (96, 24)}
 CHUNK = {"cuda": 2**30, "cpu": 2**10}  # bytes of logits: the default plan's, and a rehearsal's
 BLOCKS = {"cuda": (8192, 4096, 16384, 2048), "cpu": (32, 16)}
 WARPS = {"cuda": (16, 8, 32, 4), "cpu": (1, 2)}
@@ -44,30 +48,45 @@ GAIN = 0.02  # faster by less is noise
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the largest number
 
 
-def tune(device: str, seconds: float, dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """{"rows": of the table, "timings": of every candidate, "skipped": for want of time, "environment"}."""
-    kind = "cuda" if device.startswith("cuda") else "cpu"
+def tune(
+    device: str,
+    seconds: float,
+    dtype: torch.dtype | None = None,
+    each: Callable[[dict[str, Any]], None] = lambda found: None,
+) -> dict[str, Any]:
+    """{"rows": of the table, "timings": of every candidate, "skipped": for want of time, "environment"}.
+
+    each: told what is known so far, whenever that is more than before.
+    """
+    kind = kind_of(device)
     dtype = dtype or (torch.bfloat16 if kind == "cuda" else torch.float32)
     deadline = time.perf_counter() + seconds
     found: dict[str, Any] = {"environment": environment(device, "make tune"), "rows": [], "timings": [], "skipped": []}
-    for vocab in VOCABS[kind]:
-        for kernel in reversed(tuning.KERNELS):
-            if time.perf_counter() > deadline:
-                found["skipped"].append(f"{kernel} {vocab}")
-                continue
-            timings, complete = measure(kernel, vocab, device, dtype, deadline)
-            found["timings"] += timings
-            if not complete:
-                found["skipped"].append(f"{kernel} {vocab}: the later candidates")
-            if (row := best(timings, found["environment"])) is not None:
-                found["rows"].append(row)
+    known: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for stage in ("programs", "blocks and warps"):
+        for vocab in VOCABS[kind]:
+            for kernel in reversed(tuning.KERNELS):
+                before = known.setdefault((kernel, vocab), [])
+                timings, complete = measure(kernel, vocab, device, dtype, deadline, before)
+                if not complete:
+                    found["skipped"].append(f"{kernel} {vocab}: {stage}" + ", the later ones" * bool(timings))
+                before += timings
+                found["timings"] += timings
+                rows = (best(of_kernel, found["environment"]) for of_kernel in known.values())
+                found["rows"] = [row for row in rows if row is not None]
+                each(found)
     return found
 
 
-def candidates(kind: str, warp: int) -> list[tuning.Launch]:
+def candidates(usual: tuning.Launch, before: list[dict[str, Any]], kind: str) -> list[tuning.Launch]:
+    """At first fewer programs than rows, which takes little to compile, then blocks and warps with the best number."""
+    if not before:
+        return [replace(usual, programs=programs) for programs in PROGRAMS]
+    programs = min(before, key=lambda timing: timing.get("seconds", float("inf")))["programs"]
     low, high = PER_THREAD
+    warp = 64 if torch.version.hip else 32 if kind == "cuda" else 1
     return [
-        tuning.Launch(block, warps)
+        tuning.Launch(block, warps, programs)
         for block in BLOCKS[kind]
         for warps in WARPS[kind]
         if low <= block / (warps * warp) <= high and warps * warp <= 1024
@@ -75,11 +94,15 @@ def candidates(kind: str, warp: int) -> list[tuning.Launch]:
 
 
 def measure(
-    kernel: str, vocab: int, device: str, dtype: torch.dtype, deadline: float
+    kernel: str, vocab: int, device: str, dtype: torch.dtype, deadline: float, before: list[dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], bool]:
-    """(a timing per candidate, the table's settings first; whether time was left for all of them)."""
-    kind = "cuda" if device.startswith("cuda") else "cpu"
-    where = torch.device(device)
+    """(a timing per candidate, the table's settings first; whether time was left for all of them).
+
+    before: earlier timings of the kernel on this vocabulary, if any.
+    """
+    if time.perf_counter() > deadline:
+        return [], False
+    kind, where = kind_of(device), torch.device(device)
     rows = max(2, CHUNK[kind] // (4 * aligned_size(vocab)))
     generator = torch.Generator(device).manual_seed(0)
     logits = torch.empty(rows, aligned_size(vocab), device=device)[:, :vocab]
@@ -88,7 +111,7 @@ def measure(
     timings: list[dict[str, Any]] = []
     expected: list[Tensor] = []
 
-    def time_it(launch: tuning.Launch) -> float:
+    def time_it(launch: tuning.Launch) -> None:
         row = {"kernel": kernel, "target": tuning.target(where), "vocab": vocab, "rows": rows, **vars(launch)}
         timings.append(row)
         with tuning.forced(launch):
@@ -101,35 +124,43 @@ def measure(
                 row["error"] = max(errors)
                 if not all(error <= TOLERANCE[dtype] for error in errors):  # which a NaN is not
                     row["status"] = "wrong"
-                    return float("inf")
-                times = []
-                for _ in range(ROUNDS[kind]):
-                    logits.copy_(fresh)
-                    times.append(timed(run, device))
+                    return
+                times = seconds_each(run, lambda: logits.copy_(fresh), device, ROUNDS[kind])
             except Exception as error:  # too many registers or threads for this device, say: not a candidate
                 row["status"] = f"failed: {type(error).__name__}: {str(error).strip()[:200]}"
-                return float("inf")
+                return
         row |= {"status": "ok", "seconds": statistics.median(times)}
         row["bytes_per_second"] = rows * vocab * TRAFFIC[kernel](dtype.itemsize) / row["seconds"]
-        return row["seconds"]
 
     usual = tuning.launch(kernel, vocab, tuning.target(where))
-    fastest, least = usual, time_it(usual)
-    tried = {usual}
-    for stage in range(2):
-        if stage == 0:
-            warp = 64 if torch.version.hip else 32 if kind == "cuda" else 1
-            stage_candidates = candidates(kind, warp)
-        else:
-            stage_candidates = [tuning.Launch(fastest.block, fastest.warps, programs) for programs in PROGRAMS]
-        for launch in (launch.fitted(vocab) for launch in stage_candidates):
-            if time.perf_counter() > deadline:
-                return timings, False
-            if launch not in tried:
-                tried.add(launch)
-                if (taken := time_it(launch)) < least:
-                    fastest, least = launch, taken
+    time_it(usual)
+    tried = {usual, *(tuning.Launch(*map(timing.get, ("block", "warps", "programs"))) for timing in before)}
+    for launch in (launch.fitted(vocab) for launch in candidates(usual, before, kind)):
+        if time.perf_counter() > deadline:
+            return timings, False
+        if launch not in tried:
+            tried.add(launch)
+            time_it(launch)
     return timings, True
+
+
+def seconds_each(run: Callable[[], object], restore: Callable[[], object], device: str, rounds: int) -> list[float]:
+    """Of calls that each find their inputs restored. On CUDA the host runs ahead: what Python takes to launch a call
+    passes while the device restores, and nothing is waited for but the last of them."""
+    times = []
+    if kind_of(device) == "cpu":
+        for _ in range(rounds):
+            restore()
+            times.append(timed(run, device))
+        return times
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
+    for start, end in pairs:
+        restore()
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in pairs]
 
 
 # Bytes per logit that must move at least: the second read, where it misses the L2, comes on top.
@@ -180,12 +211,14 @@ def best(timings: list[dict[str, Any]], made: dict[str, Any]) -> dict[str, Any] 
     good = [timing for timing in timings if timing["status"] == "ok"]
     if not good or good[0] is not timings[0]:
         return None
-    usual, fastest = good[0], min(good, key=lambda timing: timing["seconds"])
+    settings = lambda timing: [timing[name] for name in ("block", "warps", "programs")]  # noqa: E731
+    usual = min((t for t in good if settings(t) == settings(good[0])), key=lambda timing: timing["seconds"])
+    fastest = min(good, key=lambda timing: timing["seconds"])
     if fastest["seconds"] > (1 - GAIN) * usual["seconds"]:
         fastest = usual
     return {
         **{name: fastest[name] for name in ("kernel", "target")},
-        "vocab": 1 << (fastest["vocab"] - 1).bit_length(),  # sizes up to a power of two share a row
+        "vocab": 1 << (fastest["vocab"] - 1).bit_length(),  # sizes up to a power of two, from half of it, share a row
         **{name: fastest[name] for name in ("block", "warps", "programs")},
         "measured": {
             "device": made["device"],
@@ -212,8 +245,8 @@ def merged(rows: list[dict[str, Any]], table: list[dict[str, Any]]) -> list[dict
 
 
 def write(rows: list[dict[str, Any]], path: Path) -> None:
-    path.write_text(json.dumps(merged(rows, tuning.table()), indent=1) + "\n", encoding="utf-8")
-    tuning.reload()
+    """Beside the table as it was read: what is measured meanwhile goes on under the settings before."""
+    record.replace(path, json.dumps(merged(rows, tuning.table()), indent=1) + "\n")
 
 
 def lines(found: dict[str, Any]) -> Iterator[str]:
@@ -238,10 +271,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if not cuda:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
-    found = tune(options.device, options.seconds)
+    out = options.out or (tuning.TABLE if cuda else None)
+    keep = (lambda found: write(found["rows"], out)) if out else (lambda found: None)
+    found = tune(options.device, options.seconds, each=keep)
     print(*lines(found), sep="\n")
-    if (out := options.out or (tuning.TABLE if cuda else None)) is not None:
-        write(found["rows"], out)
+    if out:
         print(f"\n{out}: {len(found['rows'])} rows measured")
     return 0 if found["rows"] else 1
 

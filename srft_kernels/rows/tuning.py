@@ -4,7 +4,7 @@ Nothing is searched for while a model trains. tuning.json is the table, a list o
 
     kernel     "statistics", "gradient", "loss_gradient", or "*"
     target     "sm_90", "gfx942", …, or "*"
-    vocab      the largest V that it is for; null: any
+    vocab      a power of two: for V up to it and above its half, where it was measured; null: any
     block      columns per loop step
     warps      per program
     programs   per multiprocessor (0.5: half as many), each walking over many rows; null: one program per row
@@ -98,6 +98,7 @@ def reload() -> None:
 @lru_cache
 def _choose(kernel: str, vocab: int, target: str) -> Launch:
     for row in table():
-        if row["kernel"] in (kernel, "*") and row["target"] in (target, "*") and vocab <= (row["vocab"] or vocab):
+        near = row["vocab"] is None or row["vocab"] / 2 < vocab <= row["vocab"]
+        if near and row["kernel"] in (kernel, "*") and row["target"] in (target, "*"):
             return Launch(row["block"], row["warps"], row["programs"])
     raise LookupError(f"{TABLE} has no row for the {kernel} kernel on {target}: its last row should be for any")

@@ -108,9 +108,18 @@ def test_the_first_row_that_fits_is_used(table):
         tuning.launch("gradient", 100, "sm_80")
 
 
+def test_a_row_holds_from_half_its_vocabulary_to_it(table):
+    """What was measured on 152,000 entries says nothing of 4,096, nor of what is larger."""
+    table([row(512, target="sm_90", vocab=32_768), row(1024, target="sm_90", vocab=262_144), row(2048)])
+    blocks = {vocab: tuning.launch("gradient", vocab, "sm_90").block
+              for vocab in (4096, 16_384, 16_385, 32_768, 32_769, 131_072, 131_073, 262_144, 262_145)}  # fmt: skip
+    assert list(blocks.values()) == [2048, 2048, 512, 512, 2048, 2048, 1024, 1024, 2048]
+
+
 def test_measured_rows_come_first_and_replace_their_own(table):
     table([row(1, "gradient", "sm_90", 1024), row(2, "gradient", "sm_80", 1024), row(3)])
     tune.write([row(4, "gradient", "sm_90", 2048), row(5, "gradient", "sm_90", 1024)], tuning.TABLE)
+    tuning.reload()
     assert [(r["block"], r["vocab"]) for r in tuning.table()] == [(2, 1024), (5, 1024), (4, 2048), (3, None)]
 
 
@@ -134,6 +143,11 @@ def test_the_settings_before_stay_unless_another_is_clearly_faster(others, expec
     assert best["measured"]["of_the_settings_before"] == 1e6
 
 
+def test_the_settings_before_are_worth_their_better_time():
+    made = {"device": "a GPU", "packages": {}, "commit": "0"}
+    assert tune.best([timing(1, 1.0), timing(1, 0.9), timing(2, 0.89)], made)["block"] == 1
+
+
 def test_rehearsal(table, tmp_path, capsys):
     """Every kernel with every candidate in the interpreter: the whole command, its table used afterwards."""
     table([row(64)])
@@ -148,7 +162,46 @@ def test_rehearsal(table, tmp_path, capsys):
 
 def test_without_time_everything_is_skipped():
     found = tune.tune("cpu", 0)
-    assert found["rows"] == found["timings"] == [] and len(found["skipped"]) == 6
+    assert found["rows"] == found["timings"] == [] and len(found["skipped"]) == 12
+
+
+def test_what_is_cheap_to_know_comes_first_and_is_kept_at_once(monkeypatch):
+    """Programs of every kernel before any block or warp, the most important vocabularies first; rows after each."""
+    asked, rows = [], []
+
+    def measured(kernel, vocab, device, dtype, deadline, before):
+        asked.append((vocab, tune.candidates(tuning.Launch(64, 2), before, "cuda")))
+        return [timing(64, 2.0), timing(64, 1.0) | {"programs": 0.5}], True
+
+    monkeypatch.setattr(tune, "measure", measured)
+    monkeypatch.setitem(tune.VOCABS, "cpu", tune.VOCABS["cuda"])
+    tune.tune("cpu", 100, each=lambda found: rows.append(len(found["rows"])))
+    assert [vocab for vocab, _ in asked[::3]] == [151_936, 32_000, 128_256, 65_536] * 2
+    first, second = asked[0][1], asked[12][1]
+    assert first == [tuning.Launch(64, 2, programs) for programs in tune.PROGRAMS]
+    assert len(second) > 4 and {launch.programs for launch in second} == {0.5}
+    assert rows == [*range(1, 13), *[12] * 12]
+
+
+def test_on_cuda_the_host_runs_ahead(monkeypatch):
+    """Restored, started, called and ended as often as asked for; waited for once, at the end."""
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = len(log)
+            log.append("event")
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    times = tune.seconds_each(lambda: log.append("call"), lambda: log.append("copy"), "cuda", 3)
+    assert log == ["copy", "event", "call", "event"] * 3 + ["wait"] and times == [2.0] * 3
 
 
 def test_logits_are_restored_and_a_wrong_candidate_is_refused(monkeypatch):
@@ -165,7 +218,8 @@ def test_logits_are_restored_and_a_wrong_candidate_is_refused(monkeypatch):
         return run
 
     monkeypatch.setattr(tune, "caller", caller)
-    timings, complete = tune.measure("statistics", 96, "cpu", torch.float32, float("inf"))
+    timings, complete = tune.measure("statistics", 96, "cpu", torch.float32, float("inf"), [])
     assert complete and all(torch.equal(logits, seen[0]) for logits in seen) and seen[0].any()
-    assert {t["status"] for t in timings if t["block"] == 32} == {"wrong"}
-    assert {t["status"] for t in timings if t["block"] != 32} == {"ok"}
+    tiles, complete = tune.measure("statistics", 96, "cpu", torch.float32, float("inf"), timings)
+    assert complete and {t["status"] for t in tiles if t["block"] == 32} == {"wrong"}
+    assert {t["status"] for t in timings + tiles if t["block"] != 32} == {"ok"}
