@@ -73,11 +73,14 @@ class OnePass(torch.autograd.Function):
         ctx.scale, ctx.dtypes, ctx.given = scale, gradients.dtypes, gradients.given
         outputs = stats.fields()[:3]
         ctx.mark_non_differentiable(*outputs)
+        ctx.set_materialize_grads(False)  # zeros for these, made at every backward
         return loss, *outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss: Tensor, *_):
+    def backward(ctx, grad_loss: Tensor | None, *_):
+        if grad_loss is None:
+            return (None,) * 4
         if ctx.gradients is None:
             raise RuntimeError(
                 "backward ran a second time through this loss, whose gradients the first one handed over: "

@@ -60,8 +60,9 @@ class Arguments:
     def tensors(self) -> Tensors:
         return self.input, self.linear_weight, self.linear_bias
 
-    def checked(self) -> tuple[torch.dtype, int, Shard | None]:
-        """(type that matrix products run in, entries of the vocabulary, those on this rank if ranks share them).
+    def checked(self) -> tuple[torch.dtype, int, Shard | None, Tensor, Tensor | None]:
+        """(type that matrix products run in, entries of the vocabulary, those on this rank if ranks share them, and
+        what `target_and_live` says).
 
         Raises for everything that a caller may get wrong. Of tensors without data, as tracing has them, looks at shapes
         and types alone.
@@ -90,7 +91,7 @@ class Arguments:
             checks.class_weight(self.class_weight, len(self.linear_weight) if shard else vocab, self.input)
         if self.plan is not None:
             checks.backend(self.plan, self.input, compute)
-        return compute, vocab, shard
+        return compute, vocab, shard, target, live
 
     def target_and_live(self) -> tuple[Tensor, Tensor | None]:
         """(targets as int64, which are not ignored; None: all)."""
@@ -99,10 +100,9 @@ class Arguments:
 
     def prepared(self) -> tuple[Tensors, Call, Callable[[Tensor], Tensor]]:
         """((x, W, b) with x flat; the call on packed rows; what gives a packed field (n, ...) target's shape)."""
-        compute, vocab, shard = self.checked()
+        compute, vocab, shard, target, live = self.checked()
         here = shard.size if shard else vocab  # entries on this rank
         dtype = accumulation_dtype(compute)
-        target, live = self.target_and_live()
         target = _constant(target)
         columns = {name: _constant(c) for name, c in self.annotations.items()}
         columns = {name: c.to(dtype) if c.is_floating_point() else c for name, c in columns.items()}

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import namedtuple
 from collections.abc import Collection
 from dataclasses import fields
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import triton
@@ -61,6 +61,11 @@ def fused(objective: Any, given: Collection[str] = ()) -> tuple[Structure, tuple
 
     if type(objective) not in (CrossEntropy, PolicyGradient, SRFT) or not objective.token_local(given):
         return None
+    return _split(objective)
+
+
+@lru_cache(maxsize=64)  # a call asks once per chunk, while its products wait
+def _split(objective: Any) -> tuple[Structure, tuple[float, ...]]:
     options = _options(objective)
     options |= _options(objective.correction or Correction(), "correction_")
     numeric = {name for name, (value, is_number) in options.items() if is_number}
