@@ -102,7 +102,8 @@ class Result:
         packages = ", ".join(f"{name} {version}" for name, version in m.get("packages", {}).items())
         driver = "" if m.get("driver", "none") == "none" else f", driver {m['driver']}, CUDA {m.get('cuda')}"
         versions = f"Python {m.get('python')}, {packages}; commit {m.get('commit')}"
-        return f"{self.title}{driver}; {versions}; `{m.get('command')}`"
+        table = f"; launch table: {m['launch_table']}" if "launch_table" in m else ""
+        return f"{self.title}{driver}; {versions}{table}; `{m.get('command')}`"
 
     def points(self, group: str, x: str, y: str, scale: float = 1.0) -> dict[str, list[tuple[float, float]]]:
         """(x, y) by provider of the rows of a group that have both."""

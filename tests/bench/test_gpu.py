@@ -13,6 +13,7 @@ from bench.measure import EVERYONE, Row
 from bench.providers import OUR_NAMES
 from bench.record import Record, replace, timed, untimed
 from bench.timing import LOST
+from srft_kernels.rows import tuning
 
 CASE = Case("scoring", "scoring", Shape(64, 16, 128))
 
@@ -21,7 +22,7 @@ CASE = Case("scoring", "scoring", Shape(64, 16, 128))
 def test_rehearsal(tmp_path, capfd, monkeypatch):
     assert all((gpu.ROOT / path).exists() for path in gpu.DEVICE_TESTS)  # they run in this session anyway
     monkeypatch.setattr(gpu, "DEVICE_TESTS", ("tests/srft_kernels/test_checks.py",))
-    monkeypatch.setattr(gpu, "OTHER_TESTS", "tests/srft_kernels/test_plan.py")
+    monkeypatch.setattr(gpu, "TUNED_TEST", "tests/srft_kernels/test_plan.py")
     monkeypatch.setattr(gpu, "TUNING", 6)  # of one kernel: all of them are in test_tuning.py
     out = tmp_path / "gpu.json"
     status = gpu.main(["--device", "cpu", "--group", "1 M", "--seconds", "240", "--out", str(out)])
@@ -37,7 +38,9 @@ def test_rehearsal(tmp_path, capfd, monkeypatch):
     assert {"device", "driver", "packages", "commit"} <= set(machine) and "node" not in machine
     assert machine["command"] == "make gpu DEVICE=cpu" and machine["packages"]["torch"] == torch.__version__
     assert [bool(p["kernels"]) for p in data["profiles"]] == [True, True] and 0 < data["seconds"] < 260
-    assert data["tests"][" ".join(gpu.DEVICE_TESTS)]["passed"] and not (tmp_path / "gpu.running").exists()
+    assert machine["launch_table"] == "the package's"
+    assert len(data["tests"]) == 2 and all(tests["passed"] for tests in data["tests"].values())
+    assert not (tmp_path / "gpu.running").exists()
     assert "best peer" in text and "profile of" in text and "scaled down" in text
 
 
@@ -176,6 +179,49 @@ def test_a_bench_that_cannot_start_is_tried_once(run):
     assert len(left) == 1 and problem == "exit status 4: output of the process"
 
 
+@pytest.fixture
+def tuned(tmp_path, monkeypatch):
+    """gpu.tune on a GPU where the tuner, which is pretended, is stopped after its first row; the package's table."""
+    package = tmp_path / "package"
+    package.mkdir()
+    rule = {"kernel": "*", "target": "*", "vocab": None, "block": 64, "warps": 1, "programs": None, "measured": None}
+    before = rule | {"target": "sm_80", "vocab": 1024, "measured": {"device": "another"}}
+    table = package / "tuning.json"
+    table.write_text(json.dumps([before, rule]), encoding="utf-8")
+    monkeypatch.setattr(tuning, "TABLE", table)
+    tuning.reload()
+    row = before | {"target": "sm_90"}
+
+    def stopped(command, seconds):
+        out = Path(command[command.index("--out") + 1])
+        out.write_text(json.dumps([before, row, rule]), encoding="utf-8")
+        return None, "stopped"
+
+    monkeypatch.setattr(gpu, "run", stopped)
+    yield lambda: gpu.tune("cuda", 30), table, row
+    monkeypatch.undo()
+    tuning.reload()
+
+
+def test_what_a_stopped_tuner_knew_is_in_the_table_of_the_rest_of_the_run(tuned):
+    tune, table, row = tuned
+    assert tune() == ([row], "1 rows measured in this run")
+    assert [r["target"] for r in json.loads(table.read_text(encoding="utf-8"))] == ["sm_80", "sm_90", "*"]
+
+
+def test_a_package_that_cannot_be_written_is_told_and_no_end(tuned, monkeypatch, capfd):
+    tune, table, row = tuned
+    before = table.read_text(encoding="utf-8")
+
+    def refused(rows, path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(gpu, "write", refused)
+    assert tune() == ([row], "the package's, which cannot be written: Permission denied")
+    assert table.read_text(encoding="utf-8") == before
+    assert "goes on with the table as it was" in capfd.readouterr().out
+
+
 def rows(*found: Row) -> dict:
     return {"benchmarks": [], "untimed": [untimed(row) for row in found]}
 
@@ -219,7 +265,7 @@ def test_the_exit_status_says_whether_ours_is_right(tmp_path, monkeypatch, row, 
         record.add([Row(CASE, "srft_kernels", "ok", seconds=[0.1], extra={"case": str(CASE)}), *([row] if row else [])])
 
     monkeypatch.setattr(gpu, "bench", bench)
-    monkeypatch.setattr(gpu, "tune", lambda *_: [])
+    monkeypatch.setattr(gpu, "tune", lambda *_: ([], "the package's"))
     monkeypatch.setattr(gpu, "profiles", lambda *_: None)
     found = {"passed": device_tests, "summary": "", "failures": []}
     monkeypatch.setattr(gpu, "pytest", lambda *_, **__: found)
