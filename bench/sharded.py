@@ -1,9 +1,9 @@
 """A head divided over ranks, `linear_loss(group=...)` in real processes, beside the same loss in one process.
 
 On a CPU two ranks of one thread each, with gloo between them, and one process with as many threads; on CUDA a rank per
-GPU, with NCCL, and one process with one GPU. A call begins on all ranks together, and takes as long as on the slowest.
-The floor of the ranks is the products with their own parts of the head, on all of them at once and without a word
-between them; that of the process the products with the whole head.
+GPU, with NCCL, and one process with one GPU; nothing where there is one GPU alone. A call begins on all ranks together,
+and takes as long as on the slowest. The floor of the ranks is the products with their own parts of the head, on all of
+them at once and without a word between them; that of the process the products with the whole head.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import srft_kernels as sk
 
 from . import memory, timing
 from .cases import HEADS, TASKS, Case, Shape, Task
-from .inputs import Inputs, make
+from .inputs import Inputs, Unavailable, make
 from .measure import (
     EVERYONE,
     MOST,
@@ -59,9 +59,10 @@ def rank_count(device: str) -> int:
 
 def sharded_case(device: str) -> Case:
     kind, count = kind_of(device), rank_count(device)
-    ranks = "1 rank" if count == 1 else f"{count} ranks"
     each, alone = ("1 thread", f"{count} threads") if kind == "cpu" else ("1 GPU", "1 GPU")
-    note = f"{ranks} over {BACKENDS[kind]} with {each} each, {ALONE} with {alone}; × products: of a rank's own rows"
+    note = (
+        f"{count} ranks over {BACKENDS[kind]} with {each} each, {ALONE} with {alone}; × products: of a rank's own rows"
+    )
     return Case("sharded", "srft", SHAPES[kind], ours=True, note=f"{note} of the head; peak: of one rank")
 
 
@@ -72,11 +73,13 @@ def measure_sharded(
     begin: Callable[[str], None] = lambda provider: None,
     left_out: Collection[str] = (),
 ) -> list[Row]:
-    """A row for the ranks and one for one process, as `measure.measure`. Raises CaseFailed, ContextLost.
+    """A row for the ranks and one for one process, as `measure.measure`. Raises Unavailable, CaseFailed, ContextLost.
 
     A rank that ends, or does not answer in time, is a failure of the ranks' row.
     """
     case, kind, limits = sharded_case(device), kind_of(device), limits or Limits()
+    if rank_count(device) < 2:
+        raise Unavailable("a head is divided over two GPUs at least")
     others, threads = timing.Others(), torch.get_num_threads()
     rows: dict[str, Row] = {}
     calls: dict[str, Timed] = {}

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from bench import ranks, report, sharded
 from bench.cases import Shape
+from bench.inputs import Unavailable
 from bench.measure import CaseFailed, Row
 from bench.record import timed
 from bench.table import table
@@ -44,6 +45,12 @@ def test_ranks_and_one_process_are_measured_alike():
         report.table(str(rows[0].case), [timed(row)["extra_info"] | {"median": 1.0, "status": "ok"} for row in rows])
     )
     assert "| one process | 1,000.0 ms |" in page and "2 ranks over gloo" in page
+
+
+def test_one_gpu_alone_measures_nothing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(Unavailable, match="two GPUs at least"):
+        sharded.measure_sharded("cuda", 2)
 
 
 # What goes wrong on a rank, in the place of bench.sharded's functions
