@@ -71,17 +71,18 @@ class Abilities:
 
     def _loss_of_statistics(self, inputs: Inputs, task: Task) -> tuple[Tensor, Tensor, Tensor | None]:
         """The mean of the objective over the live tokens. Peers know no ignored ones: they get target 0 there."""
-        live = inputs.live
-        tokens = sk.Tokens(inputs.target[live], **{name: column[live] for name, column in inputs.columns.items()})
+        live = None if inputs.live_tokens == len(inputs.target) else inputs.live
+        some = (lambda field: field) if live is None else (lambda field: field[live])  # which waits for the device
+        tokens = sk.Tokens(some(inputs.target), **{name: some(column) for name, column in inputs.columns.items()})
         if self.compacts:
-            found = self.statistics(inputs.input[live], inputs.weight, tokens.target)
+            found = self.statistics(some(inputs.input), inputs.weight, tokens.target)
         else:
             found = self.statistics(inputs.input, inputs.weight, inputs.target.clamp(min=0))
-        of_live = [None if field is None else field if self.compacts else field[live] for field in found]
+        of_live = [None if field is None else field if self.compacts else some(field) for field in found]
         logprobs = of_live[0].float()
         entropy = torch.zeros_like(logprobs) if of_live[1] is None else of_live[1].float()
         stats = sk.TokenStats(logprobs, entropy, torch.zeros_like(logprobs))  # nobody reads lse
-        if self.compacts:
+        if self.compacts and live is not None:
             found = [None if field is None else spread(field.detach(), live) for field in found]
         return task.objective(stats, tokens).mean(), *found
 

@@ -1,5 +1,6 @@
 """The floor: the products of a task and no others, in chunks that a GPU likes."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -7,8 +8,8 @@ import torch
 
 from bench import providers
 from bench.cases import TASKS, Case, Shape
-from bench.inputs import make
-from bench.providers import bare_products, chunkings
+from bench.inputs import IGNORED, Inputs, make
+from bench.providers import Abilities, bare_products, chunkings
 
 GPU = SimpleNamespace(is_cuda=True)
 
@@ -46,3 +47,24 @@ def test_the_faster_chunks_are_the_floor(monkeypatch):
     monkeypatch.setattr(providers, "chunkings", lambda *_: [8, 16])
     inputs = make(Case("full loss", "srft", Shape(16, 8, 64)), "cpu", torch.float32)
     assert bare_products(inputs, TASKS["srft"]) is tried[1] and len(tried) == 2
+
+
+@pytest.mark.parametrize("compacts", [False, True])
+@pytest.mark.parametrize("live", [1.0, 0.5])
+def test_tokens_are_only_picked_where_some_are_ignored(live, compacts, monkeypatch):
+    """Indexing by a mask waits for the device; where all are live the result is that of picking all."""
+    inputs = make(Case("full loss", "srft", Shape(48, 16, 128), live=live), "cpu", torch.float32)
+    call = Abilities(statistics=statistics, compacts=compacts).call("srft")
+    given = call(replace(inputs, live_tokens=None))  # nobody knows how many: they are looked for
+    asked = []
+    monkeypatch.setattr(Inputs, "live", property(lambda self: asked.append(1) or self.target != IGNORED))
+    found = call(inputs)
+    assert len(asked) == (live < 1)
+    for name, value in found.items():
+        if name in ("loss", "dx", "dW"):
+            assert torch.equal(value, given[name]), name
+
+
+def statistics(x, weight, target):
+    logp = (x @ weight.t()).log_softmax(-1)
+    return logp.gather(1, target[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
