@@ -242,7 +242,7 @@ def full(
             terms |= {"divergence": each.amax(), "loss": each_share.sum(), **_sums(each_share, leaves, p, live)}
         return _values({"divergence": found}, torch.where(share == 0, 0, found * share).sum(), leaves)
     stats = sk.reference.token_stats(z, target)
-    loss = smooth = 0
+    loss = smooth = summed = 0
     if case.call == "cross_entropy":
         weight, smoothing = options.get("weight"), options.get("label_smoothing", 0.0)
         loss = F.cross_entropy(z, target, None if weight is None else weight[order].to(softmax),
@@ -258,11 +258,10 @@ def full(
         loss = everything(stats, sk.Tokens(target, **columns)).sum()
     else:
         share = columns["token_weight"] if options["weighted"] else 1 / count
-        losses = [
-            (part(stats, sk.Tokens(target, **columns)) * share).sum()
-            for part in _parts(OBJECTIVES[options["objective"]])
-        ]
+        parts = [part(stats, sk.Tokens(target, **columns)) * share for part in _parts(OBJECTIVES[options["objective"]])]
+        losses = [part.sum() for part in parts]
         loss = sum(losses)
+        summed = sum(part.detach().nan_to_num(0, 0, 0).abs().sum() for part in parts)  # not 0 where a slope is: a clip
     named = {"logprobs": stats.logprobs, "entropy": stats.entropy, "logsumexp": stats.logsumexp}
     if terms is not None:
         g = h = k = torch.zeros_like(stats.logprobs)
@@ -275,7 +274,7 @@ def full(
         each = each + smooth * (1 + size_of(stats.logprobs) + size_of(stats.smooth))
         terms |= {
             **dict.fromkeys(("logprobs", "entropy", "top_logprobs", "candidate_logprobs"), one),
-            "loss": each.sum(),
+            "loss": each.sum() + summed,
             **_sums(g + h * (1 + size_of(stats.logprobs)) + k + smooth, leaves, p, live),
         }
     shown = {"logprobs": named, "loss": {n: named[n] for n in ("logprobs", "entropy")}, "cross_entropy": {}}
