@@ -90,8 +90,11 @@ class Bench:
 
         if time.perf_counter() > self.limits.deadline:
             return [Row(case, EVERYONE, "skipped", "no time left")]
-        gc.collect()
-        gc.freeze()  # modules and compiled code, by now: every collection between providers would walk through them
+        if len(self.measured) < 2:
+            # modules, then what the first case has compiled: every collection between providers would walk through
+            # them (a tenth of a second). Not before every case: what is frozen is never collected
+            gc.collect()
+            gc.freeze()
         try:
             if own := OWN.get(case.group):
                 return own.measure(self.device, self.rounds, self.limits, begin, self.left_out)

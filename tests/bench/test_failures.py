@@ -1,7 +1,9 @@
 """Whatever goes wrong is a row that says so: a provider's failure its own, a case's failure one for all, once."""
 
+import gc
 import time
 import types
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from bench import conftest, measure, timing
 from bench.cases import Case, Shape
 from bench.inputs import Unavailable
-from bench.measure import EVERYONE, CaseFailed, Limits
+from bench.measure import EVERYONE, CaseFailed, Limits, Row
 from bench.providers import OURS, Abilities, Provider
 from bench.record import Record
 
@@ -158,6 +160,28 @@ def test_inputs_that_are_not_there_and_time_that_is_over_are_skipped(bench, monk
     assert bench(OURS).row(CASE, OURS.name).reason == "no weights here"
     row = bench(OURS, budget=-1).row(CASE, OURS.name)
     assert (row.status, row.reason) == ("skipped", "no time left")
+
+
+def test_what_a_case_has_made_can_be_collected(bench, monkeypatch):
+    """Frozen before the next one it would never be."""
+
+    class Model:
+        def __init__(self):
+            self.itself = self
+
+    def measured(case, *_):
+        made.append(Model())
+        return [Row(case, OURS.name, "skipped")]
+
+    made = []
+    monkeypatch.setattr(conftest, "measure", measured)
+    session = bench(OURS)
+    for tokens in (8, 16, 32, 64):
+        session.row(Case("scoring", "scoring", Shape(tokens, 16, 128)), OURS.name)
+    seen = weakref.ref(made[2])  # a later case's: while the first ones begin, modules and compiled code are frozen
+    made.clear()
+    gc.collect()
+    assert seen() is None
 
 
 def test_after_every_case_the_file_has_it_and_a_new_process_goes_on(bench, tmp_path):
