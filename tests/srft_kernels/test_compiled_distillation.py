@@ -69,6 +69,8 @@ def test_what_wants_no_gradient():
     (x, w, b), teacher, _ = inputs()
     found, expected = compiled(distil)(x, w.detach(), b, teacher), distil(x, w.detach(), b, teacher)
     assert_bitwise(gradients(found[0], x, b), gradients(expected[0], x, b))
+    constants = x.detach(), w.detach(), b.detach()  # and the teacher, which never wants one
+    assert_bitwise(compiled(distil)(*constants, teacher), distil(*constants, teacher))
     with torch.no_grad():
         found = compiled(distil)(x, w, b, teacher)
     assert not found[0].requires_grad
