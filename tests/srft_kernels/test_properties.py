@@ -47,7 +47,7 @@ def test_random_calls(rng, seed):
 
 
 def test_a_slice_of_the_fuzz():
-    for seed in range(400):
+    for seed in range(300):
         case = fuzz.draw(seed)
         assert (message := fuzz.failure(case)) is None, f"{message}: {case}"
 
