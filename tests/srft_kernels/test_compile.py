@@ -307,6 +307,7 @@ def test_operators_are_well_registered(plan, wanted):
     x, w, b, target, columns = inputs()
     x, w = x.detach().requires_grad_(wanted[0]), w.detach().requires_grad_(wanted[1])
     b = b.detach()
+    extras = sk.Extras(rank=True, argmax=True, top_k=2, candidates=torch.randint(V, (12, 3)))
     calls = []
     real = traced._call
 
@@ -317,7 +318,9 @@ def test_operators_are_well_registered(plan, wanted):
     traced._call = spy
     try:
         traced.linear_loss(
-            traced.Arguments(x, w, target, sk.grpo(), linear_bias=b, annotations=columns, plan=PLANS[plan])
+            traced.Arguments(
+                x, w, target, sk.grpo(), linear_bias=b, annotations=columns, plan=PLANS[plan], extras=extras
+            )
         )
     finally:
         traced._call = real
@@ -327,7 +330,7 @@ def test_operators_are_well_registered(plan, wanted):
     op = ops.one_pass if one_pass else ops.two_pass
     torch.library.opcheck(op, call)
     stats = [torch.rand(12) for _ in range(3)]
-    torch.library.opcheck(ops.metrics, (stats, None, None, *call))
+    torch.library.opcheck(ops.metrics, (stats, target, None, *call))
     if not one_pass and any(wanted):
         kept = dict(zip(traced.result_names(call[-1], False), op(*call)))["kept"].detach()
         constants = [value.detach() if isinstance(value, torch.Tensor) else value for value in call]
