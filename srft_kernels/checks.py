@@ -260,8 +260,8 @@ def class_weight(weight: Tensor, vocab: int, input: Tensor) -> None:
 
 def annotations_needed(objective: Any, given: Collection[str]) -> None:
     for name in given:
-        if name == "live":
-            raise ValueError("an annotation cannot be called live, which tells the live tokens: rename it")
+        if name in ("live", "counted"):
+            raise ValueError(f"an annotation cannot be called {name}, which tells the tokens that take part: rename it")
         if hasattr(Tokens, name):
             raise ValueError(f"an annotation cannot be called {name}, which is a method of Tokens: rename it")
     requires = getattr(objective, "requires", None)

@@ -230,7 +230,8 @@ def loss_of(a: Arguments) -> LossOutput:
     tensors, call, spread = a.prepared()
     loss, stats = _weighted_loss(tensors, call)
     extras = call.taken and call.taken.settled(stats)
-    return LossOutput.of(loss, stats, call.rows.tokens, a.objective, spread, call.filtered, extras)
+    rows = call.rows
+    return LossOutput.of(loss, stats, rows.tokens, a.objective, spread, call.filtered, extras, rows.weight)
 
 
 def statistics_of(a: Arguments) -> TokenStats:

@@ -9,8 +9,9 @@ PyTorch; the engine differentiates it on n-long vectors and needs to know nothin
                   tokens that share its `sequence_ids`) or "batch"
     crosses       False where no token's loss has a gradient to another token's statistics, which it reads as constants.
                   Default: what is not token-local crosses; then a token of weight 0 may have a gradient
-    reads_live    True where an objective that is not token-local leaves tokens out that are not `tokens.live`, and so
-                  does `metrics`; else they are taken out first, for which the host waits for an accelerator
+    reads_live    True where an objective that is not token-local averages over `tokens.averaged()` alone, and so does
+                  `metrics`; else tokens that are not live are taken out first, for which the host waits for an
+                  accelerator
     requires      method of the given annotations: names it cannot do without, checked before any work
     inactive      method of the annotations: True where a token surely has no gradient, so that its row can be left
                   out of the two backward matrix products
@@ -85,11 +86,11 @@ class Objective:
         return None
 
     def _sampled(self, tokens: Tokens) -> Tensor | None:
-        """The others that are live, over which sequences are averaged; None: all."""
-        live, demonstrated = tokens.get("live"), self._demonstrated(tokens)
+        """The others, over which sequences are averaged; None: all."""
+        averaged, demonstrated = tokens.averaged(), self._demonstrated(tokens)
         if demonstrated is None:
-            return live
-        return ~demonstrated if live is None else live & ~demonstrated
+            return averaged
+        return ~demonstrated if averaged is None else averaged & ~demonstrated
 
     def _scopes(self, given: Collection[str]) -> set[str]:
         """The scopes of the parts of the loss."""
@@ -414,14 +415,13 @@ class SRFT(PolicyGradient):
         return sign if self.positive == "reward" else torch.where(tokens.advantages == 0, 0.0, sign)
 
     def _weight_entropy(self, stats: TokenStats, tokens: Tokens) -> Tensor:
-        given, live = tokens.get("weight_entropy"), tokens.get("live")
-        entropy = stats.entropy.detach()
+        given, entropy = tokens.get("weight_entropy"), stats.entropy.detach()
         if given is not None:
             return given
         if self.level == "sequence":
-            return over_sequences(entropy, tokens.sequence_ids, live)
+            return over_sequences(entropy, tokens.sequence_ids, tokens.averaged())
         if self.level == "batch":
-            return over_sequences(entropy, tokens.is_demo.long(), live)
+            return over_sequences(entropy, tokens.is_demo.long(), tokens.averaged())
         return entropy
 
     def _weights(self, stats: TokenStats, tokens: Tokens, positive: Tensor) -> tuple[Tensor, Tensor]:
@@ -485,9 +485,9 @@ class SRFT(PolicyGradient):
 
 
 def _mean(tokens: Tokens, values: Tensor, where: Tensor | None = None) -> Tensor:
-    """Mean over the live tokens where `where` holds; 0 when there is none."""
-    if (live := tokens.get("live")) is not None:
-        where = live if where is None else where & live
+    """Mean over the tokens that count where `where` holds; 0 when there is none."""
+    if (averaged := tokens.averaged()) is not None:
+        where = averaged if where is None else where & averaged
     if where is None:
         return values.mean()
     return torch.where(where, values, 0).sum() / where.sum().clamp(min=1)

@@ -166,7 +166,7 @@ def _metrics(statistics: Sequence[Tensor], argmax: Tensor | None, filtered: Tens
         _, call, _ = replace(a, extras=None).prepared()
         stats = TokenStats(*(_packed(call.rows, field) for field in statistics))
         argmax = None if argmax is None else _packed(call.rows, argmax)
-        found = output.metrics(o.objective, stats, call.rows.tokens, filtered, argmax)
+        found = output.metrics(o.objective, stats, call.rows.tokens, filtered, argmax, call.rows.weight)
         missing = statistics[0].new_full((), nan)
         return torch.stack([found.get(name, missing).to(missing.dtype) for name in metric_names(arguments[-1])])
 

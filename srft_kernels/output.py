@@ -21,9 +21,9 @@ class LossOutput:
     loss       scalar, Σ_t token_weight_t · loss_t; differentiable
     logprobs   ℓ, shaped like target, detached; 0 where ignored
     entropy    H in nats, likewise
-    metrics    token means over this call's live tokens, detached 0-d tensors; computed when first read. With no live
-               token there are none; they are NaN where nothing looks at the data to know: on accelerators, and in a
-               graph of torch.compile
+    metrics    means over this call's live tokens of token weight ≠ 0 ("accuracy": over all that are live), detached 0-d
+               tensors; computed when first read. With no live token there are none; they are NaN where nothing looks
+               at the data to know: on accelerators, and in a graph of torch.compile
     extras     what `extras` asked for beside, else None
     """
 
@@ -48,6 +48,7 @@ class LossOutput:
         spread: Callable,
         filtered: Tensor | None = None,
         extras: TokenExtras | None = None,
+        weight: Tensor | None = None,
     ) -> LossOutput:
         """From the statistics of the tokens that were worked through; `spread` gives a field the shape of target."""
         stats = stats.map(Tensor.detach)
@@ -57,15 +58,22 @@ class LossOutput:
             spread(stats.logprobs),
             spread(stats.entropy),
             extras and extras.map(spread),
-            cache(lambda: metrics(objective, stats, tokens, filtered, argmax)),
+            cache(lambda: metrics(objective, stats, tokens, filtered, argmax, weight)),
         )
 
 
 def metrics(
-    objective: Any, stats: TokenStats, tokens: Tokens, filtered: Tensor | None, argmax: Tensor | None
+    objective: Any,
+    stats: TokenStats,
+    tokens: Tokens,
+    filtered: Tensor | None,
+    argmax: Tensor | None,
+    weight: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The objective's own, over the live tokens alone, top-1 accuracy, and what a filtered backward dropped so far."""
+    """The objective's own, over live tokens of `weight` (n,) ≠ 0, top-1 accuracy, and what a filtered backward dropped."""
     live = tokens.get("live")
+    if weight is not None and getattr(objective, "reads_live", False):
+        tokens = tokens.replace(counted=weight != 0)
     if live is not None and not getattr(objective, "reads_live", False):  # where this waits for an accelerator
         stats, tokens = stats.map(lambda field: field[live]), tokens.rows(live)
         argmax, live = argmax if argmax is None else argmax[live], None

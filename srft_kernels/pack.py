@@ -88,11 +88,16 @@ def pack(
     compact      count on the host: leave out every ignored token, and put those without gradient last
     multiple     so many rows, or a multiple, are worked through: dead ones fill up the last chunk
     """
+    overfull = None
     if compact or _sees_only_live_tokens(objective, tokens):
         rows = _compacted(tokens, live, weight, objective, dtype, reorder=multiple == 1)
-        return rows.padded(multiple), _spread(rows.index, None, None, len(rows), len(tokens.target))
-    rows, overfull = _masked(tokens, live, weight, dtype, live_tokens)
-    return rows.padded(multiple), _spread(rows.index, rows.live, overfull, len(rows), len(tokens.target))
+    else:
+        rows, overfull = _masked(tokens, live, weight, dtype, live_tokens)
+    spread = _spread(rows.index, rows.live, overfull, len(rows), len(tokens.target))
+    rows = rows.padded(multiple)
+    if weight is not None and getattr(objective, "reads_live", False) and not token_local(objective, tokens):
+        rows = replace(rows, tokens=rows.tokens.replace(counted=rows.weight != 0))
+    return rows, spread
 
 
 def _masked(

@@ -90,6 +90,8 @@ def linear_loss(
     )
     stats = token_stats(z, target[live])
     tokens = Tokens(target[live], **{name: a[live] for name, a in annotations.items() if a is not None})
+    if token_weight is not None:
+        tokens = tokens.replace(counted=token_weight[live] != 0)
     loss = objective(stats, tokens)
     loss = loss.sum() / max(len(loss), 1) if token_weight is None else (loss * token_weight[live]).sum()
     return LossOutput.of(loss, stats, tokens, objective, lambda field: _spread(field, live))

@@ -42,7 +42,8 @@ class Tokens:
     """Annotations of n tokens by name: `tokens.target`, `tokens.advantages`, or whatever the caller passed.
 
     Reading one that was not given raises a ValueError that names it; `tokens.get(name)` returns None instead.
-    `live` is False at ignored tokens where some may be among these; where it is not given there are none.
+    `live` is False at ignored tokens where some may be among these; where it is not given there are none. `counted`,
+    where it is given, is False at those too and at tokens of token weight 0: averages are over the others.
     """
 
     def __init__(self, target: Tensor, **annotations: Tensor | None):
@@ -65,6 +66,11 @@ class Tokens:
 
     def get(self, name: str) -> Tensor | None:
         return self._columns.get(name)
+
+    def averaged(self) -> Tensor | None:
+        """Over which of them averages are; None: all."""
+        counted = self.get("counted")
+        return self.get("live") if counted is None else counted
 
     def rows(self, rows: slice | Tensor) -> Tokens:
         """The same annotations for some of the tokens."""

@@ -71,6 +71,7 @@ LOSS = [
     ({"objective": sk.grpo()}, ValueError, r"PolicyGradient\(.*needs the annotation advantages"),
     ({"objective": sk.grpo(), "old_logprob": torch.ones(6)}, TypeError, r"old_logprob: did you mean old_logprobs\?"),
     ({"rows": torch.ones(6)}, ValueError, "an annotation cannot be called rows, which is a method of Tokens"),
+    ({"counted": torch.ones(6)}, ValueError, "an annotation cannot be called counted, which tells the tokens"),
 ]  # fmt: skip
 
 CROSS_ENTROPY = [

@@ -13,7 +13,7 @@ from .cases import problem
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy on infinities
 backends = pytest.mark.parametrize("backend", ["torch", "triton"])
-SILENT = torch.tensor([False, False, True, True, False, False])
+SILENT = torch.tensor([False, False, True, True, False, True])
 
 
 def unclipped(stats, tokens):
@@ -24,7 +24,10 @@ OBJECTIVES = {
     "grpo": sk.grpo(kl_coef=0.1, correction=sk.Correction()),
     "cispo": sk.cispo(),
     "srft_official": sk.srft_official(kl_coef=0.1),
-    "gspo": sk.gspo(clip_low=None, clip_high=None),  # over sequences, of which one is silent
+    "gspo": sk.gspo(clip_low=None, clip_high=None),  # over sequences, of which one is silent and one in part
+    "sequence_mis": sk.reinforce(correction=sk.Correction("mask", "sequence", high=20.0)),
+    "geometric": sk.reinforce(correction=sk.Correction(level="geometric", high=20.0)),
+    "srft_hpt": sk.srft_hpt(ratio_level="sequence", surrogate="ppo"),
     "batch": sk.srft_paper(level="batch", surrogate="ppo"),
     "callable": unclipped,
 }
@@ -39,14 +42,16 @@ CASES = [(name, "torch", plan) for name in OBJECTIVES for plan in PLANS]
 CASES += [(name, "triton", plan) for name in IN_TRITON for plan in PLANS if not plan["batch_invariant"]]
 
 
-def run(objective, columns, plan, call=sk.linear_loss):
-    """(loss, dx, dW, db)"""
+def run(objective, columns, plan, call=sk.linear_loss, ignored=False):
+    """(loss, dx, dW, db) and the metrics in the order of their names, of silent tokens or `ignored` ones."""
     p = problem("bias", tokens=6, vocab=20, ignored=0)
     x, w, b = p.leaves()
-    columns = columns | {"is_demo": torch.arange(6) % 2 == 0, "sequence_ids": torch.arange(6) // 2}
+    columns = columns | {"is_demo": torch.arange(6) % 4 == 0, "sequence_ids": torch.arange(6) // 2}
     weight = torch.where(SILENT, 0, torch.linspace(0.5, 1.5, 6))
-    loss = call(x, w, p.target, objective, linear_bias=b, token_weight=weight, plan=plan, **columns).loss
-    return loss.detach(), *torch.autograd.grad(loss, (x, w, b))
+    target = torch.where(SILENT, -100, p.target) if ignored else p.target
+    out = call(x, w, target, objective, linear_bias=b, token_weight=weight, plan=plan, **columns)
+    metrics = [out.metrics[name] for name in sorted(out.metrics)]
+    return out.loss.detach(), *torch.autograd.grad(out.loss, (x, w, b)), *metrics
 
 
 def in_operators(x, w, target, objective, linear_bias, token_weight, plan, **annotations):
@@ -68,8 +73,9 @@ def annotations(silent: float | None = None) -> dict[str, torch.Tensor]:
 def test_whatever_its_annotations_hold(name, backend, plan):
     plan = sk.Plan(backend=backend, chunk_rows=4, block_rows=2, **plan)
     want = run(OBJECTIVES[name], annotations(), plan)
-    assert all(value.isfinite().all() and (value != 0).any() for value in want)
+    assert all(value.isfinite().all() for value in want) and all((value != 0).any() for value in want[:4])
     assert all(map(torch.equal, run(OBJECTIVES[name], annotations(torch.nan), plan), want))
+    torch.testing.assert_close(run(OBJECTIVES[name], annotations(), plan, ignored=True), want)
 
 
 @pytest.mark.parametrize("passes", [None, 2])
