@@ -136,6 +136,7 @@ def extras(value: Any, target: Tensor, live: Tensor | None, vocab: int, group: A
         raise ValueError(f"Extras(top_k={value.top_k}), but there are {vocab} entries: ask for no more than those")
     if (candidates := value.candidates) is None:
         return
+    tensor("candidates", candidates)
     if candidates.dim() != target.dim() + 1 or candidates.shape[:-1] != target.shape:
         raise ValueError(
             f"Extras(candidates=...) must be shaped like target with one more dimension, {(*target.shape, 'C')}, "
@@ -188,9 +189,8 @@ def at_most_live(live_tokens: int | None, target: Tensor, live: Tensor | None) -
 def tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, found {type(value).__name__}")
-    if torch.compiler.is_compiling():
-        return
-    if torch._C._functorch.is_functorch_wrapped_tensor(value):
+    compiling = torch.compiler.is_compiling()  # which sees through the wrappers of a transform
+    if _in_transform() if compiling else torch._C._functorch.is_functorch_wrapped_tensor(value):
         raise TypeError(f"{name} is under a transform of torch.func, which is not supported: use torch.autograd.grad")
     sharded = sys.modules.get("torch.distributed.tensor")  # slow to import, and nobody has a DTensor without
     if sharded is not None and isinstance(value, sharded.DTensor):
@@ -199,6 +199,11 @@ def tensor(name: str, value: Any) -> None:
             "of the module that owns the weight, where it is whole and its gradient reduced (full_tensor() elsewhere "
             "would lose part of it); with a head divided over the vocabulary, pass its to_local() and group="
         )
+
+
+@torch.compiler.assume_constant_result
+def _in_transform() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def plan(value: Any) -> None:
@@ -243,6 +248,7 @@ def shaped_like_target(name: str, value: Any, target: Tensor) -> Tensor:
         raise TypeError(
             f"{name} must be a tensor shaped like target {tuple(target.shape)}, found {type(value).__name__}"
         )
+    tensor(name, value)
     if value.shape != target.shape:
         raise ValueError(f"{name} must be shaped like target {tuple(target.shape)}, found {tuple(value.shape)}")
     if value.device != target.device:

@@ -142,8 +142,8 @@ def _call(a: Arguments, made: str, objective: Any, annotations: dict[str, Tensor
     beside = {"temperature": a.temperature if isinstance(a.temperature, Tensor) else None,
               "token_weight": a.token_weight, "weight": a.class_weight}  # fmt: skip
     named = {"input": a.input, "linear_weight": a.linear_weight, "linear_bias": a.linear_bias, "target": a.target}
-    _check_tensors({**named, **beside, **annotations}, optional=("linear_bias", *beside))
     candidates = a.extras.candidates if isinstance(a.extras, Extras) else None
+    _check_tensors({**named, **beside, "candidates": candidates, **annotations}, ("linear_bias", "candidates", *beside))
     options = Options(
         **_around(a.tensors),
         made=made,

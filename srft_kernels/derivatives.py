@@ -28,7 +28,7 @@ def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
             made = backward(ctx, *grads)
         if not torch.is_grad_enabled():  # no create_graph=True
             return made
-        return tuple(None if gradient is None else _refusing(gradient) for gradient in made)
+        return tuple(_refusing(value) if isinstance(value, Tensor) else value for value in made)
 
     return wrapped
 

@@ -13,6 +13,7 @@ live tokens. Their fake implementations check shapes and types, and know those o
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import nan
@@ -20,9 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.functional import pad
 
 from . import output
+from .derivatives import once_differentiable
 from .distillation import DistillationArguments, distil
 from .engine import Call, Gradients, first_pass, fp16_scale, one_pass, plain_matmul, second_pass, weighted_loss
 from .gemm import accumulation_dtype
@@ -299,6 +302,7 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> 
     ctx.nothing = _no_gradients(inputs)
 
 
+@once_differentiable
 def _scale_gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     """Those of the forward times the factor of the loss, in the graph, where it may cost nothing."""
     scale, *made = ctx.saved_tensors
@@ -317,6 +321,7 @@ def _keep_call(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.save_for_backward(output[names.index("kept")], *tensors, *annotations)
 
 
+@once_differentiable
 def _through_second_pass(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     o = decoded(ctx.options)
     kept, *saved = ctx.saved_tensors
@@ -336,7 +341,23 @@ def _no_gradients(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple([None] * len(value) if isinstance(value, (list, tuple)) else None for value in inputs[3:])
 
 
+def _without_tangents(run: Any) -> Any:
+    """Forward-mode derivatives refused: where nothing wants a gradient, an operator would drop them without a word."""
+
+    @functools.wraps(run)
+    def wrapped(*arguments: Any) -> list[Tensor]:
+        if forward_ad._current_level >= 0:
+            with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
+                tangents = [forward_ad.unpack_dual(x).tangent for x in arguments[:3] if x is not None]
+            if any(tangent is not None for tangent in tangents):
+                raise NotImplementedError("srft_kernels has no forward-mode derivative: use torch.autograd.grad")
+        return run(*arguments)
+
+    return wrapped
+
+
 def _define(name: str, schema: str, run: Any, fake: Any, setup: Any = None, backward: Any = None) -> None:
+    run = run if backward is None else _without_tangents(run)
     operator = torch.library.custom_op(f"srft_kernels::{name}", run, mutates_args=(), schema=schema)
     operator.register_fake(fake)
     if setup is not None:

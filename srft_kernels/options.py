@@ -95,7 +95,7 @@ def encoded(value: Any, name: str = "options") -> str:
         return f"{guard_scalar(value)!r}"  # may be symbolic: a number that has changed between calls
     if isinstance(value, tuple):
         return f"({''.join([f'{encoded(item, name)}, ' for item in value])})"
-    if is_dataclass(value) and type(value).__name__ in NAMES:
+    if type(value).__name__ in NAMES and is_dataclass(value):  # Dynamo cannot ask the latter of a number of NumPy
         parts = [f"{field.name}={encoded(getattr(value, field.name), field.name)}" for field in fields(value)]
         return f"{type(value).__name__}({', '.join(parts)})"
     raise TypeError(f"{name} must be a constant of Python in a compiled call, found {type(value).__name__}")
