@@ -58,8 +58,9 @@ def hpt_switch(
     """Tokens that learn under HPT's switch (arXiv 2509.04419), boolean, shaped like is_demo.
 
     Where the share of a prompt's rollouts with a reward > 0 exceeds `threshold` (γ), its rollouts; elsewhere, and where
-    a prompt has none, its demonstrations. `prompt_ids` and `sequence_ids` hold integers ≥ 0; tokens outside `mask` do
-    not count. Use the result as a mask: token_weight=constant_length(mask & switch, sequence_ids, length).
+    a prompt has none, its demonstrations. `rewards` holds at every token the reward of its sequence: on one of n tokens
+    alone it would count 1/n. `prompt_ids` and `sequence_ids` hold integers ≥ 0; tokens outside `mask` do not count. Use
+    the result as a mask: token_weight=constant_length(mask & switch, sequence_ids, length).
     """
     shape = tuple(is_demo.shape)
     for name, value in (("rewards", rewards), ("prompt_ids", prompt_ids), ("sequence_ids", sequence_ids)):

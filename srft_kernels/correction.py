@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from math import inf
 from numbers import Real
 
 import torch
@@ -42,7 +43,7 @@ class Correction:
 
     def __post_init__(self):
         one_of(self, outside=("truncate", "mask", "reject"), level=("token", "sequence", "geometric"))
-        numbers(self)
+        numbers(self, "high")
         if not 0 <= self.low <= self.high or self.high == 0:
             raise ValueError(f"Correction(low={self.low!r}, high={self.high!r}): expected 0 ≤ low ≤ high and high > 0")
 
@@ -121,17 +122,27 @@ def one_of(owner: object, **choices: tuple[str, ...]) -> None:
             )
 
 
-def numbers(owner: object) -> None:
-    """Options that are numbers: not NaN, and not a tensor, at which a GPU would wait, and which would never learn."""
+def numbers(owner: object, *unbounded: str) -> None:
+    """Options that are numbers: finite unless `unbounded`, and no tensor, at which a GPU would wait, never to learn."""
     for field in fields(owner):
         value, optional = getattr(owner, field.name), field.type == "float | None"
         if field.type not in ("float", "float | None") or (optional and value is None):
             continue
-        if not isinstance(value, Real) or value != value:
+        real = isinstance(value, Real) and not isinstance(value, bool) and value == value
+        finite = not real or field.name in unbounded or -inf < value < inf
+        if not (real and finite):
             raise ValueError(
-                f"{type(owner).__name__}({field.name}={value!r}): expected a number{' or None' * optional}"
-                f"{'; of a tensor pass .item()' * isinstance(value, Tensor)}"
+                f"{type(owner).__name__}({field.name}={value!r}): expected a {'' if finite else 'finite '}number"
+                f"{' or None' * optional}{'; of a tensor pass .item()' * isinstance(value, Tensor)}"
             )
+
+
+def within(owner: object, **ranges: tuple[float, float | None]) -> None:
+    """Options in [low, high], or ≥ low; None is told by `numbers` where it may not be."""
+    for name, (low, high) in ranges.items():
+        if (value := getattr(owner, name)) is not None and not (low <= value and (high is None or value <= high)):
+            expected = f"≥ {low}" if high is None else f"in [{low}, {high}]"
+            raise ValueError(f"{type(owner).__name__}({name}={value!r}): expected a number {expected}")
 
 
 def positive(owner: object, *names: str) -> None:

@@ -29,7 +29,7 @@ from dataclasses import MISSING, dataclass, fields
 import torch
 from torch import Tensor
 
-from .correction import LOG_RATIO_LIMIT, Correction, log_ratio, numbers, one_of, over_sequences, positive
+from .correction import LOG_RATIO_LIMIT, Correction, log_ratio, numbers, one_of, over_sequences, positive, within
 from .shaping import check_shape, shape
 from .tokens import Tokens, TokenStats
 
@@ -68,6 +68,7 @@ class Objective:
                 "Correction('truncate', high=2.0)"
             )
         positive(self, "max_probability")
+        within(self, kl_coef=(0, None), max_probability=(0, 1))
 
     def __repr__(self) -> str:
         """Only what differs from the defaults."""
@@ -147,7 +148,7 @@ class Objective:
         return ratio if demonstrated is None else torch.where(demonstrated, 1, ratio)
 
     def _kl(self, stats: TokenStats, tokens: Tokens) -> Tensor:
-        gap = log_ratio(tokens.ref_logprobs, stats.logprobs.detach()).clamp(max=LOG_RATIO_LIMIT)
+        gap = log_ratio(tokens.ref_logprobs, stats.logprobs.detach()).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
         gap = gap - _slope(stats.logprobs)
         estimate = {"k1": lambda: -gap, "k2": lambda: gap.square() / 2, "k3": lambda: torch.expm1(gap) - gap}
         kl, demonstrated = estimate[self.kl_estimator](), self._demonstrated(tokens)
@@ -223,14 +224,21 @@ class PolicyGradient(Objective):
                 f"{name}(ratio_shaping={self.ratio_shaping}) reshapes the ratio of surrogate='ppo' and "
                 f"ratio_level='token', found {self.surrogate!r} and {self.ratio_level!r}"
             )
-        for field in ("clip_low", "clip_high"):
-            if (value := getattr(self, field)) is not None and not value >= 0:
-                raise ValueError(f"{name}({field}={value!r}): expected a number ≥ 0 or None")
+        within(self, clip_low=(0, 1), clip_high=(0, None))
+        if self.ratio_shaping is not None and self.ratio_shape == "c*log p" and self._clips:
+            raise ValueError(
+                f"{name}(ratio_shape='c*log p', clip_low={self.clip_low}, clip_high={self.clip_high}): a clip is about "
+                "1, but where nothing has changed c·log r is 0: pass clip_low=None, clip_high=None"
+            )
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"dual_clip must be greater than 1, found {self.dual_clip}")
         if self.dual_clip is not None and self.surrogate != "ppo":
             raise ValueError(f"{name}(dual_clip={self.dual_clip}) bounds surrogate='ppo', found {self.surrogate!r}")
         positive(self, "tau_positive", "tau_negative")
+
+    @property
+    def _clips(self) -> bool:
+        return (self.clip_low, self.clip_high) != (None, None)
 
     @property
     def clip_bounds(self) -> tuple[float, float]:
@@ -265,7 +273,7 @@ class PolicyGradient(Objective):
             tau = torch.where(signal > 0, torch.full_like(ratio, self.tau_positive), self.tau_negative)
             return -signal * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
         loss = _times(-signal, ratio)
-        if (self.clip_low, self.clip_high) != (None, None):
+        if self._clips:
             loss = torch.maximum(loss, _times(-signal, ratio.clamp(1 - low, 1 + high)))
         if self.dual_clip is None:
             return loss
@@ -303,9 +311,9 @@ class PolicyGradient(Objective):
             signal = torch.sign(ratio - 1)
         beyond = ((ratio > 1 + high) & (signal > 0)) | ((ratio < 1 - low) & (signal < 0))
         sampled = torch.ones_like(beyond) if demonstrated is None else ~demonstrated
-        drift = change.exp() - 1 - change.clamp(min=-LOG_RATIO_LIMIT)
-        clipped = _mean(tokens, beyond.to(ratio.dtype), sampled)
-        return {"clip_fraction": clipped, "approx_kl": _mean(tokens, drift, sampled)}
+        drift = torch.expm1(change) - change.clamp(min=-LOG_RATIO_LIMIT)
+        clipped = {} if self.surrogate == "sapo" else {"clip_fraction": _mean(tokens, beyond.to(ratio.dtype), sampled)}
+        return {**clipped, "approx_kl": _mean(tokens, drift, sampled)}
 
 
 @dataclass(frozen=True, repr=False)

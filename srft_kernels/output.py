@@ -70,7 +70,7 @@ def metrics(
     argmax: Tensor | None,
     weight: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The objective's own, over live tokens of `weight` (n,) ≠ 0, top-1 accuracy, and what a filtered backward dropped."""
+    """The objective's own over live tokens of `weight` (n,) ≠ 0, top-1 accuracy, and what a filtered backward drops."""
     live = tokens.get("live")
     if weight is not None and getattr(objective, "reads_live", False):
         tokens = tokens.replace(counted=weight != 0)

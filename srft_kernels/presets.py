@@ -54,7 +54,7 @@ def cispo(**options: Any) -> PolicyGradient:
 
 
 def gspo(**options: Any) -> PolicyGradient:
-    """GSPO (arXiv 2507.18071): sequence-level ratio; two passes. Usual average: sequence_mean."""
+    """GSPO (arXiv 2507.18071): sequence-level ratio; one pass where sequences fit a chunk. Usual: sequence_mean."""
     return PolicyGradient(**{"ratio_level": "sequence", "clip_low": 3e-4, "clip_high": 4e-4, **options})
 
 

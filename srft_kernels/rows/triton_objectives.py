@@ -124,6 +124,7 @@ def token_loss(O: tl.constexpr, numbers, columns, row, logprob, entropy, logsume
         u = _times(weight, u)
     if O.kl_coef:
         gap = _log_ratio(tl.load(columns.ref_logprobs + row), logprob)
+        gap = tl.where(gap < -LIMIT, -LIMIT, gap)
         if O.kl_estimator == "k1":
             kl = -gap
             slope = tl.zeros_like(gap) + 1.0

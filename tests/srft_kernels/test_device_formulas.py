@@ -83,7 +83,7 @@ def batch(seed: int, given: set[str]) -> tuple[sk.TokenStats, sk.Tokens]:
     for name in ("old_logprobs", "ref_logprobs", "sampler_logprobs", "demo_logprobs"):
         columns[name] = torch.where(logprobs.isinf(), -5.0, logprobs) + uniform(-0.8, 0.8)
     columns["old_logprobs"][-5:-2] = torch.tensor([-200.0, -torch.inf, -1e9])  # ratios that overflow
-    columns["ref_logprobs"][-4:-1] = torch.tensor([0.0, -300.0, -1.0])
+    columns["ref_logprobs"][-5:-1] = torch.tensor([-torch.inf, 0.0, -300.0, -1.0])
     columns["sampler_logprobs"][-5:] = torch.tensor([-1.0, -500.0, -2.0, -torch.inf, -0.1])
     columns["demo_logprobs"][-3:] = torch.tensor([-torch.inf, -400.0, -9.0])
     stats = sk.TokenStats(logprobs, entropy, uniform(-5, 5), uniform(-9, -5))

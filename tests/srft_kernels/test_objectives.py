@@ -585,7 +585,14 @@ def test_no_metrics_of_no_tokens():
         (lambda: sk.SRFT(demo_shape="sqrt"), r"SRFT\(demo_shape='sqrt'\): expected one of 'p/\(p\+c\)', 'p\^c'"),
         (lambda: sk.SRFT(demo_shape="p^c"), r"SRFT\(demo_shape='p\^c'\) needs its number c: pass demo_shaping=c > 0"),
         (lambda: sk.PolicyGradient(dual_clip=0.5), "dual_clip must be greater than 1, found 0.5"),
-        (lambda: sk.PolicyGradient(clip_low=-0.2), r"PolicyGradient\(clip_low=-0.2\): expected a number ≥ 0 or None"),
+        (lambda: sk.PolicyGradient(clip_low=-0.2), r"PolicyGradient\(clip_low=-0.2\): expected a number in \[0, 1\]"),
+        (lambda: sk.grpo(clip_low=1.5), r"PolicyGradient\(clip_low=1.5\): expected a number in \[0, 1\]"),
+        (lambda: sk.grpo(clip_high=-0.1), r"PolicyGradient\(clip_high=-0.1\): expected a number ≥ 0$"),
+        (lambda: sk.grpo(max_probability=2.0), r"PolicyGradient\(max_probability=2.0\): expected a number in \[0, 1\]"),
+        (lambda: sk.sft(kl_coef=-1.0), r"CrossEntropy\(kl_coef=-1.0\): expected a number ≥ 0$"),
+        (lambda: sk.sft(kl_coef=torch.inf), r"CrossEntropy\(kl_coef=inf\): expected a finite number$"),
+        (lambda: sk.sft(kl_coef=True), r"CrossEntropy\(kl_coef=True\): expected a number$"),
+        (lambda: sk.grpo(ratio_shape="c*log p", ratio_shaping=1.0), r"clip_high=0.2\): a clip is about 1, but .* is 0"),
         (lambda: sk.SRFT(clip_high="x"), r"SRFT\(clip_high='x'\): expected a number or None$"),
         (lambda: sk.SRFT(level="word"), r"SRFT\(level='word'\): expected one of 'token', 'sequence', 'batch'"),
         (lambda: sk.SRFT(entropy_sign=0), r"SRFT\(entropy_sign=0\): expected -1"),
@@ -621,6 +628,24 @@ def test_presets_take_overrides_of_any_field():
     assert sk.dapo(clip_high=0.3).clip_high == 0.3 and sk.dapo().clip_high == 0.28
     with pytest.raises(TypeError, match="nonsense"):
         sk.srft_hpt(nonsense=1)
+
+
+def test_small_drifts_do_not_cancel():
+    """KL(old ‖ new) ≈ change²/2 of 1e-4, in fp32."""
+    logprobs, change = torch.zeros(8), torch.tensor([1e-4, -1e-4] * 4)
+    tokens = sk.Tokens(torch.zeros(8, dtype=torch.long), advantages=torch.ones(8), old_logprobs=logprobs)
+    found = sk.sapo().metrics(sk.TokenStats(change, logprobs, logprobs), tokens)
+    assert set(found) == {"entropy", "approx_kl"}  # SAPO clips nothing
+    assert float(found["approx_kl"]) == pytest.approx(5e-9, rel=1e-3)
+
+
+@backends
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_tokens_that_the_reference_excludes(backend, estimator):
+    p, columns = batch(backend)
+    columns["ref_logprobs"] = torch.full_like(columns["ref_logprobs"], -torch.inf)
+    out, gradients = found(p, columns, sk.grpo(kl_coef=0.1, kl_estimator=estimator), plan=sk.Plan(backend=backend))
+    assert all(value.isfinite().all() for value in (out.loss, *gradients, out.metrics["ref_kl"]))
 
 
 def test_clip_fraction_of_cispo_counts_both_sides():
