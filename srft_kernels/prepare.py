@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from .plan import Plan
 from .rows import aligned
 from .token_parallel import summed
 from .tokens import Tokens
-from .vocab_parallel import Shard
+from .vocab_parallel import Shard, checksum, supported
 
 Tensors = tuple[Tensor, Tensor, Tensor | None]  # x, W and the bias as autograd sees them
 
@@ -67,14 +68,36 @@ class Arguments:
         Raises for everything that a caller may get wrong. Of tensors without data, as tracing has them, looks at shapes
         and types alone.
         """
+        shard = None
+        if self.group is None:
+            compute, vocab, target, live = self._checked_alone()
+        else:
+            checks.group("group", self.group)
+            try:
+                compute, _, target, live = self._checked_alone()
+            except Exception as error:  # the others must not wait for this rank
+                for tensor in (self.input, self.target, self.linear_weight):
+                    if isinstance(tensor, Tensor):
+                        Shard.agreed(self.group, tensor, self.linear_weight, self.vocab_size, dict, error)
+                raise
+            facts = partial(self._facts, compute, target, live)
+            shard = Shard.agreed(self.group, self.input, self.linear_weight, self.vocab_size, facts)
+            vocab = shard.vocab
+        checks.target_range(target, live, vocab)
+        return compute, vocab, shard, target, live
+
+    def _checked_alone(self) -> tuple[torch.dtype, int, Tensor, Tensor | None]:
+        """(type of the products, entries of the vocabulary in linear_weight, targets, live ones): all that a rank can
+        tell by itself."""
         compute = checks.call(self.input, self.linear_weight, self.target, self.linear_bias)
         checks.positive("softcap", self.softcap)
         checks.positive("logit_scale", self.logit_scale)
         checks.plan(self.plan)
-        shard = None
-        if self.group is not None:
-            shard = Shard.agreed(self.group, self.input, self.linear_weight, self.target, self.vocab_size, self.plan)
-        vocab = shard.vocab if shard else checks.vocabulary(self.linear_weight, self.vocab_size)
+        if self.group is None:
+            vocab = checks.vocabulary(self.linear_weight, self.vocab_size)
+        else:
+            supported(self.plan, self.input, self.vocab_size)
+            vocab = len(self.linear_weight)
         checks.live_tokens(self.live_tokens)
         checks.weight_grad(self.weight_grad, self.linear_weight, compute)
         checks.annotations_needed(self.objective, self.annotations)
@@ -83,15 +106,45 @@ class Arguments:
         if self.token_weight is not None:
             checks.shaped_like_target("token_weight", self.token_weight, self.target)
         target, live = self.target_and_live()
-        checks.target_range(target, live, vocab)
         checks.temperature(self.temperature, target, live)
         checks.at_most_live(self.live_tokens, target, live)
         checks.extras(self.extras, target, live, vocab, self.group)
         if self.class_weight is not None:
-            checks.class_weight(self.class_weight, len(self.linear_weight) if shard else vocab, self.input)
+            checks.class_weight(self.class_weight, vocab, self.input)
+        if self.token_group is not None:
+            checks.group("token_group", self.token_group)
         if self.plan is not None:
             checks.backend(self.plan, self.input, compute)
-        return compute, vocab, shard, target, live
+        return compute, vocab, target, live
+
+    def _facts(self, compute: torch.dtype, target: Tensor, live: Tensor | None) -> dict[str, Any]:
+        """What must be the same on all ranks of a group, by the name in messages: else their collectives would not
+        match, or they would divide different losses."""
+        plan, grad = self.plan, torch.is_grad_enabled()
+        wanted = [grad and tensor is not None and tensor.requires_grad for tensor in self.tensors]
+        per_token = dict(sorted(self.annotations.items()))
+        given = {"token_weight": self.token_weight, "temperature": self.temperature}
+        per_token |= {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        left_out = [name for name in ("linear_bias", "class_weight", "token_group") if getattr(self, name) is None]
+        return {
+            "the number of tokens": target.numel(),
+            "H": self.linear_weight.shape[1],
+            "the type of products": str(compute),
+            "vocab_size": self.vocab_size,
+            "whether a gradient to input is wanted": int(wanted[0]),
+            "whether any gradient is wanted": int(any(wanted)),
+            **{f"plan.{name}": plan and getattr(plan, name) for name in ("chunk_rows", "passes", "compact")},
+            "plan.batch_invariant": plan and plan.batch_invariant,
+            **{name: getattr(self, name) for name in ("softcap", "logit_scale", "ignore_index", "live_tokens")},
+            "temperature": None if "temperature" in per_token else self.temperature,
+            "objective": self.objective,
+            "reduction": self.reduction,
+            "what is left out": ", ".join(left_out),
+            "what is given of each token": ", ".join(per_token),
+            "a checksum of the targets": checksum(target[..., None], None),
+            "a checksum of the hidden states": checksum(self.input, live),
+            "checksums of what is given of each token": [checksum(v[..., None], live) for v in per_token.values()],
+        }
 
     def target_and_live(self) -> tuple[Tensor, Tensor | None]:
         """(targets as int64, which are not ignored; None: all)."""

@@ -13,9 +13,15 @@ ranks' products for ∂L/∂x are added in fp32 and rounded once.
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Real
 from types import ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -91,70 +97,91 @@ class Shard:
     def agreed(
         cls,
         group: dist.ProcessGroup,
-        input: Tensor,
+        like: Tensor,
         linear_weight: Tensor,
-        target: Tensor,
         vocab_size: int | None,
-        plan: Plan | None,
+        facts: Callable[[], dict[str, Any]],
+        refused: Exception | None = None,
     ) -> Shard:
         """This rank's part of a call's head, as all ranks of the group understand it.
 
-        A ValueError on all of them where they do not: they tell each other their arguments, on CPUs in every call, on
-        accelerators (but for SRFT_KERNELS_CHECK=1) once for a head of these shapes, since nothing should wait there.
+        Where a rank has refused its arguments it raises why, and all others a ValueError that says so; where `facts`
+        about them differ, a ValueError on all. They tell each other in one gather: on CPUs in every call, on
+        accelerators (but for SRFT_KERNELS_CHECK=1) once for a head of this H and vocab_size, since nothing should wait
+        there. Whether they do must not depend on what one rank alone knows, such as how many rows it has.
         """
-        checks.group("group", group)
-        _supported(plan, input, vocab_size)
-        key = (group, *linear_weight.shape, vocab_size)
-        if checks.may_look(input) or key not in _known:
-            _known[key] = cls._asked(group, input, linear_weight, target, vocab_size, plan)
-        return _known[key]
-
-    @classmethod
-    def _asked(
-        cls,
-        group: dist.ProcessGroup,
-        input: Tensor,
-        linear_weight: Tensor,
-        target: Tensor,
-        vocab_size: int | None,
-        plan: Plan | None,
-    ) -> Shard:
-        dx_wanted = torch.is_grad_enabled() and input.requires_grad
-        any_wanted = dx_wanted or (torch.is_grad_enabled() and linear_weight.requires_grad)
-        places = torch.arange(1, target.numel() + 1, device=target.device)
-        alike = {
-            "the number of tokens": target.numel(),
-            "H": linear_weight.shape[1],
-            "vocab_size": vocab_size or 0,
-            "whether a gradient to input is wanted": int(dx_wanted),
-            "whether any gradient is wanted": int(any_wanted),
-            "plan.chunk_rows": plan.chunk_rows if plan else 0,
-            "plan.passes": plan.passes or 0 if plan else 0,
-            "plan.compact": -1 if plan is None or plan.compact is None else int(plan.compact),
-            "a checksum of the targets": int((target.long().flatten() * places).sum()),
-        }
-        facts = torch.tensor([len(linear_weight), *alike.values()], device=input.device)
-        everyone = [torch.empty_like(facts) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(everyone, facts, group=group)
-        rows, *columns = torch.stack(everyone, 1).tolist()
-        for name, found in zip(alike, columns):
-            if len(set(found)) > 1:
+        heads = _known.setdefault(group, {})
+        key = None if refused else (vocab_size, linear_weight.shape[1])
+        if checks.may_look(like) or not heads or not (refused or key in heads):
+            facts = {"error": f"{refused}"[:1000]} if refused else {"rows": len(linear_weight), **facts()}
+            rows = _compared(_told(group, facts, like.device), refused)
+            if (vocab_size or 1) > sum(rows):
                 raise ValueError(
-                    f"the ranks of group were called differently: {name} is {found}; all of them must get the same "
-                    "hidden states, targets and options, and their own rows of the head"
+                    f"vocab_size is {vocab_size}, but linear_weight has only {sum(rows)} rows on all ranks of group "
+                    f"together, {rows}: pass every rank its own part of the head"
                 )
-        if (vocab_size or 1) > sum(rows):
+            heads[key] = tuple(rows)
+        if refused:
+            raise refused
+        rows, rank = heads[key], dist.get_rank(group)
+        if len(linear_weight) != rows[rank]:
             raise ValueError(
-                f"vocab_size is {vocab_size}, but linear_weight has only {sum(rows)} rows on all ranks of group "
-                f"together, {rows}: pass every rank its own part of the head"
+                f"linear_weight has {len(linear_weight)} rows here, but this group had {list(rows)} rows on its ranks "
+                f"for vocab_size={vocab_size} before: pass vocab_size=, by which heads of a group are told apart"
             )
-        return cls(group, dist.get_rank(group), tuple(rows), vocab_size or sum(rows))
+        return cls(group, rank, rows, vocab_size or sum(rows))
 
 
-_known: dict[tuple, Shard] = {}
+# Rows of each head on the ranks of a group, by (vocab_size, H); a group that is gone is forgotten.
+_known: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int | None, int], tuple[int, ...]]] = WeakKeyDictionary()
+ROOM = 8192  # bytes for what one rank tells the others; some thirty facts of 120 characters at most take less
 
 
-def _supported(plan: Plan | None, input: Tensor, vocab_size: int | None) -> None:
+def _told(group: dist.ProcessGroup, facts: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
+    """Those of all ranks, in one gather."""
+    message = json.dumps({name: _plain(value) for name, value in facts.items()}, ensure_ascii=False).encode()
+    mine = torch.tensor(list(message.ljust(ROOM)), dtype=torch.uint8, device=device)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, mine, group=group)
+    return [json.loads(bytes(message)) for message in torch.stack(everyone).tolist()]
+
+
+def _plain(value: Any) -> Any:
+    """A number or a text that is the same wherever the value is: without addresses and numbers of devices."""
+    if value is None or isinstance(value, (int, float, str)):
+        return value
+    if isinstance(value, Real):  # NumPy's
+        return float(value)
+    text = re.sub(r" at 0x[0-9a-fA-F]+|, device='[^']*'", "", repr(value))
+    return text if len(text) <= 120 else f"{text[:100]}… ({crc32(text.encode()):08x})"
+
+
+def _compared(everyone: list[dict[str, Any]], refused: Exception | None) -> list[int]:
+    """Rows on each rank, from what all of them told."""
+    for rank, facts in enumerate(everyone):
+        if "error" in facts:
+            raise refused or ValueError(f"rank {rank} of group refused its arguments: {facts['error']}")
+    for name in everyone[0]:
+        found = [facts[name] for facts in everyone]
+        if name != "rows" and len(set(found)) > 1:
+            raise ValueError(
+                f"the ranks of group were called differently: {name} is {found}; all of them must get the same "
+                "hidden states, targets and options, and their own rows of the head"
+            )
+    return [facts["rows"] for facts in everyone]
+
+
+def checksum(value: Tensor, live: Tensor | None) -> int:
+    """Of the bits of live tokens' numbers, from (..., k) and (...); ignored tokens may hold anything."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
+    tokens = value.detach().reshape(-1, value.shape[-1]).view(bits)
+    sums = torch.cat([some.sum(-1, dtype=torch.int64) for some in tokens.split(256)])  # sums of a copy in int64
+    places = torch.arange(1, len(sums) + 1, device=value.device)
+    return int((sums * places if live is None else sums * places * live.reshape(-1)).sum())
+
+
+def supported(plan: Plan | None, input: Tensor, vocab_size: int | None) -> None:
+    """Raise for what a divided head cannot do."""
     if not (vocab_size is None or (isinstance(vocab_size, int) and vocab_size >= 1)):
         raise ValueError(f"vocab_size must be a positive integer, the whole vocabulary of group, found {vocab_size!r}")
     if plan is not None and plan.filter is not None:
