@@ -85,6 +85,13 @@ class Model(torch.nn.Module):
         return sk.linear_cross_entropy(hidden, self.head.weight, target, token_group=group)
 
 
+class Trunk(Model):
+    """Whose loss is called after its forward."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.layer(self.embedding(ids)).tanh()
+
+
 def of_model(tied: bool, wrapper: str | None) -> dict[str, Tensor]:
     """Whole gradients by name, of tokens divided over the ranks where there is a wrapper."""
     torch.manual_seed(0)
@@ -101,16 +108,24 @@ def of_model(tied: bool, wrapper: str | None) -> dict[str, Tensor]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    if wrapper == "fsdp2, after the forward":
+        torch.manual_seed(0)
+        model = Trunk(tied)
     fully_shard(model, mesh=init_device_mesh("cpu", (count,)))
     model.set_gradient_divide_factor(1.0)
     model.set_force_sum_reduction_for_comms(True)
-    model(ids[mine], target[mine], dist.group.WORLD).backward()
+    if isinstance(model, Trunk):
+        hidden = model(ids[mine])
+        loss = sk.linear_cross_entropy(hidden, model.head.weight, target[mine], token_group=dist.group.WORLD)
+    else:
+        loss = model(ids[mine], target[mine], dist.group.WORLD)
+    loss.backward()
     return {name: weight.grad.full_tensor() for name, weight in model.named_parameters()}
 
 
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2", "fsdp2, after the forward"])
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
-def test_called_in_the_forward_of_a_wrapped_module(ranks, tied, wrapper):
+def test_called_in_the_forward_of_a_wrapped_module_or_on_its_hidden_states(ranks, tied, wrapper):
     """One gradient, reduced as any module's, tied or not."""
     one = of_model(tied, None)
     for found in ranks(of_model, tied, wrapper):
