@@ -61,7 +61,7 @@ class Rows:
 
     def padded(self, multiple: int) -> Rows:
         """Dead rows added at the end, up to a multiple of so many; `index` does not name them."""
-        extra = -len(self) % multiple
+        extra = -self.weight.numel() % multiple
         if extra == 0:
             return self
         live = torch.ones_like(self.weight, dtype=torch.bool) if self.live is None else self.live
@@ -93,7 +93,7 @@ def pack(
         rows = _compacted(tokens, live, weight, objective, dtype, reorder=multiple == 1)
     else:
         rows, overfull = _masked(tokens, live, weight, dtype, live_tokens)
-    spread = _spread(rows.index, rows.live, overfull, len(rows), len(tokens.target))
+    spread = _spread(rows.index, rows.live, overfull, rows.weight.numel(), tokens.target.numel())
     rows = rows.padded(multiple)
     if weight is not None and getattr(objective, "reads_live", False) and not token_local(objective, tokens):
         rows = replace(rows, tokens=rows.tokens.replace(counted=rows.weight != 0))
@@ -104,7 +104,7 @@ def _masked(
     tokens: Tokens, live: Tensor | None, weight: Tensor | None, dtype: torch.dtype, live_tokens: int | None
 ) -> tuple[Rows, Tensor | None]:
     """(Rows, whether more tokens are live than the caller said; None where that cannot be)."""
-    total = len(tokens.target)
+    total = tokens.target.numel()  # len() would be a constant of an exported graph, here and below
     if live is None:
         if weight is None:
             weight = torch.full((total,), 1 / max(total, 1), dtype=dtype, device=tokens.target.device)
@@ -118,7 +118,7 @@ def _masked(
         overfull = count > live_tokens
         tokens, live, weight = tokens.rows(index), live[index], torch.where(overfull, torch.nan, weight[index])
     tokens = _tempered(tokens.replace(target=torch.where(live, tokens.target, 0), live=live))
-    return Rows(index, len(weight), tokens, weight, live), overfull
+    return Rows(index, weight.numel(), tokens, weight, live), overfull
 
 
 def _tempered(tokens: Tokens) -> Tokens:
