@@ -398,3 +398,20 @@ def test_options_must_be_constants(name):
     x, w, _, target, _ = inputs()
     with pytest.raises(Exception, match=f"{name} must be a constant of Python in a compiled call, found"):
         compiled(lambda: sk.linear_cross_entropy(x, w, target, **{name: torch.tensor(2)}))()
+
+
+@pytest.mark.parametrize("where", ["outside", "inside"])
+def test_a_schedule_of_temperatures_is_one_graph(where):
+    """As a tensor, which a graph can also make of a number by a product."""
+    x, w, _, target, _ = inputs()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def call(x, temperature):
+        return sk.linear_cross_entropy(x, w, target, temperature=temperature * torch.ones(12))
+
+    graph = compiled(call, backend=counter)
+    for step in range(10):
+        temperature = 1 + step / 10
+        given = torch.full((12,), temperature) if where == "outside" else temperature
+        assert_bitwise([graph(x, given)], [call(x, given)])
+    assert counter.frame_count <= 2
