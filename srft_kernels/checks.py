@@ -15,7 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from . import presets
 from .extras import Extras
+from .objectives import SRFT, CrossEntropy, PolicyGradient
 from .plan import Plan
 from .rows import TRITON_DEVICES
 from .tokens import Tokens
@@ -31,8 +33,8 @@ ANNOTATIONS = (
     "rewards",
     "sequence_ids",
     "weight_entropy",
-    "class_weight",
 )
+BUILT_IN = (CrossEntropy, PolicyGradient, SRFT)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -234,12 +236,19 @@ def group(name: str, value: Any) -> None:
         raise ValueError(f"{name} was given, but torch.distributed is not initialised: call init_process_group() first")
 
 
+def reduction(value: Any) -> None:
+    if value not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', found {value!r}")
+
+
 def objective(value: Any) -> None:
     if not callable(value):
         raise TypeError(
             f"objective must be CrossEntropy(), PolicyGradient(), SRFT(), a preset such as srft_paper(), or a callable "
             f"(stats, tokens) -> losses, found {value!r}"
         )
+    if isinstance(value, type) or getattr(value, "__module__", None) == presets.__name__:
+        raise TypeError(f"objective is {value.__name__} itself, which makes one: call it, {value.__name__}()")
 
 
 def shaped_like_target(name: str, value: Any, target: Tensor) -> Tensor:
@@ -253,6 +262,10 @@ def shaped_like_target(name: str, value: Any, target: Tensor) -> Tensor:
         raise ValueError(f"{name} must be shaped like target {tuple(target.shape)}, found {tuple(value.shape)}")
     if value.device != target.device:
         raise ValueError(f"{name} is on {value.device} but target is on {target.device}: move it there")
+    if name == "sequence_ids" and value.is_floating_point():
+        raise TypeError(f"sequence_ids must hold integers, found {value.dtype}, which would be rounded: cast them")
+    if name == "advantages" and value.dtype == torch.bool:
+        raise TypeError("advantages must hold numbers, found torch.bool: write torch.where(value, 1.0, -1.0), say")
     return value.detach()
 
 
@@ -273,9 +286,15 @@ def annotations_needed(objective: Any, given: Collection[str]) -> None:
     requires = getattr(objective, "requires", None)
     if requires is None:  # a callable: only it knows what it reads
         return
-    for name in set(given) - set(ANNOTATIONS):  # most are optional, so a slip would silently change the loss
+    for name in given:  # most are optional, so a slip would silently change the loss
+        if name in ANNOTATIONS:
+            continue
         if near := difflib.get_close_matches(name, ANNOTATIONS, n=1, cutoff=0.85):
             raise TypeError(f"unknown annotation {name}: did you mean {near[0]}?")
+        if type(objective) in BUILT_IN:
+            raise TypeError(
+                f"unknown annotation {name}: {type(objective).__name__} reads none but {', '.join(ANNOTATIONS)}"
+            )
     missing = [name for name in requires(given) if name not in given]
     if missing:
         names = ", ".join(f"{name}=" for name in missing)

@@ -197,8 +197,7 @@ def linear_cross_entropy(
 
     Returns the loss in fp32 (fp64 for fp64 inputs). Unlike PyTorch, the mean over no live token is 0, not NaN.
     """
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', found {reduction!r}")
+    checks.reduction(reduction)
     if options is not None and plan is not None:
         raise ValueError("options and plan were both given: options is ignored, so drop it")
     arguments = Arguments(

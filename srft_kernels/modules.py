@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from . import checks
 from .functional import LossOutput, linear_cross_entropy, linear_loss
 from .presets import srft_paper
 
@@ -42,6 +43,7 @@ class LinearCrossEntropyLoss(_Loss):
     """`linear_cross_entropy` with its options fixed: loss = module(input, linear_weight, target)."""
 
     def __init__(self, weight: Tensor | None = None, **options: Any):
+        checks.reduction(options.get("reduction", "mean"))
         super().__init__(options)
         self.register_buffer("weight", weight, persistent=False)
 
@@ -62,6 +64,7 @@ class SRFTLoss(_Loss):
     def __init__(self, objective: Any = None, **options: Any):
         super().__init__(options)
         self.objective = srft_paper() if objective is None else objective
+        checks.objective(self.objective)
 
     def forward(self, input: Tensor, linear_weight: Tensor, target: Tensor, **annotations: Any) -> LossOutput:
         return linear_loss(input, linear_weight, target, self.objective, **{**self.options, **annotations})

@@ -71,6 +71,12 @@ LOSS = [
     ({"objective": sk.grpo()}, ValueError, r"PolicyGradient\(.*needs the annotation advantages"),
     ({"objective": sk.grpo(), "old_logprob": torch.ones(6)}, TypeError, r"old_logprob: did you mean old_logprobs\?"),
     ({"rows": torch.ones(6)}, ValueError, "an annotation cannot be called rows, which is a method of Tokens"),
+    ({"logprobs_old": torch.ones(6)}, TypeError, "logprobs_old: CrossEntropy reads none but advantages, old_"),
+    ({"class_weight": torch.ones(6)}, TypeError, "unknown annotation class_weight: CrossEntropy reads none but"),
+    ({"sequence_ids": torch.ones(6)}, TypeError, "sequence_ids must hold integers, found torch.float32, which would"),
+    ({"advantages": torch.ones(6).bool()}, TypeError, "advantages must hold numbers, found torch.bool: write"),
+    ({"objective": sk.grpo}, TypeError, r"objective is grpo itself, which makes one: call it, grpo\(\)"),
+    ({"objective": sk.SRFT}, TypeError, r"objective is SRFT itself, which makes one: call it, SRFT\(\)"),
     ({"counted": torch.ones(6)}, ValueError, "an annotation cannot be called counted, which tells the tokens"),
 ]  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 
+import pytest
 import torch
 
 import srft_kernels as sk
@@ -58,3 +59,10 @@ def test_results_can_be_copied():
     assert copy.copy(out).loss == out.loss
     tokens = sk.Tokens(Y.flatten(), **{name: column.flatten() for name, column in COLUMNS.items()})
     assert (copy.deepcopy(tokens).advantages == tokens.advantages).all()
+
+
+def test_wrong_options_fail_when_made():
+    with pytest.raises(ValueError, match="reduction must be 'none', 'mean' or 'sum', found 'avg'"):
+        sk.LinearCrossEntropyLoss(reduction="avg")
+    with pytest.raises(TypeError, match="objective is grpo itself"):
+        sk.SRFTLoss(sk.grpo)
