@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 import srft_kernels as sk
 from srft_kernels.shaping import SHAPES
+from srft_kernels.tokens import token_local
 
 from .srft_kernels import cases
 from .srft_kernels.test_distillation import formula
@@ -68,6 +69,11 @@ OBJECTIVES = {
     "grpo": sk.grpo(dual_clip=3.1, max_probability=0.7391),
     "cispo": sk.cispo(),
     "sapo": sk.sapo(),
+    **{f"grpo {kind}": sk.grpo(kl_coef=0.1, kl_estimator=kind) for kind in ("k1", "k2", "k3")},
+    "truncate": sk.reinforce(correction=sk.Correction(low=0.6137, high=1.7351)),
+    "mask": sk.grpo(correction=sk.Correction("mask", low=0.6137, high=1.7351)),
+    "gspo": sk.gspo(clip_low=0.2137, clip_high=0.2751),
+    "sequence_mis": sk.reinforce(correction=sk.Correction("mask", "geometric", low=0.3137, high=3.1351)),
     "luffy": sk.luffy(),
     "bounded": sk.luffy(demo_min=0.0613, demo_max=0.4337, max_probability=0.7391),
     **{f"luffy {kind}": sk.luffy(demo_shape=kind, demo_shaping=0.3, ratio_shape=kind, ratio_shaping=0.3)
@@ -91,22 +97,33 @@ def draw(seed: int, rng: random.Random | None = None) -> Case:
     plan = None
     if rng.random() < 0.8:
         chunk = rng.choice([1, 2, 3, 8])
-        plan = sk.Plan(chunk_rows=chunk, block_rows=rng.randint(1, chunk), batch_invariant=rng.random() < 0.1)
+        plan = sk.Plan(chunk_rows=chunk, block_rows=rng.randint(1, chunk), batch_invariant=rng.random() < 0.1,
+                       compact=rng.choice([None, False]))  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     column = lambda: cases.grid(tokens, generator=generator) * 2  # noqa: E731
     columns = {name: column() for name in ("g", "h", "k", "token_weight", "advantages", "rewards")}
     columns["is_demo"] = column() > 0
-    columns |= {name: -column().abs() for name in ("old_logprobs", "demo_logprobs")}
+    columns |= {name: -column().abs() for name in ("old_logprobs", "demo_logprobs", "ref_logprobs", "sampler_logprobs")}
+    columns["sequence_ids"] = torch.arange(tokens) // 2
     call = rng.choice(["loss", "loss", "logprobs", "cross_entropy", "distillation"])
     options: dict[str, Any] = {}
+    if call != "distillation":
+        if rng.random() < 0.3:  # exact, since it is folded into the temperature
+            problem = replace(problem, head={**problem.head, "logit_scale": rng.choice([0.0625, 0.5, 4.0])})
+        if rng.random() < 0.2:
+            each = cases.grid(tokens, generator=generator).abs() + 0.25
+            problem = replace(problem, head={**problem.head, "temperature": each})
+        count = int(problem.live.sum())
+        options["live_tokens"] = rng.choice([None, count, min(count + 1, tokens)])
     if call == "loss":
-        options = {"objective": rng.choice(list(OBJECTIVES)), "weighted": rng.random() < 0.5}
+        options |= {"objective": rng.choice(list(OBJECTIVES)), "weighted": rng.random() < 0.5}
         for name in ("old_logprobs", "demo_logprobs"):  # without which the data are fresh, the writer unknown
             if rng.random() < 0.5:
                 del columns[name]
-        plan = plan and replace(plan, passes=rng.choice([None, 1, 2]))
+        local = token_local(OBJECTIVES[options["objective"]], columns)
+        plan = plan and replace(plan, passes=rng.choice([None, 1 if local else None, 2]))
     elif call == "cross_entropy":
-        options = {"reduction": rng.choice(["mean", "sum", "none"]), "z_loss": rng.choice([0.0, 1e-3])}
+        options |= {"reduction": rng.choice(["mean", "sum", "none"]), "z_loss": rng.choice([0.0, 1e-3])}
         if kind != "banned":
             options["label_smoothing"] = rng.choice([0.0, 0.1, 1.0])
         if rng.random() < 0.3:
@@ -140,6 +157,8 @@ def fused(case: Case) -> Values:
     p, columns, options = case.problem, case.columns, dict(case.options)
     leaves = p.leaves()
     common = {"linear_bias": leaves[2] if len(leaves) == 3 else None, "plan": case.plan}
+    if case.call != "distillation":
+        common["live_tokens"] = options.pop("live_tokens")
     stats = extras = None
     if case.call == "logprobs":
         stats = sk.linear_logprobs(*leaves[:2], p.target, extras=case.extras, **common, **p.head)
@@ -148,6 +167,8 @@ def fused(case: Case) -> Values:
     elif case.call == "loss":
         weight = columns["token_weight"] if options["weighted"] else None
         given = {name: column for name, column in columns.items() if name != "token_weight"}
+        if OBJECTIVES[options["objective"]] is not everything:  # the others refuse what they cannot read
+            given = {name: column for name, column in given.items() if name not in ("g", "h", "k")}
         out = sk.linear_loss(*leaves[:2], p.target, OBJECTIVES[options["objective"]], token_weight=weight,
                              extras=case.extras, **common, **p.head, **given)  # fmt: skip
         extras = out.extras
@@ -258,6 +279,8 @@ def full(
         loss = everything(stats, sk.Tokens(target, **columns)).sum()
     else:
         share = columns["token_weight"] if options["weighted"] else 1 / count
+        if options["weighted"]:
+            columns["counted"] = share != 0
         parts = [part(stats, sk.Tokens(target, **columns)) * share for part in _parts(OBJECTIVES[options["objective"]])]
         losses = [part.sum() for part in parts]
         loss = sum(losses)
@@ -284,6 +307,9 @@ def full(
 
 def _parts(objective: Callable) -> list[Callable]:
     """Objectives whose losses sum to this one's: the two terms of a demonstration may leave little of each other."""
+    if getattr(objective, "kl_coef", 0):
+        kl = lambda stats, tokens: objective.kl_coef * objective._kl(stats, tokens)  # noqa: E731
+        return [replace(objective, kl_coef=0.0), kl]
     if not isinstance(objective, sk.SRFT):
         return [objective]
     others = {"rollout_coef": 0.0, "negative_coef": 0.0, "entropy_coef": 0.0}
@@ -292,7 +318,9 @@ def _parts(objective: Callable) -> list[Callable]:
 
 def _sums(size: Tensor, leaves: list[Tensor], p: cases.Problem, live: Tensor) -> Values:
     """Sizes of the sums behind dx, dW and db, where each token's logits have a gradient of some size (n,)."""
-    size = size / p.head.get("temperature", 1.0)
+    temperature = p.head.get("temperature", 1.0)
+    temperature = temperature[live] if isinstance(temperature, Tensor) else temperature
+    size = size * p.head.get("logit_scale", 1.0) / temperature
     x, w = (leaf.detach().nan_to_num(0, 0, 0).abs() for leaf in leaves[:2])
     lanes = 16  # equal terms round the same way, each time that one is added
     return {
@@ -304,9 +332,11 @@ def _sums(size: Tensor, leaves: list[Tensor], p: cases.Problem, live: Tensor) ->
 
 def logits(p: cases.Problem, leaves: list[Tensor], order: Tensor, softmax: torch.dtype) -> Tensor:
     z = F.linear(leaves[0], leaves[1][order], leaves[2][order] if len(leaves) == 3 else None).to(softmax)
+    z = z * p.head.get("logit_scale", 1.0)
     if cap := p.head.get("softcap"):
         z = cap * torch.tanh(z / cap)
-    return z / p.head.get("temperature", 1.0)
+    temperature = p.head.get("temperature", 1.0)
+    return z / (temperature[:, None].to(softmax) if isinstance(temperature, Tensor) else temperature)
 
 
 def _values(named: Values, loss: Tensor, leaves: list[Tensor]) -> Values:

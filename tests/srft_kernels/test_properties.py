@@ -104,6 +104,12 @@ def test_the_fuzz_draws_every_option():
     assert {c.options["objective"] for c in losses} == set(fuzz.OBJECTIVES)
     for name in ("old_logprobs", "demo_logprobs"):
         assert {name in c.columns for c in losses if "luffy" in c.options["objective"]} == {True, False}
+    assert {c.plan.compact for c in drawn if c.plan} == {None, False}
+    heads = [(c.call, type(c.problem.head.get("temperature")), "logit_scale" in c.problem.head) for c in drawn]
+    kinds = product(("loss", "logprobs", "cross_entropy"), (float, torch.Tensor, type(None)), (False, True))
+    assert set(kinds) <= set(heads)
+    told = {c.options["live_tokens"] is None for c in drawn if c.call != "distillation"}
+    assert told == {True, False}
     extras = [c.extras for c in drawn if c.extras]
     assert {(e.rank, e.argmax, e.top_k > 1, e.candidates is None) for e in extras} == set(product(*[[False, True]] * 4))
     apart = [c.options for c in drawn if c.call == "distillation"]
