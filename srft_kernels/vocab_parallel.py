@@ -113,8 +113,10 @@ class Shard:
         heads = _known.setdefault(group, {})
         key = None if refused else (vocab_size, linear_weight.shape[1])
         if checks.may_look(like) or not heads or not (refused or key in heads):
-            facts = {"error": f"{refused}"[:1000]} if refused else {"rows": len(linear_weight), **facts()}
-            rows = _compared(_told(group, facts, like.device), refused)
+            told = {"error": f"{refused}"[:1000]} if refused else {"rows": len(linear_weight)}
+            if not refused:
+                told |= {name: _plain(value) for name, value in facts().items()}
+            rows = _compared(_exchanged(group, told, like.device), refused)
             if (vocab_size or 1) > sum(rows):
                 raise ValueError(
                     f"vocab_size is {vocab_size}, but linear_weight has only {sum(rows)} rows on all ranks of group "
@@ -137,22 +139,22 @@ _known: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int | None, int], tuple[
 ROOM = 8192  # bytes for what one rank tells the others; some thirty facts of 120 characters at most take less
 
 
-def _told(group: dist.ProcessGroup, facts: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
-    """Those of all ranks, in one gather."""
-    message = json.dumps({name: _plain(value) for name, value in facts.items()}, ensure_ascii=False).encode()
-    mine = torch.tensor(list(message.ljust(ROOM)), dtype=torch.uint8, device=device)
+def _exchanged(group: dist.ProcessGroup, told: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
+    """What all ranks tell, by one gather."""
+    message = bytearray(json.dumps(told, ensure_ascii=False).encode().ljust(ROOM))
+    mine = torch.frombuffer(message, dtype=torch.uint8).to(device)
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, mine, group=group)
     return [json.loads(bytes(message)) for message in torch.stack(everyone).tolist()]
 
 
 def _plain(value: Any) -> Any:
-    """A number or a text that is the same wherever the value is: without addresses and numbers of devices."""
-    if value is None or isinstance(value, (int, float, str)):
+    """A number or a short text that is the same wherever the value is: without addresses and numbers of devices."""
+    if value is None or isinstance(value, (int, float)):
         return value
     if isinstance(value, Real):  # NumPy's
         return float(value)
-    text = re.sub(r" at 0x[0-9a-fA-F]+|, device='[^']*'", "", repr(value))
+    text = value if isinstance(value, str) else re.sub(r" at 0x[0-9a-fA-F]+|, device='[^']*'", "", repr(value))
     return text if len(text) <= 120 else f"{text[:100]}… ({crc32(text.encode()):08x})"
 
 

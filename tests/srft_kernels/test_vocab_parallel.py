@@ -394,6 +394,7 @@ def alone(change: str, p: Problem) -> tuple[Problem, dict]:
         "objective": {"objective": sk.sft(label_smoothing=0.1)},
         "advantages": {"objective": sk.grpo()},
         "function": {"objective": everything},
+        "many annotations": {f"column_{'a' * 90}_{i}": ones for i in range(100)},
     }
     return replace(p, **changed.get(change, {})), options.get(change, {})
 
@@ -409,6 +410,8 @@ def refused(change: str) -> str:
         p.input.requires_grad_(rank == 0)
     if rank == 1:
         p, options = alone(change, p)
+    if change == "many annotations":
+        options["objective"] = everything
     if change == "vocab_size":
         p.head["vocab_size"] = 1000
     if change == "float":
@@ -463,6 +466,7 @@ def refused(change: str) -> str:
         ("temperatures", r"temperature is \[1.0, None"),
         ("live_tokens", r"live_tokens is \[None, 13"),
         ("objective", r"objective is \['CrossEntropy\(\)', 'CrossEntropy\(label_smoothing=0.1\)'"),
+        ("many annotations", r"what is given of each token is \['', 'column_a{90}_0.*… \([0-9a-f]{8}\)'"),
         ("function", r"objective is \['CrossEntropy\(\)', '<function everything>'"),
     ],
 )
