@@ -25,7 +25,8 @@ from .peers import eager
 from .providers import ours
 
 PAGE = 4096
-M_MMAP_THRESHOLD, SMALL, LARGE = -3, 128 * 2**10, 32 * 2**20  # glibc's parameter, its first value, its last
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+SMALL, LARGE = 128 * 2**10, 32 * 2**20  # the first value of the latter, and its last
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -> int:
@@ -77,12 +78,14 @@ def every_block_on_its_own() -> Iterator[None]:
 
     Left alone, glibc raises that threshold to the largest block freed so far (up to 32 MiB) and keeps smaller ones:
     what the process seems to take then depends on what ran before. Afterwards the threshold stays at the 32 MiB that a
-    program with large tensors gets to. Memory freed before goes back to the system first: a call that fills it again
-    would seem to take nothing.
+    program with large tensors gets to, and that of trimming at its double, as glibc would have it: with the 128 KiB
+    that it starts with, tensors that happen to lie at the end of the heap would be fresh pages at every call, others
+    not. Memory freed before goes back to the system first: a call that fills it again would seem to take nothing.
     """
     try:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, SMALL)
+        libc.mallopt(M_TRIM_THRESHOLD, SMALL)
         libc.malloc_trim(0)
     except AttributeError:  # not glibc
         yield
@@ -91,6 +94,7 @@ def every_block_on_its_own() -> Iterator[None]:
         yield
     finally:
         libc.mallopt(M_MMAP_THRESHOLD, LARGE)
+        libc.mallopt(M_TRIM_THRESHOLD, 2 * LARGE)
 
 
 def resident_bytes() -> int:
