@@ -57,8 +57,8 @@ Made by `python -m bench.report` from `bench/results/*.json`; not written by han
 - WRONG, and so without a time, is who errs more than three times as much as eager PyTorch does in the same type on the
   same inputs (and more than by one rounding of the result), whose gradient is 2 % too long or too short, or who gives
   an ignored token a gradient.
-- *noisy*: the rounds' ratios spread over more than 5 % (GPU) or 10 % (CPU) between quartiles, or other processes took
-  more than a tenth of the CPU meanwhile: read no more into it.
+- *noisy*: the rounds' ratios spread over more than 5 % (GPU) or 10 % (CPU) between quartiles (of fewer than eight
+  rounds: end to end), or other processes took more than a tenth of the CPU meanwhile: read no more into it.
 - Inputs: *random* rows are nearly flat; *peaked* ones have the 0.1–0.5 nats of a policy in training; *model* ones are
   hidden states and head of SmolLM2-135M.
 """

@@ -145,14 +145,14 @@ def limit(seconds: float) -> Iterator[None]:
 def ratio(times: Sequence[float], floor: Sequence[float]) -> tuple[float, float]:
     """(median of the rounds' ratios to the floor, how far it can be trusted: the larger of two measures over it).
 
-    The spread of the rounds: between quartiles, and from end to end where there are fewer than five. The drift: between
+    The spread of the rounds: between quartiles, from end to end where there are fewer than eight. The drift: between
     the medians of the first and the second half, which a slow change of the machine moves and quartiles may not show.
     """
     ratios = [t / f for t, f in zip(times, floor)]
     middle = statistics.median(ratios)
     if len(ratios) < 2:
         return middle, math.inf
-    if len(ratios) < 5:
+    if len(ratios) < 8:
         spread = max(ratios) - min(ratios)
     else:
         low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")

@@ -23,15 +23,15 @@ def test_a_slow_machine_is_no_noise_and_rounds_apart_are():
 def test_few_rounds_are_judged_by_their_ends():
     """Quartiles of three rounds leave out half of what the outer two say."""
     assert timing.ratio([1.0, 1.0, 1.2], [1.0] * 3)[1] == pytest.approx(0.2)
-    assert timing.ratio([1.0, 1.0, 1.0, 1.2], [1.0] * 4)[1] == pytest.approx(0.2)
-    assert timing.ratio([*[1.0] * 6, 1.2], [1.0] * 7)[1] == 0  # one round of seven may be hit
+    assert timing.ratio([*[1.0] * 6, 1.2], [1.0] * 7)[1] == pytest.approx(0.2)
+    assert timing.ratio([*[1.0] * 7, 1.2], [1.0] * 8)[1] == 0  # one round of eight may be hit
 
 
 def test_a_drift_is_noise_although_quartiles_are_close():
-    drifting = [1.0, 1.0, 1.1, 1.1, 1.1, 1.2, 1.2]
-    assert timing.ratio(drifting, [1.0] * 7)[1] == pytest.approx(0.2 / 1.1)
-    jumping = [1.0, 1.2, 1.1, 1.1, 1.1, 1.0, 1.2]  # the same values, no trend
-    assert timing.ratio(jumping, [1.0] * 7)[1] == pytest.approx(0.1 / 1.1)
+    drifting = [1.0, 1.0, 1.0, 1.1, 1.1, 1.1, 1.2, 1.2, 1.2]
+    assert timing.ratio(drifting, [1.0] * 9)[1] == pytest.approx(0.2 / 1.1)
+    jumping = [1.0, 1.2, 1.1, 1.1, 1.1, 1.1, 1.1, 1.0, 1.2]  # about the same values, no trend
+    assert timing.ratio(jumping, [1.0] * 9)[1] == 0
 
 
 def test_a_stable_row_is_not_noisy_and_each_sign_alone_is():
