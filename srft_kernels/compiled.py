@@ -20,7 +20,6 @@ from .engine import weighted_loss
 from .extras import Extras, TokenExtras
 from .objectives import CrossEntropy
 from .options import (
-    BUILT_IN,
     EXTRAS,
     STATISTICS,
     TEACHING,
@@ -32,15 +31,15 @@ from .options import (
     result_names,
 )
 from .output import LossOutput
-from .pack import pack, token_local
+from .pack import pack
 from .prepare import Arguments, Tensors
-from .tokens import Tokens, TokenStats
+from .tokens import Tokens, TokenStats, token_local
 
 
 def linear_loss(a: Arguments) -> LossOutput:
     if not supported(a):
         return _loss_apart(a)
-    if type(a.objective) not in BUILT_IN:
+    if type(a.objective) not in checks.BUILT_IN:
         return _traced_loss(a)
     call = _call(a, "loss", a.objective, a.annotations)
     found = _found(call)
@@ -86,7 +85,7 @@ def supported(a: Arguments) -> bool:
     """Whether a call can be part of a graph; where not, the eager function runs between two graphs."""
     if a.group is not None or a.token_group is not None or a.weight_grad is not None:
         return False
-    if a.objective is None or type(a.objective) in BUILT_IN:
+    if a.objective is None or type(a.objective) in checks.BUILT_IN:
         return True
     # of tokens whose number is known only at run time, an objective that is traced cannot see the live ones alone
     sees_all = token_local(a.objective, a.annotations) or getattr(a.objective, "reads_live", False)

@@ -16,16 +16,15 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from . import output
+from .checks import BUILT_IN
 from .correction import Correction
 from .distillation import DistillationArguments
 from .extras import Extras, TokenExtras
 from .filter import Filter
-from .objectives import SRFT, CrossEntropy, PolicyGradient
 from .plan import Plan
 from .prepare import passes
 from .tokens import Tokens, TokenStats
 
-BUILT_IN = (CrossEntropy, PolicyGradient, SRFT)
 STATISTICS = ("logprobs", "entropy", "logsumexp", "smooth")
 EXTRAS = tuple(field.name for field in fields(TokenExtras))
 GRADIENTS = ("dx", "dW", "db")

@@ -16,11 +16,11 @@ from .engine import Call
 from .extras import Extras, Taken
 from .gemm import accumulation_dtype
 from .head import Head
-from .pack import Rows, pack, sequence_chunks, token_local
+from .pack import Rows, pack, sequence_chunks
 from .plan import Plan
 from .rows import aligned
 from .token_parallel import summed
-from .tokens import Tokens
+from .tokens import Tokens, token_local
 from .vocab_parallel import Shard, checksum, supported
 
 Tensors = tuple[Tensor, Tensor, Tensor | None]  # x, W and the bias as autograd sees them
@@ -76,9 +76,10 @@ class Arguments:
             try:
                 compute, _, target, live = self._checked_alone()
             except Exception as error:  # the others must not wait for this rank
-                for tensor in (self.input, self.target, self.linear_weight):
-                    if isinstance(tensor, Tensor):
-                        Shard.agreed(self.group, tensor, self.linear_weight, self.vocab_size, dict, error)
+                given = (self.input, self.target, self.linear_weight)
+                like = next((tensor for tensor in given if isinstance(tensor, Tensor)), None)
+                if like is not None:
+                    Shard.agreed(self.group, like, self.linear_weight, self.vocab_size, dict, error)
                 raise
             facts = partial(self._facts, compute, target, live)
             shard = Shard.agreed(self.group, self.input, self.linear_weight, self.vocab_size, facts)
