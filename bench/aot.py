@@ -42,8 +42,9 @@ SHARED = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10, "gfx942":
 VOCAB = 151_937  # odd: the loads must be wide for any vocabulary
 F32, I64, U8, BF16 = "*fp32", "*i64", "*u8", "*bf16"
 EXTRAS = {"rank_ptr": "*i64", "argmax_ptr": "*i64", "normalizer_ptr": F32, "temperature_ptr": F32}
-PLAIN = {"bias_ptr": None, "smooth_ptr": None, "softcap": None, "temperature": None, **dict.fromkeys(EXTRAS)}
-RICH = PLAIN | {"bias_ptr": F32, "smooth_ptr": F32, "softcap": "fp32", "temperature": "fp32"}
+NUMBERS = ("scale", "softcap", "temperature")
+PLAIN = dict.fromkeys(("bias_ptr", "smooth_ptr", *NUMBERS, *EXTRAS))
+RICH = PLAIN | {"bias_ptr": F32, "smooth_ptr": F32, **dict.fromkeys(NUMBERS, "fp32")}
 TOLD = PLAIN | EXTRAS
 POINTERS = {
     "logits_ptr": F32,
@@ -93,7 +94,7 @@ def variants(order: str = "barrier") -> Iterator[tuple[Any, str, dict[str, Any]]
     """(kernel, name, {argument: Triton type, or a compile-time value}) of everything that is launched."""
     outputs = (("bf16", {"dlogits_ptr": BF16, "ORDER": order}), ("fp32", {"dlogits_ptr": F32, "ORDER": "none"}))
     told = ("extras, temperatures", TOLD)
-    for name, head in (("plain", PLAIN), ("bias, smoothing, cap, temperature", RICH), told):
+    for name, head in (("plain", PLAIN), ("bias, smoothing, scale, cap, temperature", RICH), told):
         smooth = {"u_ptr": head["smooth_ptr"], "smooth_total_ptr": head["smooth_ptr"]}
         yield triton_rows._statistics_kernel, name, head
         for out, output in outputs:
@@ -116,8 +117,8 @@ def variants(order: str = "barrier") -> Iterator[tuple[Any, str, dict[str, Any]]
             if name == "sft":
                 yield triton_rows._loss_gradient_kernel, f"{out} {name}, {told[0]}", arguments | output | TOLD
     for kind in DIVERGENCES:
-        for name, head in (("plain", PLAIN), ("biases, caps, temperatures", RICH)):
-            of_teacher = {f"teacher_{option}": head[option] for option in ("bias_ptr", "softcap", "temperature")}
+        for name, head in (("plain", PLAIN), ("biases, scales, caps, temperatures", RICH)):
+            of_teacher = {f"teacher_{option}": head[option] for option in ("bias_ptr", *NUMBERS)}
             forward = ("no", {"dlogits_ptr": None, "ORDER": "none"})
             for out, output in (*outputs, forward) if head is PLAIN else outputs[:1]:
                 arguments = head | of_teacher | output | {"KIND": kind}

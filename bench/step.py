@@ -46,7 +46,7 @@ ROUNDS = 5
 
 def full_logits(input: Tensor, linear_weight: Tensor, target: Tensor, objective: Any, **options: Any) -> LossOutput:
     """The loss as one writes it: all logits, `.float()`, autograd. No target of a trainer is ignored."""
-    head = {key: options.pop(key) for key in ("linear_bias", "temperature", "softcap", "vocab_size")}
+    head = {key: options.pop(key) for key in ("linear_bias", "logit_scale", "softcap", "temperature", "vocab_size")}
     token_weight = options.pop("token_weight")
     z = sk.reference.logits(input, linear_weight, **head)
     stats = sk.reference.token_stats(z if z.dtype == torch.float64 else z.float(), target)

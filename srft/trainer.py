@@ -450,11 +450,11 @@ class Trainer:
         inputs = microbatch.input_ids, microbatch.attention_mask, microbatch.position_ids
         hidden = hidden_states(self.loaded.model, *inputs)
         head = head_of(self.loaded.model)
-        # logits = cap·tanh(scale·a/cap)/T is the head's cap'·tanh(a/cap')/T' with cap' = cap/scale and T' = T/scale.
         options = {
             "linear_bias": head.bias,
-            "temperature": self.config.rollout.temperature / head.logit_scale,
-            "softcap": head.softcap and head.softcap / head.logit_scale,
+            "logit_scale": head.logit_scale,
+            "softcap": head.softcap,
+            "temperature": self.config.rollout.temperature,
             "vocab_size": head.vocab_size,
         }
         return (hidden.flatten(0, 1)[microbatch.hidden_rows], head.weight, microbatch.target), options

@@ -54,6 +54,8 @@ def linear_distillation(
     teacher_temperature: float | None = None,
     softcap: float | None = None,
     teacher_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
     vocab_size: int | None = None,
     mask: Tensor | None = None,
     token_weight: Tensor | None = None,
@@ -78,6 +80,7 @@ def linear_distillation(
             keep the size of its gradient: that is a factor for `token_weight`, or for the loss.
         teacher_temperature: another one for the teacher.
         softcap, teacher_softcap: cap > 0 of cap · tanh(z / cap) in each head, before the temperature; or None.
+        logit_scale, teacher_logit_scale: s > 0, times each head's logits before the cap.
         vocab_size: the vocabulary that both heads share, where one has padding rows: those past it do not exist.
         mask: (...) boolean, False where a token takes no part (target != -100, say); None: all do.
         token_weight: (...), default 1 / (number of tokens that take part). See `token_mean`, `sequence_mean`, which
@@ -113,6 +116,8 @@ def linear_distillation(
         temperature if teacher_temperature is None else teacher_temperature,
         softcap,
         teacher_softcap,
+        logit_scale,
+        teacher_logit_scale,
         vocab_size,
         mask,
         token_weight,
@@ -149,6 +154,8 @@ class DistillationArguments:
     teacher_temperature: float
     softcap: float | None
     teacher_softcap: float | None
+    logit_scale: float
+    teacher_logit_scale: float
     vocab_size: int | None
     mask: Tensor | None
     token_weight: Tensor | None
@@ -176,8 +183,9 @@ class DistillationArguments:
                 "divergence='forward_kl' or 'reverse_kl'"
             )
         vocab = _vocabulary(self.linear_weight, self.teacher_weight, self.vocab_size)
-        for name in ("temperature", "teacher_temperature", "softcap", "teacher_softcap"):
+        for name in ("temperature", "softcap", "logit_scale"):
             checks.positive(name, getattr(self, name))
+            checks.positive(f"teacher_{name}", getattr(self, f"teacher_{name}"))
         for name in ("mask", "token_weight"):
             _check_per_token(name, getattr(self, name), self.input)
         if self.mask is not None and self.mask.dtype != torch.bool:
@@ -217,10 +225,13 @@ class DistillationArguments:
         teacher = Teacher(
             self.teacher_input.detach().reshape(-1, self.teacher_input.shape[-1]),
             self.teacher_weight.detach()[:vocab],
-            _head(self.teacher_bias, self.teacher_softcap, self.teacher_temperature, vocab, dtype),
+            _head(
+                *(self.teacher_bias, self.teacher_logit_scale, self.teacher_softcap, self.teacher_temperature),
+                *(vocab, dtype),
+            ),
             teacher_compute,
         )
-        head = _head(self.linear_bias, self.softcap, self.temperature, vocab, dtype)
+        head = _head(self.linear_bias, self.logit_scale, self.softcap, self.temperature, vocab, dtype)
         divergence = Divergence(self.divergence, float(self.beta), teacher)
         return (
             (input.reshape(-1, input.shape[-1]), self.linear_weight, self.linear_bias),
@@ -315,9 +326,11 @@ def _rows(name: str) -> ModuleType:
     return importlib.import_module(f".rows.{name}_distillation", __package__)
 
 
-def _head(bias: Tensor | None, softcap: float | None, temperature: float, vocab: int, dtype: torch.dtype) -> Head:
+def _head(
+    bias: Tensor | None, scale: float, softcap: float | None, temperature: float, vocab: int, dtype: torch.dtype
+) -> Head:
     bias = None if bias is None else aligned(bias.detach()[:vocab], dtype)
-    return Head(bias, None if softcap is None else float(softcap), float(temperature))
+    return Head(bias, float(scale), None if softcap is None else float(softcap), float(temperature))
 
 
 def _vocabulary(linear_weight: Tensor, teacher_weight: Tensor, vocab_size: int | None) -> int:

@@ -13,13 +13,13 @@ k + C entries of interest alone are turned into log-probs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .head import Head
 from .tokens import TokenStats
 
 MAX_TOP_K = 64
@@ -120,11 +120,14 @@ class Taken:
                 found = found + at(bias.expand(len(a), -1), self.candidates)
             self.results.candidate_logprobs.copy_(found)
 
-    def settle(self, head: Head, shift: Tensor, log_total: Tensor) -> None:
-        """Make log-probs of the logits, from the rows' normalizers (n,)."""
+    def settle(self, scored: Callable[[Tensor], Tensor], shift: Tensor, log_total: Tensor) -> None:
+        """Make log-probs of what has been taken, from the rows' normalizers (n,).
+
+        scored: z of entries a + b (n, k), rounded as the ones that the normalizers were made of.
+        """
         for values in (self.results.top_logprobs, self.results.candidate_logprobs):
             if values is not None:
-                values.copy_(head.scored(values) - shift[:, None] - log_total[:, None])
+                values.copy_(scored(values) - shift[:, None] - log_total[:, None])
         if self.results.top_ids is not None:
             self.results.top_ids.masked_fill_(self.results.top_logprobs == -torch.inf, -1)
 

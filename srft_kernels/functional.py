@@ -62,8 +62,7 @@ def linear_loss(
         temperature: T > 0 of softmax(z / T), or a tensor of them shaped like target, not differentiated to. On CUDA a
             token's T that is not positive yields NaN in its outputs.
         softcap: cap > 0 of cap · tanh(z / cap), before the temperature; or None.
-        logit_scale: s > 0, times the logits before the cap: Cohere's `logit_scale`, 1 / Granite's `logits_scaling`. Cap
-            and temperature are divided by it, which is exact for powers of two; others round once more.
+        logit_scale: s > 0, times the logits before the cap: Cohere's `logit_scale`, 1 / Granite's `logits_scaling`.
         ignore_index: targets with this value take no part and cost nothing; None: there are none.
         vocab_size: the true vocabulary where the head has padding rows: those past it do not exist.
         live_tokens: no more tokens than this are live, as the host knows from making the batch. On a GPU ignored tokens

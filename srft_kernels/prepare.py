@@ -165,9 +165,9 @@ class Arguments:
             columns["class_weight"] = _of_target(class_weight, target, live, vocab, shard)
         temperature = self.temperature
         if isinstance(temperature, Tensor):
-            temperature = temperature.detach().to(dtype) / self.logit_scale
+            temperature = temperature.detach().to(dtype)
             columns["temperature"] = torch.where(temperature > 0, temperature, torch.nan)
-            temperature = self.logit_scale  # in its place: see Rows.head
+            temperature = 1.0  # in its place: see Rows.head
         token_weight = self._token_weight(live, columns.get("class_weight"), dtype)
         # kernels read their columns one number after the other, whatever view the caller passed
         flat = {name: column.reshape(-1).contiguous() for name, column in {"target": target, **columns}.items()}
@@ -195,10 +195,10 @@ class Arguments:
             smooth = self.input.new_ones(here, dtype=dtype) if class_weight is None else class_weight[:here]
             smooth = aligned(smooth / vocab, dtype)
             shard = shard and shard.smoothing(smooth)
-        softcap = None if self.softcap is None else float(self.softcap) / self.logit_scale
+        softcap = None if self.softcap is None else float(self.softcap)
         call = Call(
             here,
-            Head(bias, softcap, float(temperature) / self.logit_scale, smooth),
+            Head(bias, float(self.logit_scale), softcap, float(temperature), smooth),
             rows,
             self.objective,
             plan,

@@ -119,6 +119,8 @@ def linear_distillation(
     teacher_temperature: float | None = None,
     softcap: float | None = None,
     teacher_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
     vocab_size: int | None = None,
     mask: Tensor | None = None,
     token_weight: Tensor | None = None,
@@ -126,9 +128,9 @@ def linear_distillation(
 ) -> DistillationOutput:
     """`srft_kernels.linear_distillation` with full logits: the same arguments (`plan` is ignored) and output."""
     live = torch.ones(input.shape[:-1], dtype=torch.bool, device=input.device) if mask is None else mask
-    student = {"linear_bias": linear_bias, "temperature": temperature, "softcap": softcap}
+    student = {"linear_bias": linear_bias, "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
     teacher = {"linear_bias": teacher_bias, "temperature": teacher_temperature or temperature,
-               "softcap": teacher_softcap}  # fmt: skip
+               "softcap": teacher_softcap, "logit_scale": teacher_logit_scale}  # fmt: skip
     p = logits(input[live], linear_weight, vocab_size=vocab_size, **student).log_softmax(-1)
     with torch.no_grad():
         q = logits(teacher_input[live], teacher_weight, vocab_size=vocab_size, **teacher).log_softmax(-1)

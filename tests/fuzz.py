@@ -3,18 +3,21 @@
     python -m tests.fuzz --minutes 5 [--seed N]       cases N, N + 1, … (N: by the clock); exit status 1 at a failure
     python -m tests.fuzz --seed N --cases 1           case N again
     python -m tests.fuzz --workers K                  K processes, each with cases of its own
+    python -m tests.fuzz --backend triton             the same cases on the Triton kernels, in Triton's interpreter
 
 A case is one call with all its gradients, drawn from its number alone: function, shapes, types, options, plan, and rows
 that are random, peaked, flat, tied, huge, partly −inf (tests/srft_kernels/cases.py). Uninitialised memory is NaN.
 
 The rule is the tests': an error against fp64 of at most twice eager PyTorch's, and a few roundings. On a handful of
 numbers eager may be right by luck, so the roundings are of the largest terms that were summed, not of what their sum
-left over; and where the rule is broken eager gets more chances, the same problem with its vocabulary in other orders.
+left over; and where the rule is broken eager gets more chances, the same problem with its vocabulary in other orders
+and, against the Triton kernels, divided as eager PyTorch divides by a number on a GPU: times its reciprocal.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import subprocess
 import sys
@@ -31,6 +34,7 @@ import srft_kernels as sk
 from srft_kernels.shaping import SHAPES
 from srft_kernels.tokens import token_local
 
+from .interpreter import interpret_fast
 from .srft_kernels import cases
 from .srft_kernels.test_distillation import formula
 
@@ -82,7 +86,7 @@ OBJECTIVES = {
 }  # fmt: skip
 
 
-def draw(seed: int, rng: random.Random | None = None) -> Case:
+def draw(seed: int, rng: random.Random | None = None, backend: str = "torch") -> Case:
     """The case of a number, or of somebody else's choices with the numbers of that number."""
     rng = rng or random.Random(seed)
     dtype = rng.choices([torch.float32, torch.bfloat16, torch.float16], [8, 2, 1])[0]
@@ -107,9 +111,9 @@ def draw(seed: int, rng: random.Random | None = None) -> Case:
     columns["sequence_ids"] = torch.arange(tokens) // 2
     call = rng.choice(["loss", "loss", "logprobs", "cross_entropy", "distillation"])
     options: dict[str, Any] = {}
+    if rng.random() < 0.3:
+        problem = replace(problem, head={**problem.head, "logit_scale": rng.choice([0.0625, 0.3, 2.5, 7.1])})
     if call != "distillation":
-        if rng.random() < 0.3:  # exact, since it is folded into the temperature
-            problem = replace(problem, head={**problem.head, "logit_scale": rng.choice([0.0625, 0.5, 4.0])})
         if rng.random() < 0.2:
             each = cases.grid(tokens, generator=generator).abs() + 0.25
             problem = replace(problem, head={**problem.head, "temperature": each})
@@ -149,6 +153,8 @@ def draw(seed: int, rng: random.Random | None = None) -> Case:
         candidates = torch.randint(entries, (tokens, rng.choice([1, 3])), generator=generator)
         extras = sk.Extras(rng.random() < 0.5, rng.random() < 0.5, min(rng.choice([0, 1, 3, 64]), entries),
                            rng.choice([None, torch.where(problem.live[:, None], candidates, -7)]))  # fmt: skip
+    if backend != "torch":
+        plan = replace(plan or sk.Plan(), backend=backend)
     return Case(seed, call, problem, plan, options, columns, extras)
 
 
@@ -181,6 +187,7 @@ def fused(case: Case) -> Values:
         out = sk.linear_distillation(
             *leaves[:2], teacher.input, teacher.weight, teacher_bias=teacher.bias, mask=p.live,
             teacher_temperature=teacher.head.get("temperature", 1.0), teacher_softcap=teacher.head.get("softcap"),
+            teacher_logit_scale=teacher.head.get("logit_scale", 1.0),
             token_weight=columns["token_weight"] if weighted else None, **common, **p.head, **options,
         )  # fmt: skip
         return _values({"divergence": out.divergence[p.live]}, out.loss, leaves)
@@ -232,10 +239,12 @@ def full(
     softmax: torch.dtype,
     order: Tensor | None = None,
     terms: Values | None = None,
+    divide: Callable = torch.div,
 ) -> Values:
     """The same with full logits and autograd.
 
     order   that of the vocabulary inside
+    divide  logits by cap and temperature
     terms   filled with the size of the terms that each result is the sum of
     """
     p, options, live = case.problem, case.options, case.problem.live
@@ -243,13 +252,13 @@ def full(
     order = torch.arange(size) if order is None else order
     leaves = p.leaves(dtype)
     target = order.argsort()[p.target[live]]
-    z = logits(p, leaves, order, softmax)[live]
+    z = logits(p, leaves, order, softmax, divide)[live]
     columns = {name: c[live].to(softmax) if c.is_floating_point() else c[live] for name, c in case.columns.items()}
     count = max(int(live.sum()), 1)
     if case.call == "distillation":
         teacher = options["teacher"]
         with torch.no_grad():
-            other = logits(teacher, teacher.leaves(dtype), order, softmax)[live]
+            other = logits(teacher, teacher.leaves(dtype), order, softmax, divide)[live]
         log_p, log_q = z.log_softmax(-1), other.log_softmax(-1)
         found = formula(options["divergence"], options["beta"], log_p, log_q)
         share = columns["token_weight"] if options["weighted"] else torch.full_like(log_p[:, 0], 1 / count)
@@ -330,13 +339,15 @@ def _sums(size: Tensor, leaves: list[Tensor], p: cases.Problem, live: Tensor) ->
     }
 
 
-def logits(p: cases.Problem, leaves: list[Tensor], order: Tensor, softmax: torch.dtype) -> Tensor:
+def logits(
+    p: cases.Problem, leaves: list[Tensor], order: Tensor, softmax: torch.dtype, divide: Callable = torch.div
+) -> Tensor:
     z = F.linear(leaves[0], leaves[1][order], leaves[2][order] if len(leaves) == 3 else None).to(softmax)
     z = z * p.head.get("logit_scale", 1.0)
     if cap := p.head.get("softcap"):
-        z = cap * torch.tanh(z / cap)
+        z = cap * torch.tanh(divide(z, cap))
     temperature = p.head.get("temperature", 1.0)
-    return z / (temperature[:, None].to(softmax) if isinstance(temperature, Tensor) else temperature)
+    return divide(z, temperature[:, None].to(softmax) if isinstance(temperature, Tensor) else temperature)
 
 
 def _values(named: Values, loss: Tensor, leaves: list[Tensor]) -> Values:
@@ -357,8 +368,11 @@ def failure(case: Case, run: Callable[[Case], Values] = fused) -> str | None:
         return None
     generator = torch.Generator().manual_seed(case.seed)
     size = case.problem.head.get("vocab_size", len(case.problem.weight))
-    for _ in range(ORDERS):
-        more = _errors(full(case, None, torch.float32, torch.randperm(size, generator=generator)), truth)
+    for turn in range(ORDERS):
+        reciprocal = turn % 2 and case.plan is not None and case.plan.backend == "triton"
+        divide = (lambda z, by: z * (1 / by)) if reciprocal else torch.div
+        order = torch.randperm(size, generator=generator)
+        more = _errors(full(case, None, torch.float32, order, divide=divide), truth)
         errors = {name: max(error, more[name]) for name, error in errors.items()}
         if not (broken := _broken(found, truth, errors, terms)):
             return None
@@ -391,22 +405,29 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()) * 1000, help="number of the first case")
     parser.add_argument("--cases", type=int, default=None, help="stop after so many")
     parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--backend", choices=["torch", "triton"], default="torch", help="row operations")
     arguments = parser.parse_args()
+    if arguments.backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":  # to be set before its import
+        os.environ["TRITON_INTERPRET"] = "1"
+        os.execv(sys.executable, [sys.executable, "-m", "tests.fuzz", *sys.argv[1:]])
     if arguments.workers > 1:
         share = arguments.cases and -(-arguments.cases // arguments.workers)
-        command = [sys.executable, "-m", "tests.fuzz", "--minutes", str(arguments.minutes)]
+        command = [sys.executable, "-m", "tests.fuzz", "--backend", arguments.backend]
+        command += ["--minutes", str(arguments.minutes)]
         command += ["--cases", str(share)] if share else []
         starts = [arguments.seed + i * (share or 10**8) for i in range(arguments.workers)]
         return max([process.wait() for process in [subprocess.Popen([*command, "--seed", str(n)]) for n in starts]])
     torch.set_num_threads(1)
     poison()
+    interpret_fast()
     print(f"seed {arguments.seed}", flush=True)
     start = told = time.monotonic()
     done = 0
     while (elapsed := time.monotonic() - start) < 60 * arguments.minutes and done != arguments.cases:
-        case = draw(arguments.seed + done)
+        case = draw(arguments.seed + done, backend=arguments.backend)
         if message := failure(case):
-            print(f"FAILED: {message}\n  {case}\n  python -m tests.fuzz --seed {case.seed} --cases 1")
+            again = f"python -m tests.fuzz --backend {arguments.backend} --seed {case.seed} --cases 1"
+            print(f"FAILED: {message}\n  {case}\n  {again}")
             return 1
         done += 1
         if time.monotonic() - told > 10:

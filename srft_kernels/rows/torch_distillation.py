@@ -32,7 +32,7 @@ def divergence(
         found.append(value)
         if dtype is not None:
             silent = weight[rows] == 0  # whatever the derivative is, infinite or not
-            dz.mul_((weight[rows] / head.temperature)[:, None]).masked_fill_(silent[:, None], 0)
+            dz.mul_((weight[rows] * head.slope)[:, None]).masked_fill_(silent[:, None], 0)
             if cap_slope is not None:
                 dz.mul_(cap_slope)
             student[rows] = dz

@@ -42,7 +42,7 @@ def statistics(
         stats.append(block_stats)
         normalizers.append(Normalizer(shift[:, 0], total.log(), mean))
         if look is not None:
-            look.settle(of_rows, shift[:, 0], normalizers[-1].log_total)
+            look.settle(of_rows.scored, shift[:, 0], normalizers[-1].log_total)
     return _joined(stats), Normalizer(*(torch.cat(fields) for fields in zip(*normalizers)))
 
 
@@ -68,7 +68,7 @@ def loss_and_gradient(
         )
         stats, total, mean = _statistics(d, exp, shift, tokens.target[rows], of_rows)
         if look is not None:
-            look.settle(of_rows, shift[:, 0], total.log())
+            look.settle(of_rows.scored, shift[:, 0], total.log())
         loss, coefs = coefficients(objective, stats, tokens.rows(rows), weight[rows])
         _gradient_(d, exp, total, mean, tokens.target[rows], coefs, of_rows, cap_slope)
         parts.append(stats)
@@ -126,6 +126,8 @@ def _shifted_(
         a.add_(head.bias)
     if look is not None:
         look(a)
+    if head.scale != 1:
+        a.mul_(head.scale)
     if head.softcap is not None:
         a.div_(head.softcap).tanh_()
         slope = 1 - a * a if with_slope else None
@@ -177,7 +179,7 @@ def _gradient_(
     At v = y the sum is made as it stands, since α has rounded away what is left of k where g (1 − p_y) is almost 0.
     """
     g, h, k, u = (*coefs, None)[:4]
-    scale = 1 / head.temperature
+    scale = head.slope
     rest = torch.zeros_like(total)  # α without g
     if k is not None:
         rest = rest + k

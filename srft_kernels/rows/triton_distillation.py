@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..head import Head
 from .triton_kernels import _logits
-from .triton_rows import _device_of, _order, _over, _temperature
+from .triton_rows import _device_of, _numbers, _order, _over
 
 # Columns per loop step, and of each row per warp: 8 of both rows in a thread's registers. With 16, and 2048 a step, the
 # compiler spilled some (two row numbers, to fit one more program) and fewer warps were resident: kernel-notes.md.
@@ -29,9 +29,9 @@ def _grown(m, s, z):
     """Online over blocks: a row's maximum so far and Σ e^{z − maximum}, with one more block of z."""
     top = tl.maximum(m, tl.max(z, 0))
     finite_top = tl.where(top == -float("inf"), 0.0, top)  # −inf − (−inf) is not a number
-    scale = tl.where(m == -float("inf"), 0.0, tl.exp(m - finite_top))
+    shrunk = tl.where(m == -float("inf"), 0.0, tl.exp(m - finite_top))
     e = tl.exp(z - finite_top)
-    return top, scale * s + tl.sum(e, 0), e
+    return top, shrunk * s + tl.sum(e, 0), e
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def _distillation_kernel(
     weight_ptr,  # (n,) fp32 token weights
     bias_ptr, teacher_bias_ptr,  # (V,) fp32 or None
     out_ptr,  # (n,) fp32
-    vocab, stride, dstride, softcap, temperature, teacher_softcap, teacher_temperature, beta,
+    vocab, stride, dstride, scale, softcap, temperature, teacher_scale, teacher_softcap, teacher_temperature, beta,
     KIND: tl.constexpr, ORDER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # row · stride passes 2³¹
@@ -79,8 +79,11 @@ def _distillation_kernel(
     guess = zero  # reverse KL: Σ e^{zs − ms} ((zs − ms) − (zt − mt)) so far
     for start in range(0, vocab, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        zs, _ = _logits(student_ptr, bias_ptr, columns, vocab, stride, softcap, temperature)
-        zt, _ = _logits(teacher_ptr, teacher_bias_ptr, columns, vocab, stride, teacher_softcap, teacher_temperature)
+        zs, _ = _logits(student_ptr, bias_ptr, columns, vocab, stride, scale, softcap, temperature)
+        zt, _ = _logits(
+            teacher_ptr, teacher_bias_ptr, columns, vocab, stride,
+            teacher_scale, teacher_softcap, teacher_temperature,
+        )  # fmt: skip
         top_s, grown_s, e = _grown(ms, ss, zs)
         top_t, st, _ = _grown(mt, st, zt)
         if KIND == "reverse_kl":
@@ -94,33 +97,41 @@ def _distillation_kernel(
     if KIND != "forward_kl" or dlogits_ptr is None:  # else the next loop does it
         for start in range(0, vocab, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            zs, _ = _logits(student_ptr, bias_ptr, columns, vocab, stride, softcap, temperature)
-            zt, _ = _logits(teacher_ptr, teacher_bias_ptr, columns, vocab, stride, teacher_softcap, teacher_temperature)
+            zs, _ = _logits(student_ptr, bias_ptr, columns, vocab, stride, scale, softcap, temperature)
+            zt, _ = _logits(
+                teacher_ptr, teacher_bias_ptr, columns, vocab, stride,
+                teacher_scale, teacher_softcap, teacher_temperature,
+            )  # fmt: skip
             p, terms, v = _compared(zs, zt, ms, mt, ss, st, guess, beta, KIND)
             value += tl.sum(terms, 0)
             if KIND == "jensen_shannon":
                 mean += tl.sum(p * v, 0)
-    scale = weight
+    slope = weight
     if KIND == "reverse_kl":
         mean = value / ss
         value = mean + guess - tl.log(ss / st)
-        scale = weight / ss
+        slope = weight / ss
 
     if dlogits_ptr is not None:
         dlogits_ptr += row * dstride
         for start in range(0, vocab, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            zs, level = _logits(student_ptr, bias_ptr, columns, vocab, stride, softcap, temperature)
-            zt, _ = _logits(teacher_ptr, teacher_bias_ptr, columns, vocab, stride, teacher_softcap, teacher_temperature)
+            zs, level = _logits(student_ptr, bias_ptr, columns, vocab, stride, scale, softcap, temperature)
+            zt, _ = _logits(
+                teacher_ptr, teacher_bias_ptr, columns, vocab, stride,
+                teacher_scale, teacher_softcap, teacher_temperature,
+            )  # fmt: skip
             p, terms, v = _compared(zs, zt, ms, mt, ss, st, guess, beta, KIND)
             if KIND == "forward_kl":
                 value += tl.sum(terms, 0)
                 dz = p - v
             else:
                 dz = p * (v - mean)
-            dz = tl.where(weight == 0, 0.0, scale * dz)  # whatever the derivative is, infinite or not
+            dz = tl.where(weight == 0, 0.0, slope * dz)  # whatever the derivative is, infinite or not
             if temperature is not None:
                 dz = tl.div_rn(dz, temperature)
+            if scale is not None:
+                dz = dz * scale
             if softcap is not None:
                 dz = dz * (1 - level * level)
             dz = tl.where(columns < vocab, dz, 0.0)
@@ -157,9 +168,8 @@ def divergence(
     with _device_of(student):
         _distillation_kernel[(n,)](
             student, teacher, dlogits, weight, head.bias, teacher_head.bias, out, vocab, student.stride(0),
-            0 if dlogits is None else dlogits.stride(0), head.softcap, _temperature(head), teacher_head.softcap,
-            _temperature(teacher_head), float(beta), kind, "none" if dlogits is None else _order(student, dlogits),
-            **launch(vocab),
+            0 if dlogits is None else dlogits.stride(0), *_numbers(head), *_numbers(teacher_head), float(beta), kind,
+            "none" if dlogits is None else _order(student, dlogits), **launch(vocab),
         )  # fmt: skip
     return out, dlogits
 

@@ -16,6 +16,7 @@ to the padded end, so that they stay 16 bytes wide, and what lies past V is repl
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,10 +27,10 @@ from ..extras import Taken
 from ..head import Head
 from ..tokens import Tokens, TokenStats
 from . import Normalizer, in_three_steps, tuning
-from .triton_kernels import _gradient_kernel, _loss_gradient_kernel, _scale_kernel, _statistics_kernel
+from .triton_kernels import _gradient_kernel, _loss_gradient_kernel, _scale_kernel, _scored_kernel, _statistics_kernel
 from .triton_objectives import Columns, fused
 
-SCALE = tuning.Launch(4096, 8)
+SCALE, SCORED = tuning.Launch(4096, 8), tuning.Launch(256, 4)
 
 
 def statistics(
@@ -45,11 +46,11 @@ def statistics(
     with _device_of(logits):
         _statistics_kernel[grid](
             logits, target, head.bias, head.smooth, out, *_extras(taken), _temperatures(head),
-            n, vocab, logits.stride(0), head.softcap, _temperature(head), **options,
+            n, vocab, logits.stride(0), *_numbers(head), **options,
         )  # fmt: skip
     if taken is not None:
         taken.take_entries(logits, head.bias)
-        taken.settle(head, out[4], out[5])
+        taken.settle(partial(_scored, head), out[4], out[5])
     smooth = None if head.smooth is None else out[3]
     return TokenStats(out[0], out[1], out[2], smooth), Normalizer(out[4], out[5], out[6])
 
@@ -84,10 +85,10 @@ def loss_and_gradient(
             logits, dlogits, tokens.target, weight, _columns(tokens), numbers,
             head.bias, head.smooth, _total(head), out, normalizer, *_extras(taken), _temperatures(head),
             n, vocab, logits.stride(0), dlogits.stride(0),
-            head.softcap, _temperature(head), structure, _order(logits, dlogits), **options,
+            *_numbers(head), structure, _order(logits, dlogits), **options,
         )  # fmt: skip
     if taken is not None:
-        taken.settle(head, *normalizer)
+        taken.settle(partial(_scored, head), *normalizer)
     return TokenStats(out[1], out[2], out[3]), out[0], dlogits
 
 
@@ -108,7 +109,7 @@ def gradient(
     with _device_of(logits):
         _gradient_kernel[grid](
             logits, dlogits, target, *normalizer, g, h, k, u, head.bias, head.smooth, _total(head), _temperatures(head),
-            n, vocab, logits.stride(0), dlogits.stride(0), head.softcap, _temperature(head),
+            n, vocab, logits.stride(0), dlogits.stride(0), *_numbers(head),
             _order(logits, dlogits), **options,
         )  # fmt: skip
     return dlogits
@@ -120,6 +121,17 @@ def scale_(x: Tensor, factor: Tensor) -> Tensor:
     with _device_of(x):
         _scale_kernel[grid](x, factor.float(), x.numel(), BLOCK=SCALE.block, num_warps=SCALE.warps)
     return x
+
+
+def _scored(head: Head, a: Tensor) -> Tensor:
+    """z of entries a + b (n, k), by the kernels' own tanh and division: torch's round otherwise, here and there."""
+    z = a.clone()
+    with _device_of(a):
+        _scored_kernel[(triton.cdiv(a.numel(), SCORED.block),)](
+            z, _temperatures(head), a.numel(), a.shape[1], *_numbers(head),
+            BLOCK=SCORED.block, num_warps=SCORED.warps,
+        )  # fmt: skip
+    return z
 
 
 def _extras(taken: Taken | None) -> tuple[Tensor | None, Tensor | None]:
@@ -165,9 +177,10 @@ def options(kernel: str, settings: tuning.Launch, warp_size: int) -> dict[str, i
     return {"BLOCK": settings.block, "LANES": lanes, "WALK": settings.programs is not None, "num_warps": settings.warps}
 
 
-def _temperature(head: Head) -> float | None:
-    """That of all rows; None where it is 1, or where each has its own."""
-    return None if isinstance(head.temperature, Tensor) or head.temperature == 1 else float(head.temperature)
+def _numbers(head: Head) -> tuple[float | None, float | None, float | None]:
+    """(scale, soft cap, temperature) of all rows; None for what changes nothing, or where each row has its own."""
+    temperature = None if isinstance(head.temperature, Tensor) or head.temperature == 1 else float(head.temperature)
+    return None if head.scale == 1 else head.scale, head.softcap, temperature
 
 
 def _temperatures(head: Head) -> Tensor | None:

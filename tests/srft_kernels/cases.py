@@ -141,14 +141,16 @@ KINDS: dict[str, Callable] = {
     "padded": _padded,
     "hot": _with_head(_random, temperature=1.7),
     "cold": _with_head(_random, temperature=0.125),
+    "scale": _with_head(_biased, logit_scale=0.3),
+    "scale_huge": _with_head(_scaled(17), logit_scale=2.3),
     "softcap": _with_head(_biased, softcap=2.0),
     "softcap_saturated": _with_head(_scaled(6), softcap=30.0),
     "softcap_huge": _with_head(_scaled(100), softcap=30.0),
     "softcap_cold": _with_head(_scaled(4), softcap=50.0, temperature=2.0**-9),
     "everything": _with_head(lambda x, w, y: (*_padded(x, w, y)[:2], *_biased(x, w, y)[2:3], _padded(x, w, y)[3]),
-                             softcap=4.0, temperature=0.7),
+                             logit_scale=1.3, softcap=4.0, temperature=0.7),
 }  # fmt: skip
-FP16_KINDS = [kind for kind in KINDS if not kind.endswith(("1e5", "1e8", "1e30", "softcap_huge"))]
+FP16_KINDS = [kind for kind in KINDS if not kind.endswith(("1e5", "1e8", "1e30", "_huge"))]
 
 
 def problem(
@@ -192,7 +194,7 @@ def full_statistics(
     x, bias = input[problem.live], None if bias is None else bias[:size]
     chunks = plan.chunks(len(x)) if plan and len(x) else [slice(None)]
     z = torch.cat([F.linear(x[chunk], weight[:size], bias) for chunk in chunks])
-    z = z.to(dtype or z.dtype)
+    z = problem.head.get("logit_scale", 1.0) * z.to(dtype or z.dtype)
     if cap := problem.head.get("softcap"):
         z = cap * torch.tanh(z / cap)
     z = z / problem.head.get("temperature", 1.0)

@@ -15,7 +15,7 @@ H, TEACHER, V = 8, 6, 40
 OPTIONS = {
     "forward": {"softcap": 5.0, "vocab_size": V - 3},
     "reverse": {"divergence": "reverse_kl", "temperature": 2.0, "teacher_temperature": 0.5},
-    "jensen_shannon": {"divergence": "jensen_shannon", "beta": 0.3, "teacher_softcap": 4.0},
+    "jensen_shannon": {"divergence": "jensen_shannon", "beta": 0.3, "teacher_softcap": 4.0, "teacher_logit_scale": 0.7},
     "small chunks": {"plan": sk.Plan(chunk_rows=5, block_rows=2)},
     "batch-invariant": {"plan": sk.Plan(chunk_rows=5, batch_invariant=True, compact=False)},
 }
@@ -121,6 +121,7 @@ def test_the_operator_is_well_registered(wanted, dtype):
     given = dict(zip(("input", "linear_weight", "linear_bias"), student), **columns)
     given |= dict(zip(("teacher_input", "teacher_weight", "teacher_bias"), [tensor.detach() for tensor in teacher]))
     others = {"divergence": "forward_kl", "beta": 0.5, "temperature": 1.0, "teacher_temperature": 1.0}
+    others |= {"logit_scale": 1.0, "teacher_logit_scale": 0.7}
     others |= dict.fromkeys(("softcap", "teacher_softcap", "vocab_size", "plan"))
     arguments = sk.distillation.DistillationArguments(**given, **others)
     constant = options.encoded(options.DistillationOptions(wanted, None, arguments))

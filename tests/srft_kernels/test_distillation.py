@@ -37,6 +37,8 @@ class Pair:
             "teacher_bias": self.teacher.bias,
             "temperature": self.student.head.get("temperature", 1.0),
             "teacher_temperature": self.teacher.head.get("temperature", 1.0),
+            "logit_scale": self.student.head.get("logit_scale", 1.0),
+            "teacher_logit_scale": self.teacher.head.get("logit_scale", 1.0),
             "softcap": self.student.head.get("softcap"),
             "teacher_softcap": self.teacher.head.get("softcap"),
             "vocab_size": self.vocab,
@@ -61,6 +63,7 @@ def pair(
 
 def log_probs(p: cases.Problem, leaves: list[Tensor], vocab: int, dtype: torch.dtype) -> Tensor:
     z = F.linear(leaves[0], leaves[1][:vocab], leaves[2][:vocab] if len(leaves) == 3 else None).to(dtype)
+    z = p.head.get("logit_scale", 1.0) * z
     if cap := p.head.get("softcap"):
         z = cap * torch.tanh(z / cap)
     return (z / p.head.get("temperature", 1.0)).log_softmax(-1)

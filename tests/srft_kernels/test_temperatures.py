@@ -14,6 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpr
 HEADS = {
     "temperatures": {"temperature": True},
     "scale": {"logit_scale": 0.0625},
+    "another scale": {"logit_scale": 2.3},
     "scale, temperature, cap": {"logit_scale": 3.0, "temperature": 0.7, "softcap": 4.0},
     "scale, temperatures, cap": {"logit_scale": 0.3, "temperature": True, "softcap": 4.0},
 }
@@ -55,6 +56,21 @@ def test_exact(kind, objective, head, passes, backend):
     usual = results(sk.reference.linear_loss, p, torch.float32, objective, head)
     for name, found, right, eager in zip(("loss", "logprobs", "entropy", "dx", "dW", "db"), own, truth, usual):
         assert error(found, right) <= bound(name, eager, right, torch.float32), name
+
+
+@BOTH
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("head", HEADS)
+def test_a_candidate_that_is_the_target_has_its_log_prob(head, passes, backend):
+    """Bit for bit: what is told beside the statistics is rounded as they are."""
+    p = problem("bias", ignored=0)
+    head = HEADS[head] | ({"temperature": temperatures(p)} if HEADS[head].get("temperature") is True else {})
+    plan = sk.Plan(backend=backend, chunk_rows=5, block_rows=3, passes=passes)
+    x, w, bias = p.leaves()
+    out = sk.linear_loss(x, w, p.target, sk.sft(), linear_bias=bias, plan=plan, **head,
+                         extras=sk.Extras(top_k=1, candidates=p.target[:, None]))  # fmt: skip
+    assert torch.equal(out.extras.candidate_logprobs[:, 0], out.logprobs)
+    assert (out.extras.top_logprobs[:, 0] >= out.logprobs).all() and (out.extras.top_logprobs <= 0).all()
 
 
 @BOTH

@@ -90,7 +90,7 @@ def test_fused_objectives_are_the_pytorch_formulas(objective):
 
 SURE_HEADS = {
     "plain": {},
-    "bias, cap, temperature": {"bias": 0.25, "softcap": 30.0, "temperature": 0.7},
+    "bias, scale, cap, temperature": {"bias": 0.25, "scale": 1.3, "softcap": 30.0, "temperature": 0.7},
     "smoothing, temperatures": {"smooth": 0.5, "temperature": torch.linspace(0.5, 1.5, 8)},
 }
 
@@ -227,6 +227,17 @@ def test_a_soft_cap_far_away_keeps_small_logits():
         stats, _ = triton_rows.statistics(buffer(a / 16), torch.arange(2), Head(softcap=cap, temperature=2.0**-4), 1)
         expected = (16 * cap * torch.tanh(a.double() / 16 / cap)).log_softmax(-1)[torch.arange(2), torch.arange(2)]
         torch.testing.assert_close(stats.logprobs.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_tanh():
+    """Within 2 ulp everywhere, and the numbers at the ends."""
+    x = torch.cat([torch.linspace(-9, 9, 30_001), torch.logspace(-30, 0, 999)])[:, None]
+    found = triton_rows._scored(Head(softcap=1.0), x)
+    right = torch.tanh(x.double())
+    ulp = torch.nextafter(right.float().abs(), torch.tensor(torch.inf)) - right.float().abs()
+    assert ((found.double() - right).abs() <= 2 * ulp.double()).all()
+    ends = torch.tensor([[-torch.inf], [torch.inf], [torch.nan], [0.0]])
+    torch.testing.assert_close(triton_rows._scored(Head(softcap=1.0), ends), ends.tanh(), equal_nan=True)
 
 
 def test_scale_in_place():
