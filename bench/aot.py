@@ -128,6 +128,8 @@ def variants(order: str = "barrier") -> Iterator[tuple[Any, str, dict[str, Any]]
         for product, strides in (("dx", {"a_column": 1}), ("dW", {"a_row": 1})):
             arguments = {"a_ptr": operand, "b_ptr": operand, "c_ptr": F32, **strides}
             yield triton_residual._add_product_kernel, f"{name} {product}", arguments
+    for name, head in (("scale, cap, temperature", RICH), ("cap, temperatures", TOLD | {"softcap": "fp32"})):
+        yield triton_rows._scored_kernel, name, {**head, "a_ptr": F32, "count": "i32", "k": "i32"}
     for out, pointer in (("bf16", BF16), ("fp32", F32)):
         yield triton_rows._scale_kernel, out, {"x_ptr": pointer, "factor_ptr": F32, "count": "i64"}
 
@@ -185,8 +187,9 @@ def launch(kernel: str, arguments: dict[str, Any], target: GPUTarget) -> dict[st
         return triton_distillation.launch(VOCAB)
     if kernel == "add_product":
         return triton_residual.launch({BF16: torch.bfloat16, F32: torch.float32}[arguments["a_ptr"]])
-    settings = triton_rows.SCALE
-    if kernel in tuning.KERNELS:
+    if kernel in ("scale", "scored"):
+        settings = triton_rows.SCALE if kernel == "scale" else triton_rows.SCORED
+    else:
         settings = tuning.launch(kernel, VOCAB, next(name for name, known in TARGETS.items() if known == target))
     return triton_rows.options(kernel, settings, target.warp_size)
 

@@ -107,10 +107,14 @@ def _distillation_kernel(
             if KIND == "jensen_shannon":
                 mean += tl.sum(p * v, 0)
     slope = weight
+    if temperature is not None:
+        slope = slope / temperature
+    if scale is not None:
+        slope = slope * scale
     if KIND == "reverse_kl":
         mean = value / ss
         value = mean + guess - tl.log(ss / st)
-        slope = weight / ss
+        slope = slope / ss
 
     if dlogits_ptr is not None:
         dlogits_ptr += row * dstride
@@ -128,10 +132,6 @@ def _distillation_kernel(
             else:
                 dz = p * (v - mean)
             dz = tl.where(weight == 0, 0.0, slope * dz)  # whatever the derivative is, infinite or not
-            if temperature is not None:
-                dz = tl.div_rn(dz, temperature)
-            if scale is not None:
-                dz = dz * scale
             if softcap is not None:
                 dz = dz * (1 - level * level)
             dz = tl.where(columns < vocab, dz, 0.0)

@@ -30,7 +30,7 @@ from . import Normalizer, in_three_steps, tuning
 from .triton_kernels import _gradient_kernel, _loss_gradient_kernel, _scale_kernel, _scored_kernel, _statistics_kernel
 from .triton_objectives import Columns, fused
 
-SCALE, SCORED = tuning.Launch(4096, 8), tuning.Launch(256, 4)
+SCALE, SCORED = tuning.Launch(4096, 8), tuning.Launch(1024, 4)
 
 
 def statistics(
