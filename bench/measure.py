@@ -22,10 +22,9 @@ from . import memory, timing
 from .cases import TASKS, Case
 from .inputs import Inputs, Unavailable, make
 from .providers import OUR_NAMES, OURS, OWN, Provider, bare_products
+from .timing import kind_of
 from .truth import Truth, truth
 
-ROUNDS = {"cuda": 12, "cpu": 9}
-MOST = {"cuda": 12.0, "cpu": 5.0}  # seconds of rounds per case
 OURS_ALONE = (*OUR_NAMES, "eager")
 EVERYONE = "all providers"  # stands for them in the row of a case that none of them could be measured on
 GRACE = 5.0  # seconds past the deadline in which a provider may end what it has begun
@@ -171,7 +170,7 @@ def time_all(
     with stage("copies of the inputs", device):
         copies = timing.rotation(inputs, device)
     others = timing.Others()
-    times, failed = timing.take_turns({products: floor, **calls}, copies, device, rounds or ROUNDS[kind], MOST[kind])
+    times, failed = timing.take_turns({products: floor, **calls}, copies, device, rounds)
     busy = others.share()
     if products in failed:
         raise CaseFailed(f"bare matrix products: {failed[products]}")
@@ -188,13 +187,13 @@ def time_all(
 
 def set_times(row: Row, measured: list[float], floor: list[float], busy: float, device: str) -> None:
     """busy: the part of the processors' time that others took meanwhile."""
-    middle, spread = timing.ratio(measured, floor)
+    middle, uncertainty = timing.ratio(measured, floor)
     row.seconds = measured
     row.extra |= {
         "ratio_to_products": middle,
         "tflops": row.case.flops / statistics.median(measured) / 1e12,
         "products_seconds": statistics.median(floor),
-    } | timing.noise(spread, busy, device)
+    } | timing.noise(uncertainty, busy, device)
 
 
 def examine(
@@ -270,10 +269,6 @@ def description(case: Case, dtype: torch.dtype) -> dict[str, Any]:
 
 def default_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if kind_of(device) == "cuda" else torch.float32
-
-
-def kind_of(device: str) -> str:
-    return "cuda" if device.startswith("cuda") else "cpu"
 
 
 def release(device: str) -> None:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 GRACE = 1.0  # seconds in which the others may still tell why, once one of them has failed
+ENDED = "ended"
 
 
 class Ranks:
@@ -88,14 +89,15 @@ class Ranks:
                     results[rank], error = pickle.loads(pipe.recv_bytes())
                 except (EOFError, ConnectionResetError):
                     self.processes[rank].join(GRACE)
-                    error = f"ended, exit status {self.processes[rank].exitcode}"
+                    error = f"{ENDED}, exit status {self.processes[rank].exitcode}"
                 if error:
                     failed[rank] = error
                     deadline = min(deadline, time.monotonic() + GRACE)
         if not failed:
             failed = dict.fromkeys(waiting.values(), f"no answer within {self.patience:g} seconds")
-        if failed:
-            raise RuntimeError("\n".join(f"rank {rank}: {error}" for rank, error in failed.items()))
+        if failed:  # first who ended: the others may only say that they miss it
+            told = sorted(failed.items(), key=lambda each: not each[1].startswith(ENDED))
+            raise RuntimeError("\n".join(f"rank {rank}: {error}" for rank, error in told))
         return [results[rank] for rank in range(self.count)]
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from . import targets
 from .environment import ROOT
 from .providers import OUR_NAMES
-from .table import KEPT, of_kept
+from .table import KEPT, of_kept, off
 
 RESULTS, DOCS = ROOT / "bench" / "results", ROOT / "docs"
 GROUPS = (
@@ -57,8 +57,10 @@ Made by `python -m bench.report` from `bench/results/*.json`; not written by han
 - WRONG, and so without a time, is who errs more than three times as much as eager PyTorch does in the same type on the
   same inputs (and more than by one rounding of the result), whose gradient is 2 % too long or too short, or who gives
   an ignored token a gradient.
-- *noisy*: the rounds' ratios spread over more than 5 % (GPU) or 10 % (CPU) between quartiles (of fewer than eight
-  rounds: end to end), or other processes took more than a tenth of the CPU meanwhile: read no more into it.
+- **±** is half of the 95 % interval of that ratio, from the medians of up to six blocks of consecutive rounds, between
+  which a machine's slow spells do not hide. *noisy*: it is more than 2.5 % (GPU) or 7.5 % (CPU), or other processes
+  took more than a tenth of the CPU meanwhile: read no more into it. On all other rows two runs on one machine should
+  agree within 5 % and 15 %, which `python -m bench.agreement` tells.
 - Inputs: *random* rows are nearly flat; *peaked* ones have the 0.1–0.5 nats of a policy in training; *model* ones are
   hidden states and head of SmolLM2-135M.
 """
@@ -201,7 +203,7 @@ def table(case: str, rows: list[dict[str, Any]]) -> list[str]:
         cells = [
             row["provider"],
             number(row, "median", "{:,.1f} ms", 1e3),
-            number(row, "ratio_to_products", "{:.2f}"),
+            number(row, "ratio_to_products", "{:.2f}") + off(row),
             number(row, "tflops", "{:.3g}"),
             number(row, "peak_bytes", "{:,.1f} MB", 1e-6),
             number(row, "error", "{:.0e}"),

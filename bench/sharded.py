@@ -25,7 +25,6 @@ from .cases import HEADS, TASKS, Case, Shape, Task
 from .inputs import Inputs, Unavailable, make
 from .measure import (
     EVERYONE,
-    MOST,
     Limits,
     Row,
     attempt,
@@ -46,7 +45,6 @@ SHAPES = {"cpu": Shape(256, 256, 16384), "cuda": Shape(8192, *HEADS["Qwen3-8B"])
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 NAMES = (OURS.name, ALONE)
 FLOOR = "bare products"
-ROUNDS = 15
 STARTING, ANSWERING = 60.0, 30.0  # seconds: the patience with ranks that start, and with those that run
 SPINNING = 0.005  # seconds for which threads that have nothing to do may still look for work
 
@@ -108,9 +106,7 @@ def measure_sharded(
                     calls |= {name: call, f"{FLOOR}, {name}": floor}
             release(device)
         begin(EVERYONE)
-        times, failed = timing.take_turns(
-            calls, [inputs], device, rounds or ROUNDS, MOST[kind], clock=lambda call, device: call()
-        )
+        times, failed = timing.take_turns(calls, [inputs], device, rounds, clock=lambda call, device: call())
     finally:
         ranks.stop()
         torch.set_num_threads(threads)

@@ -41,7 +41,6 @@ ROLLOUTS = {"cpu": 2, "cuda": 8}  # of each prompt
 NEW_TOKENS = {"cpu": 16, "cuda": 128}
 BUDGET = {"cpu": 1024, "cuda": 16384}  # tokens per microbatch
 EXACT_BUDGET = 1024  # the same for the truth: fp64 logits of a whole step would take 60 GB, and cutting changes nothing
-ROUNDS = 5
 
 
 def full_logits(input: Tensor, linear_weight: Tensor, target: Tensor, objective: Any, **options: Any) -> LossOutput:
@@ -175,7 +174,7 @@ def measure_step(
     counted = replace(case, shape=Shape(tokens, case.shape.hidden, case.shape.vocab), inputs="random", ours=True)
     with stage("inputs of the floor", device):
         inputs = make(counted, device, dtype)
-    time_all(counted, rows, calls, inputs, device, rounds or ROUNDS)
+    time_all(counted, rows, calls, inputs, device, rounds)
     for row in rows.values():
         if row.seconds:
             middle = statistics.median(row.seconds)

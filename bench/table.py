@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable
+from typing import Any
 
 from .cases import TASKS
 from .measure import Row
 
-HEADER = f"{'':<36} {'median ms':>10} {'× products':>10} {'TFLOP/s':>8} {'peak MB':>9} {'error':>8} {'dW others':>9}"
+HEADER = f"{'':<36} {'median ms':>10} {'× products':>12} {'TFLOP/s':>8} {'peak MB':>9} {'error':>8} {'dW others':>9}"
 KEPT = 3  # products of a task that takes two passes, for who keeps the logits between them
 
 
@@ -42,10 +44,15 @@ def line(row: Row) -> str:
     if extra.get("hot_seconds"):
         notes.append(f"hot L2 {extra['hot_seconds'] * 1e3:.2f} ms")
     return (
-        f"  {row.provider:<34} {milliseconds:>10.2f} {number('ratio_to_products', '.2f'):>10}"
+        f"  {row.provider:<34} {milliseconds:>10.2f} {number('ratio_to_products', '.2f') + off(extra):>12}"
         f" {number('tflops', '.3g'):>8} {number('peak_bytes', '.1f', 1e-6):>9} {number('error', '.1e'):>8}"
         f" {'–' if others is None else format(others, '.1e'):>9}{''.join('  ' + note for note in notes)}"
     )
+
+
+def off(row: dict[str, Any]) -> str:
+    """How far a ratio may be off; nothing where nobody knows."""
+    return f" ±{row['uncertainty']:.0%}" if math.isfinite(row.get("uncertainty") or math.inf) else ""
 
 
 def of_kept(ratio: float, products: int) -> str:

@@ -16,7 +16,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import cycle
+from itertools import count, cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,13 @@ from .inputs import Inputs
 COPIES = 2  # on CPU
 BUSY = 0.1  # of the processors' time taken by others: every round may be slow alike
 LOST = 17  # exit status of a process that ends because of ContextLost
-# What two runs may differ by in a ratio to the floor is 5 % on CUDA and 15 % on CPU. Each may be off by its spread.
-NOISE = {"cuda": 0.05, "cpu": 0.1}
+# Of a case: the fewest rounds, the seconds they go on for at least, and those after which three are enough.
+ROUNDS, LEAST, MOST = {"cuda": 12, "cpu": 9}, {"cuda": 0.0, "cpu": 3.0}, {"cuda": 12.0, "cpu": 6.0}
+# What two runs may differ by in a ratio to the floor is 5 % on CUDA and 15 % on CPU. Each may be off by half of it.
+NOISE = {"cuda": 0.025, "cpu": 0.075}
+BLOCKS = 6
+# 97.5 % of Student's t with so many degrees of freedom lies below.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571)
 
 
 class TimeUp(BaseException):
@@ -43,8 +48,12 @@ class ContextLost(Exception):
         self.provider, self.reason = provider, reason
 
 
+def kind_of(device: str) -> str:
+    return "cuda" if device.startswith("cuda") else "cpu"
+
+
 def seconds(call: Callable[[], object], device: str) -> float:
-    if not device.startswith("cuda"):
+    if kind_of(device) == "cpu":
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
@@ -59,7 +68,7 @@ def seconds(call: Callable[[], object], device: str) -> float:
 
 def rotation(inputs: Inputs, device: str) -> list[Inputs]:
     """The inputs and copies of them: on CUDA, between two calls on one, the others have filled the L2 twice."""
-    if not device.startswith("cuda"):
+    if kind_of(device) == "cpu":
         return [inputs, *(inputs.copy() for _ in range(COPIES))]
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return [inputs] + [inputs.copy() for _ in range(max(1, -(-2 * cache // inputs.bytes)))]
@@ -69,15 +78,18 @@ def take_turns(
     calls: dict[str, Callable[[Inputs], object]],
     inputs: Sequence[Inputs],
     device: str,
-    rounds: int,
-    most: float,
+    rounds: int | None = None,
     clock: Callable[[Callable[[], Any], str], float] = seconds,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """(seconds of each call in each round, what the calls that failed said: they have no seconds).
 
-    Turns go forwards and backwards; fewer rounds (3 at least) past `most` seconds. Raises ContextLost.
+    Turns go forwards and backwards. Raises ContextLost.
+
+    rounds: so many; None: as many as time allows, see ROUNDS.
     clock(call, device): how long the call took.
     """
+    kind = kind_of(device)
+    fewest, least, most = (rounds, 0.0, math.inf) if rounds else (ROUNDS[kind], LEAST[kind], MOST[kind])
     times: dict[str, list[float]] = {name: [] for name in calls}
     failed: dict[str, str] = {}
     given = cycle(inputs)
@@ -86,11 +98,12 @@ def take_turns(
     gc.disable()
     started = time.perf_counter()
     try:
-        for turn in range(rounds):
-            if turn >= 3 and time.perf_counter() - started > most:
+        for turn in count():
+            passed = time.perf_counter() - started
+            if (turn >= 3 and passed > most) or (turn >= fewest and passed >= least):
                 break
             for name in list(times)[:: 1 if turn % 2 == 0 else -1]:
-                now = next(given) if device.startswith("cuda") else inputs[turn % len(inputs)]
+                now = next(given) if kind == "cuda" else inputs[turn % len(inputs)]
                 try:
                     times[name].append(clock(lambda call=calls[name], now=now: call(now), device))
                 except Exception as error:
@@ -116,7 +129,7 @@ def told(error: BaseException) -> str:
 
 def check_context(device: str, provider: str, error: Exception) -> None:
     """Raise ContextLost where the error left CUDA unusable."""
-    if device.startswith("cuda"):
+    if kind_of(device) == "cuda":
         try:
             torch.cuda.synchronize()
         except Exception:
@@ -143,29 +156,26 @@ def limit(seconds: float) -> Iterator[None]:
 
 
 def ratio(times: Sequence[float], floor: Sequence[float]) -> tuple[float, float]:
-    """(median of the rounds' ratios to the floor, how far it can be trusted: the larger of two measures over it).
+    """(median of the rounds' ratios to the floor, how far it may be off, over it).
 
-    The spread of the rounds: between quartiles, from end to end where there are fewer than eight. The drift: between
-    the medians of the first and the second half, which a slow change of the machine moves and quartiles may not show.
+    That is half of the 95 % interval that the medians of some blocks of consecutive rounds give (the method of batch
+    means, with Student's t). Of blocks, since what disturbs a machine lasts seconds: neighbouring rounds are slow
+    alike, and their own spread would make a median of many look surer than it is.
     """
     ratios = [t / f for t, f in zip(times, floor)]
-    middle = statistics.median(ratios)
-    if len(ratios) < 2:
+    middle, blocks = statistics.median(ratios), min(len(ratios), BLOCKS)
+    if blocks < 2:
         return middle, math.inf
-    if len(ratios) < 8:
-        spread = max(ratios) - min(ratios)
-    else:
-        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        spread = high - low
-    half = len(ratios) // 2
-    drift = abs(statistics.median(ratios[:half]) - statistics.median(ratios[-half:]))
-    return middle, max(spread, drift) / middle
+    edges = [len(ratios) * i // blocks for i in range(blocks + 1)]
+    medians = [statistics.median(ratios[start:end]) for start, end in pairwise(edges)]
+    return middle, STUDENT[blocks - 2] * statistics.stdev(medians) / math.sqrt(blocks) / middle
 
 
-def noise(spread: float, others: float, device: str) -> dict[str, float | bool]:
+def noise(uncertainty: float, others: float, device: str) -> dict[str, float | bool]:
     """What a row says of its noise; `others`: the share of the processors' time that was not ours."""
-    kind = "cuda" if device.startswith("cuda") else "cpu"
-    return {"spread": spread, "others": others, "noisy": spread > NOISE[kind] or (kind == "cpu" and others > BUSY)}
+    kind = kind_of(device)
+    noisy = uncertainty > NOISE[kind] or (kind == "cpu" and others > BUSY)
+    return {"uncertainty": uncertainty, "others": others, "noisy": noisy}
 
 
 class Others:

@@ -49,7 +49,7 @@ def test_ours_is_right_and_carries_its_evidence(rows):
     assert row.status == "ok" and len(row.seconds) == 3
     assert row.extra["error"] < 1e-4 and set(row.extra["errors"]) >= {"loss", "logprobs", "entropy", "dx", "dW"}
     assert row.extra["returned_bytes"] == 4 * (128 * 32 + 512 * 32)
-    assert {"tflops", "ratio_to_products", "peak_bytes", "peak_from", "spread", "noisy"} <= set(row.extra)
+    assert {"tflops", "ratio_to_products", "peak_bytes", "peak_from", "uncertainty", "noisy"} <= set(row.extra)
 
 
 def test_a_wrong_provider_is_wrong_and_not_fast(rows):

@@ -21,7 +21,7 @@ CASE = Case("scoring", "scoring", Shape(64, 16, 128))
 def test_no_number_is_infinite_or_nan(tmp_path):
     record = Record(tmp_path / "run.json")
     noisy = Row(
-        CASE, "a", "ok", seconds=[0.5], extra={"case": str(CASE), "spread": math.inf, "errors": {"dx": math.nan}}
+        CASE, "a", "ok", seconds=[0.5], extra={"case": str(CASE), "uncertainty": math.inf, "errors": {"dx": math.nan}}
     )
     record.add([noisy, Row(CASE, "b", "wrong", "unknown", extra={"error": math.inf})])
 
@@ -29,7 +29,7 @@ def test_no_number_is_infinite_or_nan(tmp_path):
         raise AssertionError(word)
 
     data = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"), parse_constant=refuse)
-    assert data["benchmarks"][0]["extra_info"]["spread"] is None and data["untimed"][0]["error"] is None
+    assert data["benchmarks"][0]["extra_info"]["uncertainty"] is None and data["untimed"][0]["error"] is None
     assert data["benchmarks"][0]["stats"]["median"] == 0.5 and data["benchmarks"][0]["stats"]["data"] == [0.5]
     assert finite({"a": [1.0, -math.inf], "b": (math.nan, "x", None, 3)}) == {
         "a": [1.0, None],
