@@ -28,7 +28,7 @@ COPIES = 2  # on CPU
 BUSY = 0.1  # of the processors' time taken by others: every round may be slow alike
 LOST = 17  # exit status of a process that ends because of ContextLost
 # Of a case: the fewest rounds, the seconds they go on for at least, and those after which three are enough.
-ROUNDS, LEAST, MOST = {"cuda": 12, "cpu": 9}, {"cuda": 0.0, "cpu": 3.0}, {"cuda": 12.0, "cpu": 6.0}
+ROUNDS, LEAST, MOST = {"cuda": 12, "cpu": 9}, {"cuda": 0.0, "cpu": 3.0}, {"cuda": 12.0, "cpu": 5.0}
 # What two runs may differ by in a ratio to the floor is 5 % on CUDA and 15 % on CPU. Each may be off by half of it.
 NOISE = {"cuda": 0.025, "cpu": 0.075}
 BLOCKS = 6

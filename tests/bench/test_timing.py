@@ -92,7 +92,7 @@ def test_calls_take_turns_and_copies_take_theirs(device, expected):
 
 
 def test_short_rounds_go_on_and_long_ones_end_early(monkeypatch):
-    """On CPUs nine rounds at least, for three seconds at least; three once six seconds have passed."""
+    """On CPUs nine rounds at least, for three seconds at least; three once five seconds have passed."""
     for each, rounds in ((0.1, 30), (0.5, 9), (2.5, 3)):
         now = [0.0]
         monkeypatch.setattr(timing.time, "perf_counter", lambda now=now: now[0])
