@@ -52,7 +52,7 @@ def linear_loss(a: Arguments) -> LossOutput:
         values = torch.ops.srft_kernels.metrics(statistics, found.get("argmax"), found.get("filtered"), *call)
         return dict(zip(names, values.unbind()))
 
-    return LossOutput(found["loss"], found["logprobs"], found["entropy"], _token_extras(a, found), metrics)
+    return LossOutput(found["loss"], *[found[name] for name in STATISTICS[:3]], _token_extras(a, found), metrics)
 
 
 def linear_logprobs(a: Arguments) -> TokenStats:
@@ -133,7 +133,7 @@ def _traced_loss(a: Arguments) -> LossOutput:
         count = right.numel() if live is None else live.sum()
         return {"accuracy": (right if live is None else right & live).sum().to(dtype) / count}
 
-    return LossOutput(loss, found["logprobs"].detach(), found["entropy"].detach(), extras, metrics)
+    return LossOutput(loss, *[found[name].detach() for name in STATISTICS[:3]], extras, metrics)
 
 
 def _call(a: Arguments, made: str, objective: Any, annotations: dict[str, Tensor]) -> tuple[Any, ...]:

@@ -21,6 +21,7 @@ class LossOutput:
     loss       scalar, Σ_t token_weight_t · loss_t; differentiable
     logprobs   ℓ, shaped like target, detached; 0 where ignored
     entropy    H in nats, likewise
+    logsumexp  log Σ_v e^{z_v}, likewise
     metrics    means over this call's live tokens of token weight ≠ 0 ("accuracy": over all that are live), detached 0-d
                tensors; computed when first read. With no live token there are none; they are NaN where nothing looks
                at the data to know: on accelerators, and in a graph of torch.compile
@@ -30,6 +31,7 @@ class LossOutput:
     loss: Tensor
     logprobs: Tensor
     entropy: Tensor
+    logsumexp: Tensor
     extras: TokenExtras | None = None
     _metrics: Callable[[], dict[str, Tensor]] = field(default=dict, repr=False)
 
@@ -57,6 +59,7 @@ class LossOutput:
             loss,
             spread(stats.logprobs),
             spread(stats.entropy),
+            spread(stats.logsumexp),
             extras and extras.map(spread),
             cache(lambda: metrics(objective, stats, tokens, filtered, argmax, weight)),
         )

@@ -180,7 +180,7 @@ def fused(case: Case) -> Values:
         out = sk.linear_loss(*leaves[:2], p.target, OBJECTIVES[options["objective"]], token_weight=weight,
                              extras=case.extras, **common, **p.head, **given)  # fmt: skip
         extras = out.extras
-        stats, loss = sk.TokenStats(out.logprobs, out.entropy, out.entropy), out.loss
+        stats, loss = sk.TokenStats(out.logprobs, out.entropy, out.logsumexp), out.loss
     elif case.call == "cross_entropy":
         loss = sk.linear_cross_entropy(*leaves[:2], p.target, **common, **p.head, **options)
         loss = (loss * columns["g"]).sum() if options["reduction"] == "none" else loss
@@ -194,8 +194,6 @@ def fused(case: Case) -> Values:
         )  # fmt: skip
         return _values({"divergence": out.divergence[p.live]}, out.loss, leaves)
     named = {} if stats is None else dict(zip(("logprobs", "entropy", "logsumexp"), stats.fields()))
-    if case.call == "loss":
-        del named["logsumexp"]
     if extras is not None:
         named |= told(case, extras)
     return _values({name: field[p.live] for name, field in named.items()}, loss, leaves)
@@ -311,7 +309,7 @@ def full(
             "loss": each.sum() + summed,
             **_sums(g + h * (1 + size_of(stats.logprobs)) + k + smooth, leaves, p, live),
         }
-    shown = {"logprobs": named, "loss": {n: named[n] for n in ("logprobs", "entropy")}, "cross_entropy": {}}
+    shown = {"logprobs": named, "loss": named, "cross_entropy": {}}
     more = {} if case.extras is None else to_tell(case, z, order)
     return _values({**shown[case.call], **more}, loss, leaves)
 

@@ -46,7 +46,7 @@ def test_a_provider_that_runs_out_of_memory_or_is_wrong_is_told(monkeypatch):
 
     def scaled(*arguments, **options):
         out = step.full_logits(*arguments, **options)
-        return step.LossOutput(out.loss * 1.1, out.logprobs, out.entropy)
+        return step.LossOutput(out.loss * 1.1, out.logprobs, out.entropy, out.logsumexp)
 
     losses = {"greedy": greedy, "scaled": scaled, "full logits": step.full_logits}
     greedy, scaled, full = step.measure_step("cpu", 1, losses=losses)

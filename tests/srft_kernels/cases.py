@@ -9,7 +9,7 @@ summation: what is compared is the softmax, the entropy and the gradients, not t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -251,13 +251,10 @@ def ours(problem: Problem, objective: Callable, plan: sk.Plan | None = None, **c
     out = sk.linear_loss(
         leaves[0], leaves[1], problem.target, objective, linear_bias=bias, plan=plan, **problem.head, **columns
     )
-    with torch.no_grad():
-        lse = sk.linear_logprobs(
-            *leaves[:2], problem.target, linear_bias=bias, plan=plan and replace(plan, passes=None), **problem.head
-        ).logsumexp
-    stats = sk.TokenStats(*(field[problem.live] for field in (out.logprobs, out.entropy, lse)))
-    for name, value in (("logprobs", out.logprobs), ("entropy", out.entropy), ("logsumexp", lse)):
+    told = {name: getattr(out, name) for name in ("logprobs", "entropy", "logsumexp")}
+    for name, value in told.items():
         assert (value[~problem.live] == 0).all(), f"{name} of ignored tokens must be 0"
+    stats = sk.TokenStats(*(value[problem.live] for value in told.values()))
     return Result.of(stats, out.loss, leaves)
 
 

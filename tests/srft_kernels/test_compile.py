@@ -51,7 +51,7 @@ def test_loss(name, plan):
     def call(x, w, b, target, columns):
         out = sk.linear_loss(x, w, target, OBJECTIVES[name], linear_bias=b, plan=PLANS[plan], **columns)
         out_metrics.append(tuple(out.metrics))
-        return (factor * out.loss, out.logprobs, out.entropy, *out.metrics.values())
+        return (factor * out.loss, out.logprobs, out.entropy, out.logsumexp, *out.metrics.values())
 
     expected = call(x, w, b, target, columns)
     found = compiled(call)(x, w, b, target, columns)
@@ -97,7 +97,7 @@ def test_options(name, monkeypatch):
 
     def call(x, w, b):
         out = sk.linear_loss(x, w, target, sk.grpo(), linear_bias=b, **OPTIONS[name], **columns)
-        return (out.loss, out.logprobs, out.entropy, *out.metrics.values())
+        return (out.loss, out.logprobs, out.entropy, out.logsumexp, *out.metrics.values())
 
     found, expected = compiled(call)(x, w, b), call(x, w, b)
     grads = gradients(found[0], x, w, b), gradients(expected[0], x, w, b)

@@ -50,7 +50,7 @@ def test_groups(name, alone):
 
     def loss(x, w):
         out = sk.linear_loss(2 * x, w, target, sk.grpo(), advantages=advantages, **{name: alone})
-        return 3 * out.loss, out.logprobs, out.entropy
+        return 3 * out.loss, out.logprobs, out.entropy, out.logsumexp
 
     def cross_entropy(x, w):
         return (3 * sk.linear_cross_entropy(2 * x, w, target, **{name: alone}),)
@@ -104,9 +104,9 @@ def test_objectives_of_ones_own(objective):
 
     def call(x, w):
         out = sk.linear_loss(2 * x, w, target, objective, advantages=advantages)
-        return 3 * out.loss, out.logprobs, out.entropy, *out.metrics.values()
+        return 3 * out.loss, out.logprobs, out.entropy, out.logsumexp, *out.metrics.values()
 
-    assert len(call(x, w)) == (5 if isinstance(objective, WithMetrics) else 3)
+    assert len(call(x, w)) == (6 if isinstance(objective, WithMetrics) else 4)
     check(call, x, w)
 
 

@@ -176,7 +176,7 @@ def test_result_types(dtype, passes):
     out = sk.linear_loss(x, w, p.target, sk.sft(), linear_bias=b, plan=sk.Plan(passes=passes))
     out.loss.backward()
     wide = F64 if dtype == F64 else torch.float32
-    assert {out.loss.dtype, out.logprobs.dtype, out.entropy.dtype} == {wide}
+    assert {out.loss.dtype, out.logprobs.dtype, out.entropy.dtype, out.logsumexp.dtype} == {wide}
     assert {x.grad.dtype, w.grad.dtype, b.grad.dtype} == {dtype}
 
 
@@ -189,7 +189,7 @@ def test_leading_dimensions(shape):
     y, a = torch.randint(7, shape), torch.randn(shape)
     out = sk.linear_loss(x, w, y, sk.reinforce(), advantages=a)
     flat = sk.linear_loss(x.reshape(-1, 4), w, y.reshape(-1), sk.reinforce(), advantages=a.reshape(-1))
-    assert out.logprobs.shape == out.entropy.shape == shape and out.loss.shape == ()
+    assert out.logprobs.shape == out.entropy.shape == out.logsumexp.shape == shape and out.loss.shape == ()
     assert out.loss == flat.loss and (out.logprobs.flatten() == flat.logprobs).all()
     assert torch.autograd.grad(out.loss, x)[0].shape == x.shape
     assert sk.linear_logprobs(x, w, y).entropy.shape == shape
@@ -357,7 +357,8 @@ def test_gradients_accumulate():
 def test_no_grad_and_outputs_are_detached():
     x, w, y, _ = small()
     out = sk.linear_loss(x, w, y, sk.sft())
-    assert out.loss.requires_grad and not out.logprobs.requires_grad and not out.entropy.requires_grad
+    assert out.loss.requires_grad
+    assert not any(field.requires_grad for field in (out.logprobs, out.entropy, out.logsumexp))
     with torch.no_grad():
         quiet = sk.linear_loss(x, w, y, sk.sft())
     torch.testing.assert_close(quiet.loss, out.loss.detach())
