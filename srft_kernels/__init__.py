@@ -9,7 +9,7 @@ from .extras import Extras, TokenExtras
 from .filter import Filter
 from .functional import LossOutput, linear_cross_entropy, linear_logprobs, linear_loss
 from .modules import LinearCrossEntropyLoss, SRFTLoss
-from .objectives import SRFT, CrossEntropy, PolicyGradient
+from .objectives import CrossEntropy, PolicyGradient
 from .plan import Plan
 from .presets import (
     chord,
@@ -28,6 +28,7 @@ from .presets import (
     srft_official,
     srft_paper,
 )
+from .srft import SRFT
 from .tokens import Tokens, TokenStats
 
 __version__ = "0.1.0"

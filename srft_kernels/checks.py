@@ -17,9 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import presets
 from .extras import Extras
-from .objectives import SRFT, CrossEntropy, PolicyGradient
+from .objectives import CrossEntropy, PolicyGradient
 from .plan import Plan
 from .rows import TRITON_DEVICES
+from .srft import SRFT
 from .tokens import Tokens
 
 # What built-in objectives read, each as a keyword argument.

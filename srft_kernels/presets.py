@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .objectives import SRFT, CrossEntropy, PolicyGradient
+from .objectives import CrossEntropy, PolicyGradient
+from .srft import SRFT
 
 # Rollouts of objectives with demonstrations: a policy gradient by advantages, with plain or clipped ratios.
 ROLLOUTS = {"rollout_coef": 1.0, "rollout_weight": "constant", "rollout_signal": "advantage"}

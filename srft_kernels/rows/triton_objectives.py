@@ -1,7 +1,7 @@
 """The built-in objectives as device code: one token's loss and its derivatives, inside the kernel that has its row.
 
-The formulas are those of objectives.py, with the derivatives by hand; the tests compare the two on every option.
-An objective that is not here, a user's callable for one, runs between two kernels instead (see triton_rows).
+The formulas are those of objectives.py and srft.py, with the derivatives by hand; the tests compare them on every
+option. An objective that is not here, a user's callable for one, runs between two kernels instead (see triton_rows).
 
 An option is read as `O.name`, at compile time: text, integers, booleans, and of a number only whether it is there
 (None) and not zero. The number itself arrives at run time as `numbers.name`, so that scheduling one does not compile a
@@ -57,7 +57,8 @@ class Structure(NamedTuple):
 
 def fused(objective: Any, given: Collection[str] = ()) -> tuple[Structure, tuple[float, ...]] | None:
     """(structure, numbers) of an objective that has device code and, with these annotations, needs one token alone."""
-    from ..objectives import SRFT, CrossEntropy, PolicyGradient
+    from ..objectives import CrossEntropy, PolicyGradient
+    from ..srft import SRFT
 
     if type(objective) not in (CrossEntropy, PolicyGradient, SRFT) or not objective.token_local(given):
         return None

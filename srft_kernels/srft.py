@@ -1,0 +1,193 @@
+"""Demonstrations and rollouts in one loss: SRFT, of which LUFFY, CHORD and HPT are other options (presets.py).
+
+A formula like those of objectives.py, whose symbols and policy gradient it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .correction import LOG_RATIO_LIMIT, log_ratio, one_of, over_sequences
+from .objectives import SCOPES, Objective, PolicyGradient, _mean, _slope, _times
+from .shaping import check_shape, shape
+from .tokens import Tokens, TokenStats
+
+
+@dataclass(frozen=True, repr=False)
+class SRFT(PolicyGradient):
+    """Single-stage supervised and reinforcement fine-tuning (arXiv 2506.19767): demonstrations, rollouts, one loss.
+
+    Annotations: `is_demo` (bool) and `advantages`; `rewards` if positive="reward"; `old_logprobs` if the rollouts are
+    not fresh; `sequence_ids` if level="sequence"; `weight_entropy` replaces H inside the weights (any level, one pass);
+    `demo_logprobs` where the log-probs of the policy π_β that wrote the demonstrations are known (else π_β := 1).
+
+        demonstration   demo_sft_coef · w · (−ℓ)  −  demo_rl_coef · A · shape(u),  u = p / π_β
+        rollout         v · (surrogate of the policy gradient, with the signal in place of A)
+
+    demo_weight      w: "entropy" sg(e^{entropy_sign·H}) (Eq 8: sign −1), "constant" 1, "p" sg(p) (DFT),
+                     "p(1-p)" sg(p(1−p)) (CHORD-φ)
+    demo_shaping     None: shape(u) = u (Eq 9–10); a number c > 0: demo_shape
+    demo_shape       "p/(p+c)" u/(u + c) (LUFFY, arXiv 2504.14945), "p^c" u^c, "c*log p" c·log u,
+                     "p+c*log p" u + c·log u
+    demo_min/max     bounds of shape(u), beyond which it is constant; None: none
+    rollout_weight   v: on positives "entropy" rollout_coef · sg(e^H) (Eq 12), "constant" rollout_coef; on the others
+                     negative_coef
+    rollout_signal   "sign" ±1 (Eq 11), "advantage" A
+    positive         what makes a rollout positive: "reward" > 0 or "advantage" > 0
+    level            over what H in the weights is averaged: "token" (none), "sequence", or "batch" (each kind apart)
+
+    The rest are PolicyGradient's, for the rollouts. The paper leaves level, signal and averaging open and public codes
+    disagree: `srft_paper`, `srft_official` and `srft_hpt` name three readings.
+    """
+
+    surrogate: str = "reinforce"
+    level: str = "token"
+    entropy_sign: int = -1
+    demo_sft_coef: float = 0.5
+    demo_weight: str = "entropy"
+    demo_rl_coef: float = 1.0
+    demo_shape: str = "p/(p+c)"
+    demo_shaping: float | None = None
+    demo_min: float | None = None
+    demo_max: float | None = None
+    rollout_coef: float = 0.1
+    negative_coef: float = 1.0
+    rollout_weight: str = "entropy"
+    rollout_signal: str = "sign"
+    positive: str = "advantage"
+
+    def __post_init__(self):
+        super().__post_init__()
+        one_of(
+            self,
+            level=SCOPES,
+            demo_weight=("entropy", "constant", "p", "p(1-p)"),
+            rollout_weight=("entropy", "constant"),
+            rollout_signal=("sign", "advantage"),
+            positive=("advantage", "reward"),
+        )
+        if self.entropy_sign not in (-1, 1):
+            raise ValueError(f"SRFT(entropy_sign={self.entropy_sign}): expected -1 (the paper's Eq 8) or +1")
+        check_shape(self, "demo")
+        if None not in (self.demo_min, self.demo_max) and not self.demo_min <= self.demo_max:
+            raise ValueError(f"SRFT(demo_min={self.demo_min}, demo_max={self.demo_max}): expected demo_min ≤ demo_max")
+
+    @property
+    def reads_entropy(self) -> bool:
+        return "entropy" in (self.demo_weight, self.rollout_weight)
+
+    def __call__(self, stats: TokenStats, tokens: Tokens) -> Tensor:
+        return super().__call__(stats, self._meaningful(tokens))
+
+    def _meaningful(self, tokens: Tokens) -> Tokens:
+        """Annotations as 0 on the kind that has none: anything may be there, and 0 · NaN would reach a gradient."""
+        demo = self._demonstrated(tokens)
+        nothing = {"old_logprobs": demo, "ref_logprobs": demo, "sampler_logprobs": demo, "demo_logprobs": ~demo}
+        if not self.demo_rl_coef:
+            nothing["advantages"] = demo
+        return tokens.replace(
+            **{name: torch.where(where, 0, tokens.get(name)) for name, where in nothing.items() if name in tokens}
+        )
+
+    def _demonstrated(self, tokens: Tokens) -> Tensor:
+        return tokens.is_demo.bool()
+
+    def _scopes(self, given: Collection[str]) -> set[str]:
+        return super()._scopes(given) | (
+            {self.level} if self.reads_entropy and "weight_entropy" not in given else set()
+        )
+
+    def requires(self, given: Collection[str]) -> tuple[str, ...]:
+        rewards = ("rewards",) if self.positive == "reward" else ()
+        return ("is_demo", *super().requires(given), *rewards)
+
+    def inactive(self, tokens: Tokens) -> Tensor | None:
+        if self.entropy_coef or self.kl_coef:
+            return None
+        positive = self._positive(tokens)
+        demo = (tokens.advantages * self.demo_rl_coef == 0) & (self.demo_sft_coef == 0)
+        coefficient = torch.where(positive, self.rollout_coef, self.negative_coef)
+        return torch.where(self._demonstrated(tokens), demo, self._signal(tokens, positive) * coefficient == 0)
+
+    def _positive(self, tokens: Tokens) -> Tensor:
+        return (tokens.rewards if self.positive == "reward" else tokens.advantages) > 0
+
+    def _signal(self, tokens: Tokens, positive: Tensor) -> Tensor:
+        if self.rollout_signal == "advantage":
+            return tokens.advantages
+        sign = torch.where(positive, 1.0, -1.0)
+        # an advantage of 0 says nothing either way; a reward always does
+        return sign if self.positive == "reward" else torch.where(tokens.advantages == 0, 0.0, sign)
+
+    def _weight_entropy(self, stats: TokenStats, tokens: Tokens) -> Tensor:
+        given, entropy = tokens.get("weight_entropy"), stats.entropy.detach()
+        if given is not None:
+            return given
+        if self.level == "sequence":
+            return over_sequences(entropy, tokens.sequence_ids, tokens.averaged())
+        if self.level == "batch":
+            return over_sequences(entropy, tokens.is_demo.long(), tokens.averaged())
+        return entropy
+
+    def _weights(self, stats: TokenStats, tokens: Tokens, positive: Tensor) -> tuple[Tensor, Tensor]:
+        """Stop-gradient weights (w of the demonstration's SFT term, v of the rollout term), coefficients included."""
+        entropy = self._weight_entropy(stats, tokens) if self.reads_entropy else stats.entropy.detach()
+        p = stats.logprobs.detach().exp()
+        demo = {
+            "entropy": lambda: torch.exp(self.entropy_sign * entropy),
+            "constant": lambda: torch.ones_like(p),
+            "p": lambda: p,
+            "p(1-p)": lambda: p * (1 - p),
+        }
+        rollout = torch.exp(entropy) if self.rollout_weight == "entropy" else torch.ones_like(entropy)
+        weight = self.demo_sft_coef * demo[self.demo_weight]()
+        return weight, torch.where(positive, self.rollout_coef * rollout, self.negative_coef)
+
+    def _shaped(self, stats: TokenStats, tokens: Tokens) -> Tensor:
+        """shape(u)."""
+        log_u, written = stats.logprobs, tokens.get("demo_logprobs")
+        if written is not None:
+            log_u = log_ratio(log_u.detach(), written).clamp(max=LOG_RATIO_LIMIT) + _slope(log_u)
+        shaped = shape(log_u, self.demo_shape, self.demo_shaping)
+        if (self.demo_min, self.demo_max) == (None, None):
+            return shaped
+        return shaped.clamp(self.demo_min, self.demo_max)
+
+    def _parts(self, stats: TokenStats, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+        """(SFT term, RL term of a demonstration, rollout term) of every token, as if it were of that kind."""
+        positive = self._positive(tokens)
+        demo_weight, rollout_weight = self._weights(stats, tokens, positive)
+        sft = rl = torch.zeros_like(stats.logprobs)
+        if self.demo_sft_coef:
+            sft = _times(-demo_weight, stats.logprobs)
+        if self.demo_rl_coef:
+            rl = _times(-self.demo_rl_coef * tokens.advantages, self._shaped(stats, tokens))
+        rollout = self._surrogate(stats, tokens, self._signal(tokens, positive))
+        silent = 0 in (self.rollout_coef, self.negative_coef)
+        return sft, rl, _times(rollout_weight, rollout) if silent else rollout_weight * rollout
+
+    def _policy(self, stats: TokenStats, tokens: Tokens) -> Tensor:
+        demo_sft, demo_rl, rollout = self._parts(stats, tokens)
+        return torch.where(self._demonstrated(tokens), demo_sft + demo_rl, rollout)
+
+    def metrics(self, stats: TokenStats, tokens: Tokens) -> dict[str, Tensor]:
+        """Means over the demonstration tokens and over the rollout tokens of this call."""
+        tokens = self._meaningful(tokens)
+        demo = self._demonstrated(tokens)
+        demo_sft, demo_rl, rollout = self._parts(stats, tokens)
+        demo_weight, rollout_weight = self._weights(stats, tokens, positive := self._positive(tokens))
+        return {
+            "demo_sft_loss": _mean(tokens, demo_sft, demo),
+            "demo_rl_loss": _mean(tokens, demo_rl, demo),
+            "rollout_loss": _mean(tokens, rollout, ~demo),
+            "demo_entropy": _mean(tokens, stats.entropy, demo),
+            "rollout_entropy": _mean(tokens, stats.entropy, ~demo),
+            "demo_weight": _mean(tokens, demo_weight, demo),
+            "rollout_weight": _mean(tokens, rollout_weight, ~demo & positive),
+            **self._drift(stats, tokens, self._signal(tokens, positive)),
+            **Objective.metrics(self, stats, tokens),
+        }
