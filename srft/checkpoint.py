@@ -79,15 +79,31 @@ def _state_io(function: str, state: dict[str, Tensor], directory: Path, ranks: R
 
 
 def resumable(directory: str) -> Path:
-    """The checkpoint that `directory` is, or the newest in it that a run can go on from."""
+    """The checkpoint that `directory` is, or the newest in it that a run can go on from.
+
+    Raises UserError, which says what there is instead, where no state is.
+    """
     path = Path(directory)
     if (path / STATE).is_dir():
         return path
-    checkpoints = [each.parent for each in path.glob(f"checkpoint-*/{STATE}") if each.parent.name[11:].isdecimal()]
-    if not checkpoints:
-        found = "there is no such directory" if not path.is_dir() else f"found no checkpoint-N with a {STATE} in it"
-        raise UserError(f"--resume {directory}: expected the directory of a run with run.checkpoint_every; {found}")
-    return max(checkpoints, key=step_of)
+    if newest := newest_with_state(path):
+        return newest
+    where = f"--resume {directory}: expected the directory of a run with run.checkpoint_every"
+    if not path.is_dir():
+        raise UserError(f"{where}; there is no such directory")
+    if newest := newest_with_state(path.parent):
+        raise UserError(f"{where}; only its newest checkpoint keeps a {STATE} to go on from: --resume {newest}")
+    models = [each.parent for each in (*path.glob("config.json"), *path.glob("[!.]*/config.json"))]
+    advice = ""
+    if models:
+        model = max(models, key=lambda each: each.stat().st_mtime)
+        advice = f"; {model} holds the model only: a new run starts from it with --model.path {model}"
+    raise UserError(f"{where}; found no checkpoint-N with a {STATE} in it{advice}")
+
+
+def newest_with_state(run: Path) -> Path | None:
+    checkpoints = [each.parent for each in run.glob(f"checkpoint-*/{STATE}") if each.parent.name[11:].isdecimal()]
+    return max(checkpoints, key=step_of, default=None)
 
 
 def step_of(checkpoint: Path) -> int:

@@ -45,8 +45,9 @@ Settings come from the defaults below, then CONFIG.toml, then the command line:
 Lists take several values (--data.tasks chain_sum gsm_symbolic), tables take dotted keys
 (--data.task_args.chain_sum.max_terms 4, --loss.options.entropy_sign 1).
 
---resume goes on from the newest checkpoint of a run that had run.checkpoint_every, or from the checkpoint-N named, with
-the settings of RUN_DIR/config.toml; what was written after that checkpoint moves to RUN_DIR/previous-N.
+--resume goes on from the newest checkpoint of a run that had run.checkpoint_every, the only one that keeps what that
+needs, with the settings of RUN_DIR/config.toml; what was written after it moves to RUN_DIR/previous-N. Any other
+checkpoint, and the interrupted-N of a run that was stopped, is a model to start a new run from: --model.path DIR.
 
 A data file has one row per prompt, .jsonl or .parquet: prompt (text) or messages (a chat), demonstration (a worked
 solution) and/or answer (what rewards compare with); other columns go to the reward function. For example

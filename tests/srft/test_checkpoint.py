@@ -74,11 +74,22 @@ def test_the_newest_checkpoint_with_a_state_is_found(tmp_path):
     assert checkpoint.resumable(str(tmp_path)) == tmp_path / "checkpoint-10"
     assert checkpoint.resumable(str(tmp_path / "checkpoint-9")) == tmp_path / "checkpoint-9"
     assert checkpoint.step_of(tmp_path / "checkpoint-9") == 9
-    for wrong in (tmp_path / "checkpoint-11", tmp_path / "nowhere"):
-        with pytest.raises(UserError, match=r"--resume .*run.checkpoint_every; (found no|there is no such)"):
-            checkpoint.resumable(str(wrong))
+    with pytest.raises(UserError, match=r"--resume .*run.checkpoint_every; there is no such directory"):
+        checkpoint.resumable(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"only its newest checkpoint keeps a state .*: --resume .*/checkpoint-10$"):
+        checkpoint.resumable(str(tmp_path / "checkpoint-11"))
     with pytest.raises(UserError, match="called checkpoint-N"):
         checkpoint.step_of(tmp_path / "renamed")
+
+
+def test_a_run_without_a_state_is_told_how_to_go_on_from_its_model(tiny, tmp_path):
+    with pytest.raises(UserError, match=r"found no checkpoint-N with a state in it$"):
+        checkpoint.resumable(str(tmp_path))
+    model = checkpoint.save(tiny, tmp_path / "interrupted-23")
+    for given in (tmp_path, model):
+        with pytest.raises(UserError, match=r"holds the model only: .* --model\.path (\S*/interrupted-23)$") as error:
+            checkpoint.resumable(str(given))
+        assert load_model(ModelConfig(str(error.value).split()[-1], device="cpu"))
 
 
 def test_an_existing_checkpoint_is_not_overwritten(tiny, tmp_path):
