@@ -23,6 +23,9 @@ from .rows import TRITON_DEVICES
 from .srft import SRFT
 from .tokens import Tokens
 
+# Keyword arguments of linear_loss, which takes any others for annotations.
+OPTIONS = ("linear_bias", "temperature", "softcap", "logit_scale", "ignore_index", "vocab_size", "live_tokens",
+           "token_weight", "weight_grad", "plan", "extras", "group", "token_group")  # fmt: skip
 # What built-in objectives read, each as a keyword argument.
 ANNOTATIONS = (
     "advantages",
@@ -106,9 +109,26 @@ def vocabulary(linear_weight: Tensor, vocab_size: int | None) -> int:
     return vocab_size
 
 
-def positive(name: str, value: float | None) -> None:
-    if value is not None and not (isinstance(value, Real) and 0 < value < inf):
+def positive(name: str, value: float) -> None:
+    """A number that a kernel can take in fp32, and multiply and divide by."""
+    if isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a positive number of Python, found a tensor: pass float({name})")
+    if not (isinstance(value, Real) and 0 < value < inf):
         raise ValueError(f"{name} must be a positive number, found {value!r}")
+    if not 1e-30 <= value <= 1e30:
+        raise ValueError(f"{name} must lie between 1e-30 and 1e30, found {value!r}")
+
+
+def head_numbers(given: Any, prefix: str = "") -> None:
+    """A head's logit scale and soft cap, attributes of `given`."""
+    positive(f"{prefix}logit_scale", getattr(given, f"{prefix}logit_scale"))
+    if (softcap := getattr(given, f"{prefix}softcap")) is not None:
+        positive(f"{prefix}softcap", softcap)
+
+
+def ignore_index(value: Any) -> None:
+    if not (value is None or isinstance(value, int)):
+        raise TypeError(f"ignore_index must be an integer or None, found {value!r}")
 
 
 def temperature(value: Any, target: Tensor, live: Tensor | None) -> None:
@@ -290,7 +310,7 @@ def annotations_needed(objective: Any, given: Collection[str]) -> None:
     for name in given:  # most are optional, so a slip would silently change the loss
         if name in ANNOTATIONS:
             continue
-        if near := difflib.get_close_matches(name, ANNOTATIONS, n=1, cutoff=0.85):
+        if near := difflib.get_close_matches(name, (*ANNOTATIONS, *OPTIONS), n=1, cutoff=0.85):
             raise TypeError(f"unknown annotation {name}: did you mean {near[0]}?")
         if type(objective) in BUILT_IN:
             raise TypeError(

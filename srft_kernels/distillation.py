@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from types import ModuleType
 from typing import Any
 
@@ -80,7 +81,7 @@ def linear_distillation(
             keep the size of its gradient: that is a factor for `token_weight`, or for the loss.
         teacher_temperature: another one for the teacher.
         softcap, teacher_softcap: cap > 0 of cap · tanh(z / cap) in each head, before the temperature; or None.
-        logit_scale, teacher_logit_scale: s > 0, times each head's logits before the cap.
+        logit_scale, teacher_logit_scale: s > 0, times each head's logits before the cap; neither stands for the other.
         vocab_size: the vocabulary that both heads share, where one has padding rows: those past it do not exist.
         mask: (...) boolean, False where a token takes no part (target != -100, say); None: all do.
         token_weight: (...), default 1 / (number of tokens that take part). See `token_mean`, `sequence_mean`, which
@@ -177,15 +178,15 @@ class DistillationArguments:
         if self.divergence not in DIVERGENCES:
             expected = ", ".join(map(repr, DIVERGENCES))
             raise ValueError(f"divergence must be one of {expected}, found {self.divergence!r}")
-        if not 0 < self.beta < 1:
+        if not (isinstance(self.beta, Real) and 0 < self.beta < 1):
             raise ValueError(
                 f"beta must lie between 0 and 1, found {self.beta!r}: where other libraries take 0 or 1, use "
                 "divergence='forward_kl' or 'reverse_kl'"
             )
         vocab = _vocabulary(self.linear_weight, self.teacher_weight, self.vocab_size)
-        for name in ("temperature", "softcap", "logit_scale"):
-            checks.positive(name, getattr(self, name))
-            checks.positive(f"teacher_{name}", getattr(self, f"teacher_{name}"))
+        for prefix in ("", "teacher_"):
+            checks.head_numbers(self, prefix)
+            checks.positive(f"{prefix}temperature", getattr(self, f"{prefix}temperature"))
         for name in ("mask", "token_weight"):
             _check_per_token(name, getattr(self, name), self.input)
         if self.mask is not None and self.mask.dtype != torch.bool:

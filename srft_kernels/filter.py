@@ -26,6 +26,7 @@ from .gemm import HeadProducts
 from .rows import runs_triton
 
 SAMPLE = 16  # tokens of a chunk, at even distances
+SMALLEST = 1e-25  # sum of squares of a chunk: of a smaller one fp32 may have lost what the tail adds
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,10 @@ class Filtered:
         self._add_if(self.dense, total, residual.t(), x)
 
     def _decide(self, place: int, dropped: Tensor, whole: Tensor) -> Tensor:
-        """Whether a product has to be dense, () boolean; keeps account. What is not a number is done densely."""
-        dense = ~(dropped <= self.bound * whole)
+        """Whether a product has to be dense, () boolean; keeps account. So is what squares cannot tell: sums that are
+        not finite, or so small that addends may be lost below the type's normal numbers."""
+        known = whole.isfinite() & (whole > SMALLEST)
+        dense = ~(known & (dropped <= self.bound * whole))
         self.squares[place], self.squares[place + 1] = torch.where(dense, 0, dropped), whole
         return dense
 

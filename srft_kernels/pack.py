@@ -110,8 +110,7 @@ def _masked(
             weight = torch.full((total,), 1 / max(total, 1), dtype=dtype, device=tokens.target.device)
         return Rows(None, total, tokens, weight), None
     count = live.sum()
-    weight = live / count.clamp(min=1) if weight is None else torch.where(live, weight, 0)
-    weight = weight.to(dtype)
+    weight = live.to(dtype) / count.clamp(min=1) if weight is None else torch.where(live, weight, 0).to(dtype)
     index = overfull = None
     if live_tokens is not None and live_tokens < total:
         index = live.logical_not().to(torch.uint8).argsort(stable=True)[:live_tokens]

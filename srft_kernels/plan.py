@@ -20,6 +20,7 @@ MIB = 2**20
 # weight-gradient product reads and writes its V·H accumulator once per chunk, so chunks there are larger.
 CPU_WORKSPACE, WORKSPACE = 40_000_000, 1024 * MIB
 MIN_CHUNK_ROWS = 64
+FILLED_ROWS = 2048  # at most, where every chunk is filled up to its size
 BLOCK_BYTES = 4 * MIB  # of logits per block of the torch row backend: about the L2 caches of two cores
 
 
@@ -90,6 +91,8 @@ class Plan:
         others. A TypeError for fp64 on MPS, which has none.
         """
         device = torch.device(device)
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype must be a floating-point torch.dtype, found {dtype!r}")
         if device.type == "mps" and dtype == torch.float64:
             raise TypeError("MPS has no fp64: take fp32, or a plan for the CPU")
         itemsize = accumulation_dtype(dtype).itemsize
@@ -105,6 +108,7 @@ class Plan:
         rows = max((budget - scratch) // row_bytes, least)
         rows = max(1, rows // _step(rows) * _step(rows))
         if batch_invariant:  # nothing may depend on the number of tokens, nor a row on its place in a block
+            rows = min(rows, FILLED_ROWS)
             block_rows = math.gcd(rows, 2 ** int(math.log2(block_rows)))
         else:
             rows = max(1, min(rows, tokens))

@@ -91,8 +91,8 @@ class Arguments:
         """(type of the products, entries of the vocabulary in linear_weight, targets, live ones): all that a rank can
         tell by itself."""
         compute = checks.call(self.input, self.linear_weight, self.target, self.linear_bias)
-        checks.positive("softcap", self.softcap)
-        checks.positive("logit_scale", self.logit_scale)
+        checks.head_numbers(self)
+        checks.ignore_index(self.ignore_index)
         checks.plan(self.plan)
         if self.group is None:
             vocab = checks.vocabulary(self.linear_weight, self.vocab_size)

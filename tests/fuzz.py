@@ -380,9 +380,11 @@ def failure(case: Case, run: Callable[[Case], Values] = fused) -> str | None:
 
 
 def _off_by_ulps(x: Tensor, generator: torch.Generator) -> Tensor:
-    """tanh x, a third of it one ulp more and a third one less."""
-    ulps = torch.randint(-1, 2, x.shape, generator=generator)
-    return x.tanh() * (1 + ulps * torch.finfo(x.dtype).eps)
+    """tanh x, a third of it one ulp more and a third one less, and never above 1."""
+    tanh, step = x.tanh(), torch.randint(-1, 2, x.shape, generator=generator)
+    with torch.no_grad():
+        moved = torch.where(step == 0, tanh, torch.nextafter(tanh, step.to(tanh.dtype)))
+    return tanh + (moved - tanh)
 
 
 def _errors(values: Values, truth: Values) -> dict[str, float]:

@@ -21,8 +21,9 @@ from ..head import Head
 from ..tokens import Tokens, TokenStats, coefficients
 from . import Normalizer
 
-# Far below where e^d becomes exactly 0, so flooring d changes nothing but 0 · (−inf) into 0.
-FLOOR = -1e30
+# Far below where e^d becomes exactly 0 (−104; −746 in fp64), so flooring d changes nothing but 0 · (−inf) into 0. Not
+# lower: a derivative times d must stay finite to be silenced.
+FLOOR = -1e4
 
 
 def statistics(

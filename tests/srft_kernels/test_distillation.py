@@ -156,12 +156,22 @@ def test_odd_vocabularies(vocab, divergence):
 def test_the_specification_is_the_formula(divergence):
     for kind in ("gaussian", "everything"):
         p = pair(kind, "banned", dtype=torch.float64)
+        p = replace(p, teacher=replace(p.teacher, head={**p.teacher.head, "logit_scale": 0.6}))
         leaves = p.student.leaves()
         arguments, options = p.arguments(leaves)
         out = sk.reference.linear_distillation(*arguments, divergence=divergence, beta=0.3, **options)
         truth = expected(p, divergence, 0.3, torch.float64, torch.float64)
         for name, value in result(out.divergence[p.mask], out.loss, leaves).values.items():
             torch.testing.assert_close(value, truth.values[name], equal_nan=True)
+
+
+@backends
+def test_each_head_s_scale_rounds_as_eager(backend):
+    """A teacher who is sure of entry 0, a student whose entry 1 is far above: KL(q ‖ p) is that logit, bit for bit."""
+    x, sure = torch.linspace(4e4, 9e4, 200)[:, None], torch.full((200, 1), 300.0)
+    out = sk.linear_distillation(x, torch.tensor([[0.0], [1.0]]), sure, torch.tensor([[1.0], [0.0]]), temperature=0.7,
+                                 logit_scale=2.3, teacher_logit_scale=0.7, plan=sk.Plan(backend))  # fmt: skip
+    assert torch.equal(out.divergence, x[:, 0] * 2.3 / 0.7)
 
 
 @divergences
@@ -374,6 +384,10 @@ def test_cost(divergence):
         ({"teacher_input": torch.zeros(3, 5).double()}, TypeError, "teacher_weight is torch.float32 but teacher_input"),
         ({"teacher_input": torch.zeros(3, 5).double(), "teacher_weight": torch.zeros(7, 5).double()}, TypeError,
          "input is torch.float32 and teacher_input torch.float64: cast one"),
+        ({"beta": None}, ValueError, "beta must lie between 0 and 1, found None"),
+        ({"logit_scale": -1.0}, ValueError, r"^logit_scale must be a positive number, found -1\.0"),
+        ({"teacher_logit_scale": 0}, ValueError, "teacher_logit_scale must be a positive number, found 0"),
+        ({"teacher_logit_scale": None}, ValueError, "teacher_logit_scale must be a positive number, found None"),
         ({"teacher_temperature": 0.0}, ValueError, "teacher_temperature must be a positive number, found 0.0"),
         ({"mask": torch.ones(3)}, TypeError, "mask must be boolean, True where .*, found torch.float32"),
         ({"mask": torch.ones(2) > 0}, ValueError, r"mask must be shaped like input .* \(3,\), found \(2,\)"),

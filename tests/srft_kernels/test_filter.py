@@ -161,3 +161,13 @@ def test_the_device_decides(shape, dtype):
         torch.testing.assert_close(
             add_product_(c, a, b, torch.tensor(True)).double(), expected, rtol=2 * torch.finfo(c.dtype).eps, atol=1e-4
         )
+
+
+@pytest.mark.parametrize("size", [1e19, 1e-23])
+def test_squares_that_leave_the_type_make_the_chunk_dense(size):
+    """∞ ≤ ∞ and 0 ≤ 0 say nothing about a bound."""
+    weight = torch.full((N,), size)
+    plan = replace(PLAN, filter=sk.Filter(1 / 100, 1e-3))
+    (_, found), (_, dense) = (gradients(p, token_weight=weight) for p in (plan, replace(plan, filter=None)))
+    for name in dense:
+        torch.testing.assert_close(found[name], dense[name], rtol=1e-4, atol=1e-4 * float(dense[name].abs().max()))

@@ -220,3 +220,12 @@ def test_no_synchronisation_on_accelerators(passes, live_tokens):
         (stats.logprobs + stats.entropy).sum().backward()
         sk.linear_cross_entropy(x, w, target, label_smoothing=0.1, weight=torch.rand(500), **head).backward()
         assert x.grad.shape == x.shape and w.grad.shape == w.shape
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_the_mean_s_weights_are_as_exact_as_fp64(compact):
+    """One of seven tokens ignored: a sixth is no fp32 number."""
+    x, w = torch.randn(7, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
+    y = torch.tensor([0, 1, -100, 3, 4, 5, 6])
+    found = sk.linear_cross_entropy(x, w, y, plan=sk.Plan(compact=compact))
+    torch.testing.assert_close(found, torch.nn.functional.cross_entropy(x @ w.t(), y), rtol=1e-14, atol=0)

@@ -97,6 +97,16 @@ def test_chunks_are_alike_and_of_whole_tiles():
     )
 
 
+def test_chunks_that_are_filled_up_stay_small_where_rows_are_short():
+    assert sk.Plan.choose(64, 8, 32, torch.float32, "cpu", batch_invariant=True).chunk_rows == 2048
+
+
+@pytest.mark.parametrize("dtype", ["bf16", torch.int64])
+def test_a_plan_is_for_a_floating_point_type(dtype):
+    with pytest.raises(TypeError, match="dtype must be a floating-point torch.dtype, found"):
+        sk.Plan.choose(64, 8, 32, dtype, "cpu")
+
+
 def test_printed():
     plan = sk.Plan(chunk_rows=64, passes=1, workspace_bytes=12_300_000)
     assert str(plan) == "torch rows, chunks of 64 tokens, one pass, 12.3 MB of workspace"

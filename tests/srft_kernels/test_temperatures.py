@@ -65,12 +65,33 @@ def test_a_candidate_that_is_the_target_has_its_log_prob(head, passes, backend):
     """Bit for bit: what is told beside the statistics is rounded as they are."""
     p = problem("bias", ignored=0)
     head = HEADS[head] | ({"temperature": temperatures(p)} if HEADS[head].get("temperature") is True else {})
-    plan = sk.Plan(backend=backend, chunk_rows=5, block_rows=3, passes=passes)
+    plan = sk.Plan(backend=backend, chunk_rows=12, block_rows=3, passes=passes)  # more than a program's 1024 numbers
+    candidates = p.target[:, None].expand(-1, 100)
     x, w, bias = p.leaves()
     out = sk.linear_loss(x, w, p.target, sk.sft(), linear_bias=bias, plan=plan, **head,
-                         extras=sk.Extras(top_k=1, candidates=p.target[:, None]))  # fmt: skip
-    assert torch.equal(out.extras.candidate_logprobs[:, 0], out.logprobs)
+                         extras=sk.Extras(top_k=3, candidates=candidates))  # fmt: skip
+    assert torch.equal(out.extras.candidate_logprobs, out.logprobs[:, None].expand(-1, 100))
     assert (out.extras.top_logprobs[:, 0] >= out.logprobs).all() and (out.extras.top_logprobs <= 0).all()
+
+
+@BOTH
+@pytest.mark.parametrize("s, t", [(2.3, 1.0), (0.3, 0.7), (7.1, True)])
+def test_each_step_rounds_as_eager(s, t, backend):
+    """One entry's logsumexp is its logit, bit for bit: a scale folded into the temperature would be 0.25 off here."""
+    x, w = torch.linspace(-9e4, 9e4, 200)[:, None], torch.ones(1, 1)
+    t = torch.linspace(0.3, 2, 200) if t is True else t
+    plan, target = sk.Plan(backend=backend, chunk_rows=64), torch.zeros(200, dtype=torch.int64)
+    found = sk.linear_logprobs(x, w, target, logit_scale=s, temperature=t, plan=plan).logsumexp
+    assert torch.equal(found, x[:, 0] * s / t)
+
+
+def test_a_large_scale_silences_banned_entries_all_the_same():
+    """∂H · log p of an entry that is not there is 0 · ∞, and its factor must not be infinite either."""
+    x, w, bias = torch.randn(3, 4), torch.randn(9, 4, requires_grad=True), torch.zeros(9)
+    bias[::3] = -torch.inf
+    out = sk.linear_loss(x, w, torch.tensor([1, 2, 4]), sk.reinforce(entropy_coef=0.1), linear_bias=bias,
+                         advantages=torch.ones(3), logit_scale=1e10)  # fmt: skip
+    assert torch.autograd.grad(out.loss, w)[0].isfinite().all()
 
 
 @BOTH
@@ -144,7 +165,13 @@ def test_on_a_device_nobody_looks(monkeypatch):
         ({"temperature": torch.tensor([torch.inf, 1, 1])}, ValueError, r"temperature\[0\] .* found inf"),
         ({"temperature": 0}, ValueError, "temperature must be a positive number, found 0"),
         ({"logit_scale": -1.0}, ValueError, r"logit_scale must be a positive number, found -1\.0"),
-        ({"logit_scale": torch.ones(3)}, ValueError, "logit_scale must be a positive number"),
+        ({"logit_scale": torch.ones(3)}, ValueError, r"must be a positive number of .* pass float\(logit_scale\)"),
+        ({"logit_scale": None}, ValueError, "logit_scale must be a positive number, found None"),
+        ({"temperature": None}, ValueError, "temperature must be a positive number, found None"),
+        ({"softcap": 1e39}, ValueError, r"softcap must lie between 1e-30 and 1e30, found 1e\+39"),
+        ({"ignore_index": "a"}, TypeError, "ignore_index must be an integer or None, found 'a'"),
+        ({"temprature": 2.0}, TypeError, "unknown annotation temprature: did you mean temperature?"),
+        ({"soft_cap": 2.0}, TypeError, "unknown annotation soft_cap: did you mean softcap?"),
     ],
 )
 def test_refused(options, kind, message):
