@@ -141,10 +141,10 @@ def import_function(name: str) -> RewardFunction:
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        known = [each for each in vars(module) if not each.startswith("_")]
-        raise UserError(
-            f"reward.name {name!r}: {module_name} has no function {function_name!r}{nearest(function_name, known)}"
-        )
+        known = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
+        there = hasattr(module, function_name)
+        found = f", it is of type {type(function).__name__}" if there else nearest(function_name, known)
+        raise UserError(f"reward.name {name!r}: {module_name} has no function {function_name!r}{found}")
     return function
 
 
