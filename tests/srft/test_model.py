@@ -1,5 +1,6 @@
 """Loading models; the head's parts and the hidden states reproduce every model's own logits."""
 
+import importlib.util
 import json
 import multiprocessing
 
@@ -166,6 +167,14 @@ def test_a_directory_with_broken_weights(tiny_dir, tmp_path):
         )
     with pytest.raises(UserError, match="no causal LM could be loaded from it: "):
         load_model(ModelConfig(path=str(tmp_path), device="cpu"))
+
+
+@pytest.mark.parametrize("name", ["sdpaa", "flash_attention_2"])
+def test_an_attention_that_is_not_there(tiny_dir, name):
+    if name != "sdpaa" and importlib.util.find_spec("flash_attn"):
+        pytest.skip("flash-attn is installed")
+    with pytest.raises(UserError, match=f"^model.attention '{name}': .*; sdpa and eager need no other package"):
+        load_model(ModelConfig(path=str(tiny_dir), device="cpu", attention=name))
 
 
 def test_a_device_that_is_not_there(tiny_dir):
