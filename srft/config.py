@@ -180,8 +180,10 @@ def load(path: str | None = None, overrides: list[str] | None = None) -> Config:
     read, an unknown section or key (naming the nearest known one), and a value of the wrong type or out of bounds.
     """
     tree = read_toml(path) if path else {}
+    where, of_file = f"{path}: ", set()
     for section, values in tree.items():
-        where = f"{path}: "
+        if section not in SECTIONS and not isinstance(values, dict):
+            check_key(section, where)
         if section not in SECTIONS:
             known = f" (sections: {', '.join(SECTIONS)})"
             raise UserError(f"{where}unknown section [{section}]{nearest(section, SECTIONS)}{known}")
@@ -189,9 +191,15 @@ def load(path: str | None = None, overrides: list[str] | None = None) -> Config:
             raise UserError(f"{where}{section}: expected a table [{section}], found {values!r}")
         for key in values:
             check_key(f"{section}.{key}", where)
+            of_file.add(f"{section}.{key}")
     for key, values in pairs(overrides or []):
         override(tree, key, values)
-    return build(tree)
+        of_file.discard(".".join(key.split(".")[:2]))
+    try:
+        return build(tree)
+    except UserError as error:
+        key = str(error).partition(":")[0]
+        raise UserError(f"{where if key in of_file else ''}{error}") from error
 
 
 def toml_loads(text: str) -> dict[str, Any]:

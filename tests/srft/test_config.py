@@ -120,17 +120,24 @@ def test_wrong_overrides_are_named(overrides, expected):
         ("[train]\nlr = = 2\n", ":2: not valid TOML"),
         ("[train]\nlearning_rate = 1\n", ": unknown key 'train.learning_rate'"),
         ("[trainer]\nlr = 1\n", ": unknown section [trainer]; did you mean 'train'? (sections: model, data, rollout"),
+        ("lr = 1\n", ": unknown key 'lr'; did you mean 'train.lr'?"),
         ("train = 3\n", ": train: expected a table [train], found 3"),
-        ("[train]\nsteps = 1.5\n", "train.steps: expected a whole number, found 1.5"),
-        ('[data]\ntasks = "chain_sum"\n', "data.tasks: expected a list of texts, found 'chain_sum'"),
+        ("[train]\nsteps = 1.5\n", ": train.steps: expected a whole number, found 1.5"),
+        ("[train]\nsteps = -1\n", ": train.steps: expected at least 0, found -1"),
+        ('[data]\ntasks = "chain_sum"\n', ": data.tasks: expected a list of texts, found 'chain_sum'"),
     ],
 )
 def test_wrong_files_are_named(tmp_path, text, expected):
     file = tmp_path / "my.toml"
     file.write_text(text)
-    found = message(path=str(file))
-    assert expected in found
-    assert str(file) in found or "expected a" in found
+    assert message(path=str(file)).startswith(f"{file}{expected}")
+
+
+def test_a_wrong_value_of_the_command_line_is_not_blamed_on_the_file(tmp_path):
+    file = tmp_path / "my.toml"
+    file.write_text("[train]\nlr = 1\nsteps = 1\n")
+    assert message("--train.lr", "fast", path=str(file)) == "train.lr: expected a number, found 'fast'"
+    assert message("--eval.samples", "0", path=str(file)) == "eval.samples: expected at least 1, found 0"
 
 
 def test_a_file_that_is_not_there():
