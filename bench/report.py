@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -70,8 +71,7 @@ class Result:
     """One JSON file: rows by case, and what it was measured on."""
 
     def __init__(self, path: Path):
-        # Infinity and NaN are not JSON, and Python writes them all the same
-        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+        data = load(path)
         self.name, self.machine = path.stem, data["machine_info"]
         self.profiles, self.tests = data.get("profiles", []), data.get("tests", {})
         self.partial = bool(data.get("partial"))
@@ -115,6 +115,22 @@ class Result:
                 if row.get(x) is not None and row.get(y) is not None:
                     lines.setdefault(row["provider"], []).append((row[x], row[y] * scale))
         return {name: sorted(points) for name, points in lines.items()}
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A run's JSON. Exit status 2, and one line, where there is none."""
+    try:
+        # Infinity and NaN are not JSON, and Python writes them all the same
+        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+        if data["machine_info"] and all("case" in row["extra_info"] for row in data["benchmarks"]):
+            return data
+        why = "no JSON of a run of the bench"
+    except OSError as error:
+        why = error.strerror
+    except (ValueError, LookupError, TypeError):
+        why = "no JSON of a run of the bench"
+    print(f"bench.report: {path}: {why}; give it what `make gpu` or `make bench` left", file=sys.stderr)
+    sys.exit(2)
 
 
 def main(files: Sequence[Path] = (), results: Path = RESULTS, docs: Path = DOCS) -> int:
@@ -270,6 +286,7 @@ def figure(result: Result, group: str, docs: Path) -> str | None:
     matplotlib.rcParams |= {"svg.hashsalt": "srft-kernels", "svg.fonttype": "none"}  # the same figure, the same file
     name = f"{result.name}-{re.sub('[^a-z0-9]+', '-', group.lower())}.svg"
     figure, ax = pyplot.subplots(figsize=(7.2, 3.6), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # inches: another font than the one that was measured is wider
     if group in CURVES:
         curve(result, ax, group, *CURVES[group])
     else:
@@ -283,32 +300,42 @@ def figure(result: Result, group: str, docs: Path) -> str | None:
 
 
 def bars(rows: list[dict[str, Any]], ax: Any) -> None:
-    """Time against the floor: a bar per provider and case."""
+    """Time against the floor: a bar and its number per provider and case. A slow one ends at twice the median."""
+    ratios = [row["ratio_to_products"] for row in rows]
+    edge = min(max(ratios), 2 * statistics.median(ratios))
     names = [f"{row['provider']}, {row['case'].partition(': ')[2]}" for row in rows]
     colours = ["tab:blue" if row["provider"] in OUR_NAMES else "0.7" for row in rows]
     ax.figure.set_figheight(1.2 + 0.24 * len(rows))
-    ax.barh(names, [row["ratio_to_products"] for row in rows], color=colours)
+    drawn = ax.barh(names, [min(ratio, edge) for ratio in ratios], color=colours)
+    ax.bar_label(drawn, [f"{ratio:.2f}" + " →" * (ratio > edge) for ratio in ratios], padding=3, fontsize=7)
+    ax.set_xlim(0, 1.2 * edge)  # room for the numbers
     ax.axvline(1, color="black", linewidth=0.8)
     ax.tick_params(axis="y", labelsize=7)
     ax.invert_yaxis()
-    ax.set_xlabel("time / bare matrix products (1 is the floor)")
+    cut = "; →: longer than drawn" if max(ratios) > edge else ""
+    ax.set_xlabel(f"time / bare matrix products (1 is the floor{cut})", fontsize=8)
 
 
 def curve(
     result: Result, ax: Any, group: str, x: str, y: str, x_label: str, y_label: str, scale: float, log: bool
 ) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     for name, points in result.points(group, x, y, scale).items():
         ax.plot(*zip(*points), marker="o", label=name)
     if x != "live":
         ax.set_xscale("log", base=2)
     if log:
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:,g}")
+        ax.yaxis.set_minor_locator(NullLocator())
     else:
         ax.set_ylim(bottom=0)
     ax.set_xlabel(x_label)
     ax.set_ylabel(y_label)
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)  # beside: it covers no point
 
 
 if __name__ == "__main__":

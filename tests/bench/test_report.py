@@ -72,6 +72,55 @@ def test_numbers_sources_and_what_is_missing(page, tmp_path):
             assert named in drawn, (name, named)
 
 
+@pytest.fixture
+def figures(page, monkeypatch):
+    """The matplotlib figures of a page, laid out, by group."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+
+    def draw(*rows: dict) -> dict:
+        kept: list = []
+        with monkeypatch.context() as patch:
+            patch.setattr(pyplot, "close", kept.append)
+            page(MACHINE, *rows)
+        for figure in kept:
+            figure.draw_without_rendering()
+            pyplot.close(figure)
+        return {figure.axes[0].get_title().partition(",")[0]: figure for figure in kept}
+
+    return draw
+
+
+def test_one_slow_bar_leaves_the_others_readable(figures):
+    times = {"srft_kernels": 1.25, "eager": 1.5, "torch.compile": 1.4, "slow": 18.96}
+    figure = figures(*(row("full loss", name, ratio_to_products=times[name]) for name in times))["full loss"]
+    ax = figure.axes[0]
+    ours, _, _, slow = (bar.get_width() for bar in ax.patches)
+    right = ax.get_xlim()[1]
+    assert ours == 1.25 > right / 3 and ours < slow < right
+    assert [text.get_text() for text in ax.texts] == ["1.25", "1.50", "1.40", "18.96 →"]
+    assert all(text.get_window_extent().x1 < ax.bbox.x1 for text in ax.texts)
+    assert "→" in ax.get_xlabel() and ax.xaxis.label.get_window_extent().x1 < figure.bbox.x1
+    even = figures(row("full loss", "a"), row("full loss", "b", ratio_to_products=2.0))["full loss"].axes[0]
+    assert [bar.get_width() for bar in even.patches] == [1.25, 2.0] and "→" not in even.get_xlabel()
+
+
+def test_a_legend_covers_no_point_and_a_title_keeps_off_the_edge(figures):
+    rows = [row("masked batches", name, live=live) for name in ("srft_kernels", "eager") for live in (0.1, 0.5, 1.0)]
+    for figure in figures(*rows, row("full loss", "srft_kernels")).values():
+        ax = figure.axes[0]
+        assert figure.bbox.y1 - ax.title.get_window_extent().y1 > 0.09 * figure.dpi  # inches
+        assert ax.get_legend() is None or not ax.get_legend().get_window_extent().overlaps(ax.bbox)
+
+
+def test_memory_is_in_plain_numbers(figures):
+    peaks = {128: 25e6, 256: 120e6, 512: 600e6, 1024: 2.1e9}
+    rows = [row("peak memory", "a", tokens=n, peak_bytes=peak, case=f"peak memory: {n}") for n, peak in peaks.items()]
+    ax = figures(*rows)["peak memory"].axes[0]
+    low, high = ax.get_ylim()
+    shown = [text.get_text() for text, at in zip(ax.get_yticklabels(), ax.get_yticks()) if low <= at <= high]
+    assert shown == ["50", "100", "200", "500", "1,000", "2,000"] and not ax.get_yticklabels(minor=True)
+
+
 def test_without_a_gpu_it_says_so(page):
     text = page(MACHINE | {"kind": "cpu", "driver": "none", "device": "a CPU"}, row("scoring", "srft_kernels"))
     assert "## GPU\n\nNot measured: full loss; scoring" in text and "driver" not in text.partition("## a CPU")[2]
@@ -135,3 +184,15 @@ def test_files_of_elsewhere_are_read_too(page, tmp_path):
     twice.write_text(other.read_text())
     with pytest.raises(SystemExit, match="one name"):
         page(MACHINE, files=(twice,))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"machine_info": {}, "benchmarks": [{}]}', "\0", None])
+def test_a_file_that_is_no_run_is_refused_in_a_line(tmp_path, capsys, text):
+    path = tmp_path / "nope.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit) as refused:
+        report.main([path], tmp_path / "results", tmp_path / "docs")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert refused.value.code == 2 and not (tmp_path / "docs").exists()
+    assert str(path) in line and ("No such file" if text is None else "no JSON of a run") in line and "make gpu" in line
