@@ -3,6 +3,7 @@
 A wrong input ends with one message and exit code 2, what nobody foresaw with one and 1; `--debug` shows the traceback.
 """
 
+import errno
 import importlib.metadata
 import sys
 from pathlib import Path
@@ -96,6 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return ranks.fail(f"srft: error: {error.filename}: {error.strerror}; give it the rights needed", 2)
         message = " ".join(str(error).split())
         where = f"rank {ranks.rank}: " if ranks.size > 1 else ""
         message = f"srft: error: {where}unexpected {type(error).__name__}: {message}; --debug shows where"

@@ -1,6 +1,8 @@
 """The command line: help, dispatch, and every wrong input as one message with exit code 2."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -125,6 +127,15 @@ def test_an_interruption_is_told(monkeypatch, capsys):
     monkeypatch.setattr(srft.cli, "dispatch", interrupted)
     assert main(["train"]) == 130
     assert capsys.readouterr().err == "srft: interrupted\n"
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_file_without_the_rights_is_a_wrong_input(monkeypatch, capsys, number):
+    def denied(*_):
+        raise OSError(number, os.strerror(number), "runs/a/report.html")
+
+    monkeypatch.setattr(srft.cli, "dispatch", denied)
+    assert failure(capsys, "report", "runs/a").startswith(f"srft: error: runs/a/report.html: {os.strerror(number)}; ")
 
 
 def test_what_nobody_foresaw_is_one_line_too(monkeypatch, capsys):
