@@ -7,13 +7,14 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from srft.config import Config, EvalConfig
 from srft.data import Example, load_examples
 from srft.errors import UserError
 from srft.metrics import finite, mean
-from srft.model import load_model
+from srft.model import EMBEDDED, load_model
 from srft.prompts import Prompter, build_prompter
 from srft.rewards import Scorer, build_reward, check_answers
 from srft.rollout import Engine, build_engine
@@ -141,6 +142,10 @@ def table(evaluation: Evaluation) -> str:
 def main_eval(config: Config, checkpoint: str | None = None) -> Evaluation:
     """`srft eval`: evaluate `checkpoint` (a model's directory or name; default `model.path`), print table and JSON."""
     model = dataclasses.replace(config.model, path=checkpoint) if checkpoint else config.model
+    if checkpoint not in (None, EMBEDDED) and Path(checkpoint).parent.is_dir() and not Path(checkpoint).exists():
+        # A slip of the pen in a path; asked for it, a hub's client would retry for half a minute.
+        advice = f"give one; a model of a hub is --model.path {checkpoint}"
+        raise UserError(f"--checkpoint {checkpoint!r}: there is no such directory; {advice}")
     examples = load_examples(config.data, "eval", config.eval.prompts)
     if not examples:
         raise UserError("eval.prompts: there is no held-out prompt to evaluate on")

@@ -89,6 +89,15 @@ def test_main_eval_prints_a_table_and_json_and_repeats_itself(tiny_dir, capsys):
     assert "generations" not in scores
 
 
-def test_a_checkpoint_that_is_none_is_told_as_such(tmp_path):
-    with pytest.raises(UserError, match=r"^--checkpoint '.*none': there is no such directory"):
-        main_eval(load(None, []), str(tmp_path / "none"))
+def test_a_checkpoint_that_is_none_is_told_as_such(tmp_path, monkeypatch):
+    def asked(*_):
+        raise OSError("the hub was asked")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", asked)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name in ("none", "runs/none", "./none", str(tmp_path / "none")):
+        with pytest.raises(UserError, match=r"^--checkpoint '.*none': there is no such directory"):
+            main_eval(load(None, []), name)
+    with pytest.raises(UserError, match="the hub was asked"):
+        main_eval(load(None, []), "org/none")
