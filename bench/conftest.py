@@ -20,7 +20,7 @@ import torch
 
 from .cases import Case
 from .environment import ROOT, environment
-from .groups import OWN, every_case
+from .groups import OWN, check_group, every_case
 from .inputs import Unavailable
 from .measure import EVERYONE, OURS_ALONE, CaseFailed, Limits, Row, everyone, kind_of, measure, release
 from .providers import Provider
@@ -42,6 +42,10 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config._bench_began = time.perf_counter()
+    try:
+        check_group(config.getoption("--group"), config.getoption("--device"))
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
     torch.manual_seed(0)
     if not config.getoption("--device").startswith("cuda"):
         torch.set_num_threads(min(2, torch.get_num_threads()))  # what the figures in the documentation say

@@ -40,7 +40,7 @@ import torch
 from srft_kernels.rows import tuning
 
 from .environment import ROOT, environment
-from .groups import every_case
+from .groups import check_group, every_case
 from .measure import EVERYONE, Row
 from .providers import OUR_NAMES, OURS
 from .record import Record
@@ -71,6 +71,11 @@ def main(arguments: list[str] | None = None) -> int:
     device = options.device
     if device.startswith("cuda") and not torch.cuda.is_available():
         print("make gpu: torch finds no CUDA device here; `make gpu DEVICE=cpu` rehearses without one", file=sys.stderr)
+        return 2
+    try:
+        check_group(options.group, device)
+    except ValueError as error:
+        print(f"make gpu: {error}", file=sys.stderr)
         return 2
     deadline = time.perf_counter() + options.seconds
 

@@ -30,3 +30,10 @@ def every_case(device: str) -> list[Case]:
     found = cases(device)
     main = next((i for i, case in enumerate(found) if case.group == "masked batches"), len(found))
     return [*found[:main], *(group.case(device) for group in OWN.values()), *found[main:]]
+
+
+def check_group(part: str, device: str) -> None:
+    """ValueError where no group has this in its name: what is asked for would be measured by nobody."""
+    groups = dict.fromkeys(case.group for case in every_case(device))
+    if not any(part in group for group in groups):
+        raise ValueError(f"--group {part!r} is in the name of no group of the bench: {', '.join(groups)}")

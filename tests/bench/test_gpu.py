@@ -57,6 +57,12 @@ def test_without_a_device_it_says_what_to_do(capsys):
     assert "DEVICE=cpu" in capsys.readouterr().err
 
 
+def test_a_group_that_there_is_not_is_refused_before_anything_runs(tmp_path, capsys):
+    assert gpu.main(["--device", "cpu", "--group", "shardd", "--out", str(tmp_path / "out.json")]) == 2
+    shown = capsys.readouterr()
+    assert "sharded" in shown.err and not shown.out and not list(tmp_path.iterdir())
+
+
 def test_what_is_stopped_takes_its_children_along():
     child = "import time; time.sleep(60)"
     parent = (

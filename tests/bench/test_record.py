@@ -86,9 +86,14 @@ def test_the_command_leaves_its_file_and_says_how_long_it_took(tmp_path):
 
 
 def test_a_selection_without_a_case_is_no_error(tmp_path):
-    for selection in (["--group=nothing"], ["-k", "nothing"]):
-        done = pytest_bench(tmp_path, *selection)
-        assert done.returncode in (0, 5) and "Error" not in done.stdout + done.stderr, done.stdout + done.stderr
+    done = pytest_bench(tmp_path, "-k", "nothing")
+    assert done.returncode == 5 and "Error" not in done.stdout + done.stderr, done.stdout + done.stderr
+
+
+def test_a_group_that_there_is_not_is_refused_with_those_there_are(tmp_path):
+    done = pytest_bench(tmp_path, "--group=shardd")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR and not list(tmp_path.iterdir())
+    assert "'shardd'" in done.stderr and "sharded" in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("provider", OUR_NAMES)
