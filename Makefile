@@ -1,4 +1,5 @@
-# One command each: an environment is made on first use, then the command runs in it.
+# One command each: an environment is made on first use, then the command runs in it; gpu and tune install nothing and
+# run in the Python that PYTHON= names (python3), which has torch.
 #   make train   SRFT on the embedded SmolLM2-135M, CPU or CUDA     make bench   speed, memory and error
 #   make test    every test                                         make lint    ruff
 #   make oldest-test  the kernels under Triton 3.6.0
@@ -53,7 +54,8 @@ $(PEERS_VENV)/.ready: $(READY)
 	touch $@
 
 # One command for a machine with a GPU and no network: it runs in the Python that is there (PYTHON=), which has torch,
-# triton, transformers, pytest and pytest-benchmark. `make gpu DEVICE=cpu` rehearses it in the environment made here.
+# triton, transformers, pytest and pytest-benchmark, and says what that one lacks (bench/needs.py). `make gpu DEVICE=cpu`
+# rehearses it in the environment made here.
 DEVICE ?= cuda
 ifeq ($(DEVICE),cpu)
 gpu: $(READY)

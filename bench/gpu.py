@@ -35,6 +35,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .needs import needs
+
+if __name__ == "__main__":
+    needs("make gpu", "torch", "triton", "pytest", "pytest_benchmark")
+
 import torch
 
 from srft_kernels.rows import tuning

@@ -25,6 +25,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .needs import needs
+
+if __name__ == "__main__":
+    needs("make tune", "torch", "triton")
+
 import torch
 from torch import Tensor
 

@@ -1,6 +1,9 @@
 """`make gpu DEVICE=cpu`: the rehearsal of a day with a GPU, on one small group; and days on which things go wrong."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -61,6 +64,16 @@ def test_a_group_that_there_is_not_is_refused_before_anything_runs(tmp_path, cap
     assert gpu.main(["--device", "cpu", "--group", "shardd", "--out", str(tmp_path / "out.json")]) == 2
     shown = capsys.readouterr()
     assert "sharded" in shown.err and not shown.out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["gpu", "tune"])
+def test_a_python_without_torch_is_told_which_one_to_name(name):
+    bare = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, "-S", "-m", f"bench.{name}"]  # -S: nothing but the standard library
+    done = subprocess.run(command, cwd=gpu.ROOT, env=bare, capture_output=True, text=True, timeout=60)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith(f"make {name}: ") and "no torch, triton" in line
+    assert f"make {name} PYTHON=" in line
 
 
 def test_what_is_stopped_takes_its_children_along():
