@@ -55,6 +55,7 @@ def build(run_dir: Path) -> Path:
         last=evaluations[-1] if len(evaluations) > 1 else None,
         curves=curves(steps, evaluations),
         pairs=pairs(evaluations),
+        stopped=next((each.name for each in run_dir.glob("interrupted-*")), None),
         totals=totals(steps),
         descriptions=DESCRIPTIONS,
         samples=read_jsonl(run_dir / "samples.jsonl")[-12:],
@@ -141,7 +142,8 @@ def svg(title: str, lines: dict[str, list[tuple[float, float]]], unit: str) -> s
             axes.spines[side].set_color(INK)
             axes.spines[side].set_alpha(0.35)
         axes.tick_params(colors=INK, length=0)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        axes.ticklabel_format(useOffset=False)
         axes.set_ylabel(unit, color=INK)
         if len(lines) > 1:
             figure.legend(loc="outside upper left", ncols=len(lines), frameon=False, labelcolor=INK, fontsize=8)

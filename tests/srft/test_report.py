@@ -6,7 +6,7 @@ import pytest
 
 from srft.config import Config, to_toml
 from srft.errors import UserError
-from srft.report import build
+from srft.report import build, svg
 
 VOID = {"meta", "br", "img", "input", "link", "path", "use", "rect", "line"}
 
@@ -114,6 +114,30 @@ def test_a_whole_run_is_one_self_contained_page(run_dir):
 )
 def test_an_unfinished_run_has_a_page_too(run_dir, steps, evaluations):
     checked(build(run_dir(steps, evaluations)))
+
+
+def test_the_headline_is_good_only_where_the_reward_rose(run_dir):
+    for after, kind in [(0.1, ""), (0.1001, ""), (0.2, "good"), (0.0, "bad"), (None, "bad")]:
+        page = checked(build(run_dir([line(1)], [evaluation(0, 0.1, "sums"), evaluation(1, after, "sums")])))
+        assert f'0.100 → <span class="{kind}">' in page and "before and after 1 step ·" in page
+
+
+def test_a_stopped_run_says_so(run_dir):
+    directory = run_dir([line(1)], [evaluation(0, 0.1, "sums")])
+    assert "stopped after" not in checked(build(directory))
+    (directory / "interrupted-1").mkdir()
+    assert "stopped after step 1, by Ctrl-C or an error" in checked(build(directory))
+
+
+def ticks(drawing: str) -> list[str]:
+    return re.findall(r"<text[^>]*>([^<]*)</text>", drawing)
+
+
+def test_axes_count_whole_steps_and_hide_no_offset():
+    assert ticks(svg("one step", {"loss": [(1, 0.5)]}, ""))[0] == "1"
+    assert [text for text in ticks(svg("one step", {"loss": [(1, 0.5)]}, "")) if text.startswith(("0.9", "1."))] == []
+    flat = ticks(svg("flat", {"entropy": [(1, 10.78981), (2, 10.789815), (3, 10.78982)]}, "nats"))
+    assert not [text for text in flat if "e" in text or "+" in text] and [text for text in flat if "10.7898" in text]
 
 
 def test_a_directory_that_is_no_run_is_refused(tmp_path):
