@@ -48,7 +48,7 @@ from srft.sharing import sharing_limit
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run came to. `before` and `after` are the same prompts and seed."""
+    """What a run came to. `before` and `after` are the same prompts and seed, one evaluation where no step was due."""
 
     directory: Path
     before: Evaluation
@@ -58,9 +58,11 @@ class RunResult:
 
     def __str__(self) -> str:
         before, after, minutes = self.before, self.after, int(self.seconds) // 60
-        gain = 100 * (after.reward - before.reward)
+        reward, gain = f"{after.reward:.3f}", ""
+        if before is not after:
+            reward, gain = f"{before.reward:.3f} → {reward}", f"{100 * (after.reward - before.reward):+.1f} points; "
         return (
-            f"held-out reward {before.reward:.3f} → {after.reward:.3f} ({gain:+.1f} points; {after.prompts} prompts × "
+            f"held-out reward {reward} ({gain}{after.prompts} prompts × "
             f"{after.samples} samples, seed {after.seed}) · {minutes} min {int(self.seconds) % 60} s · {self.report}"
         )
 
@@ -122,11 +124,12 @@ def run(config: Config, ranks: Ranks | None = None, resumed: Path | None = None)
             return
         if step == 0:
             prompts = f"{len(held_out)} held-out prompts × {config.eval.samples} samples"
-            print(f"evaluating {prompts} before training …", flush=True)
+            print(f"evaluating {prompts} …", flush=True)
         result = evaluate(eval_engine, held_out, prompter, scorer, config.eval, config.rollout.max_new_tokens)
         evaluations[step] = result
         log.evaluation(step, result)
-        tqdm.write(f"held-out after {step} of {config.train.steps} steps\n{table(result)}")
+        when = f"held-out after {step} of {config.train.steps} steps\n" if config.train.steps else ""
+        tqdm.write(f"{when}{table(result)}")
 
     try:
         measure(done)
@@ -177,9 +180,10 @@ def steps_with_bar(trainer: "Trainer", log: RunLog, config: Config, done: int = 
 
     UserError where no update can be taken.
     """
-    skipped, patience = 0, min(5, config.train.steps)
-    with tqdm(total=config.train.steps, initial=done, unit="step", dynamic_ncols=True) as bar:
-        for number in range(done + 1, config.train.steps + 1):
+    steps = config.train.steps
+    skipped, patience = 0, min(5, steps)
+    with tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=not steps) as bar:
+        for number in range(done + 1, steps + 1):
             metrics, samples = trainer.step(number)
             log.metrics(metrics)
             log.samples(samples)

@@ -62,9 +62,12 @@ def test_the_same_seed_gives_the_same_run(tiny_dir, tmp_path):
         }
 
 
-def test_no_steps_only_evaluates(tiny_dir, tmp_path):
+def test_no_steps_only_evaluates(tiny_dir, tmp_path, capsys):
     result = run(small_run(tiny_dir, tmp_path / "run", "--train.steps", "0"))
     assert result.before == result.after and result.report.is_file()
+    told = capsys.readouterr()
+    assert str(result).startswith("held-out reward 0.000 (3 prompts × 2 samples, seed 17) · ")
+    assert "step" not in told.err and "training" not in told.out and "of 0 steps" not in told.out
 
 
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()])
@@ -84,7 +87,7 @@ def test_what_was_written_survives_an_exception(tiny_dir, tmp_path, monkeypatch,
     told = capsys.readouterr().err
     assert "after step 1 of 2" in told and str(tmp_path / "run" / "interrupted-1") in told
     assert load_model(ModelConfig(str(tmp_path / "run" / "interrupted-1"), device="cpu"))
-    assert (tmp_path / "run" / "report.html").is_file()
+    assert "stopped after step 1," in (tmp_path / "run" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
