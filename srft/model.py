@@ -93,8 +93,8 @@ def read(config: ModelConfig, dtype: torch.dtype, option: str) -> tuple["PreTrai
         )
     except Exception as error:
         if "attn_implementation" in str(error) or "FlashAttention" in str(error):
-            advice = "sdpa and eager need no other package"
-            raise UserError(f"model.attention {config.attention!r}: {first_line(error).rstrip(".")}; {advice}") from error
+            found = f"{first_line(error).rstrip('.')}; sdpa and eager need no other package"
+            raise UserError(f"model.attention {config.attention!r}: {found}") from error
         raise UserError(f"{where}: no causal LM could be loaded from it: {first_line(error)}") from error
     if absent := sorted(report["missing_keys"]):  # transformers would train them from random values
         raise UserError(f"{where}: no whole causal LM: {len(absent)} weights are missing in it, such as {absent[0]}")
