@@ -103,7 +103,7 @@ def test_chunks_that_are_filled_up_stay_small_where_rows_are_short():
 
 @pytest.mark.parametrize("dtype", ["bf16", torch.int64])
 def test_a_plan_is_for_a_floating_point_type(dtype):
-    with pytest.raises(TypeError, match="dtype must be a floating-point torch.dtype, found"):
+    with pytest.raises(TypeError, match=r"dtype must be a floating-point torch\.dtype, found"):
         sk.Plan.choose(64, 8, 32, dtype, "cpu")
 
 
