@@ -22,11 +22,11 @@ from .cases import Case
 from .environment import ROOT, environment
 from .groups import OWN, check_group, every_case
 from .inputs import Unavailable
-from .measure import EVERYONE, OURS_ALONE, CaseFailed, Limits, Row, everyone, kind_of, measure, release
+from .measure import EVERYONE, OURS_ALONE, CaseFailed, Limits, Row, everyone, measure, release
 from .providers import Provider
 from .record import Record, finite
 from .table import table
-from .timing import LOST, ContextLost, told
+from .timing import LOST, ContextLost, kind_of, told
 
 EACH = {"cuda": 30.0, "cpu": 15.0}  # seconds: see measure.Limits
 TOTAL = {"cuda": 75.0, "cpu": 150.0}

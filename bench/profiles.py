@@ -14,10 +14,10 @@ from torch.profiler import ProfilerActivity
 
 from .cases import TASKS, Case, Shape, cases
 from .inputs import make
-from .measure import default_dtype, kind_of
+from .measure import default_dtype
 from .providers import OURS
 from .record import Record
-from .timing import told
+from .timing import kind_of, told
 
 PROFILED = (("full loss", "srft"), ("scoring", "scoring"))
 MOST = 12  # kernels

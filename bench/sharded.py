@@ -31,7 +31,6 @@ from .measure import (
     default_dtype,
     examine,
     judge,
-    kind_of,
     peaks,
     release,
     set_times,
@@ -39,6 +38,7 @@ from .measure import (
 )
 from .providers import ALONE, OURS, Abilities, bare_products
 from .ranks import Ranks
+from .timing import kind_of
 from .truth import Truth, truth
 
 SHAPES = {"cpu": Shape(256, 256, 16384), "cuda": Shape(8192, *HEADS["Qwen3-8B"])}

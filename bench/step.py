@@ -23,7 +23,8 @@ from srft_kernels.functional import LossOutput
 from . import memory, timing
 from .cases import Case, Shape
 from .inputs import Unavailable, make
-from .measure import EVERYONE, Limits, Row, attempt, default_dtype, kind_of, release, stage, time_all
+from .measure import EVERYONE, Limits, Row, attempt, default_dtype, release, stage, time_all
+from .timing import kind_of
 from .truth import TOLERANCE
 
 MODELS = {

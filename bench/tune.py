@@ -39,7 +39,7 @@ from srft_kernels.rows import aligned_size, tuning
 
 from . import record
 from .environment import environment
-from .measure import kind_of
+from .timing import kind_of
 from .timing import seconds as timed
 
 VOCABS = {"cuda": (151_936, 32_000, 128_256, 65_536), "cpu": (96, 24)}

@@ -343,11 +343,7 @@ def logits(
     p: cases.Problem, leaves: list[Tensor], order: Tensor, softmax: torch.dtype, tanh: Callable = torch.tanh
 ) -> Tensor:
     z = F.linear(leaves[0], leaves[1][order], leaves[2][order] if len(leaves) == 3 else None).to(softmax)
-    z = z * p.head.get("logit_scale", 1.0)
-    if cap := p.head.get("softcap"):
-        z = cap * tanh(z / cap)
-    temperature = p.head.get("temperature", 1.0)
-    return z / (temperature[:, None].to(softmax) if isinstance(temperature, Tensor) else temperature)
+    return cases.scored(z, p.head, tanh)
 
 
 def _values(named: Values, loss: Tensor, leaves: list[Tensor]) -> Values:

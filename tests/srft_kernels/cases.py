@@ -177,6 +177,15 @@ def plans(backend: str, passes: int | None = None, chunks: tuple[int, ...] = (1,
     return [sk.Plan(backend=backend, chunk_rows=rows, block_rows=min(rows, 3), passes=passes) for rows in chunks]
 
 
+def scored(a: Tensor, head: dict[str, Any], tanh: Callable = torch.tanh) -> Tensor:
+    """z of logits a + b (n, V): scale, soft cap, temperature (one, or one of each row), in this order."""
+    z = a * head.get("logit_scale", 1.0)
+    if cap := head.get("softcap"):
+        z = cap * tanh(z / cap)
+    temperature = head.get("temperature", 1.0)
+    return z / (temperature[:, None].to(z.dtype) if isinstance(temperature, Tensor) else temperature)
+
+
 def full_statistics(
     input: Tensor,
     weight: Tensor,
@@ -194,10 +203,7 @@ def full_statistics(
     x, bias = input[problem.live], None if bias is None else bias[:size]
     chunks = plan.chunks(len(x)) if plan and len(x) else [slice(None)]
     z = torch.cat([F.linear(x[chunk], weight[:size], bias) for chunk in chunks])
-    z = problem.head.get("logit_scale", 1.0) * z.to(dtype or z.dtype)
-    if cap := problem.head.get("softcap"):
-        z = cap * torch.tanh(z / cap)
-    z = z / problem.head.get("temperature", 1.0)
+    z = scored(z.to(dtype or z.dtype), problem.head)
     logp = z.log_softmax(-1)
     entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0)).sum(-1)
     shift = z.detach().amax(-1, keepdim=True)  # torch.logsumexp has a wrong gradient where lse rounds to the maximum

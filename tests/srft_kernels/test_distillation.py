@@ -63,10 +63,7 @@ def pair(
 
 def log_probs(p: cases.Problem, leaves: list[Tensor], vocab: int, dtype: torch.dtype) -> Tensor:
     z = F.linear(leaves[0], leaves[1][:vocab], leaves[2][:vocab] if len(leaves) == 3 else None).to(dtype)
-    z = p.head.get("logit_scale", 1.0) * z
-    if cap := p.head.get("softcap"):
-        z = cap * torch.tanh(z / cap)
-    return (z / p.head.get("temperature", 1.0)).log_softmax(-1)
+    return cases.scored(z, p.head).log_softmax(-1)
 
 
 def formula(divergence: str, beta: float, p: Tensor, q: Tensor) -> Tensor:
