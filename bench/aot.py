@@ -16,6 +16,7 @@ import json
 import re
 import subprocess
 import tempfile
+from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ from triton.compiler import ASTSource
 
 import srft_kernels as sk
 from srft_kernels.distillation import DIVERGENCES
-from srft_kernels.rows import triton_distillation, triton_residual, triton_rows, tuning
-from srft_kernels.rows.triton_objectives import Columns, Structure, fused
+from srft_kernels.distillation import triton_rows as triton_distillation
+from srft_kernels.head import Numbers
+from srft_kernels.rows import triton_kernels, triton_residual, triton_rows, tuning
+from srft_kernels.rows.triton_objectives import Structure, column_names, twin
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -42,9 +45,8 @@ SHARED = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10, "gfx942":
 VOCAB = 151_937  # odd: the loads must be wide for any vocabulary
 F32, I64, U8, BF16 = "*fp32", "*i64", "*u8", "*bf16"
 EXTRAS = {"rank_ptr": "*i64", "argmax_ptr": "*i64", "normalizer_ptr": F32, "temperature_ptr": F32}
-NUMBERS = ("scale", "softcap", "temperature")
-PLAIN = dict.fromkeys(("bias_ptr", "smooth_ptr", *NUMBERS, *EXTRAS))
-RICH = PLAIN | {"bias_ptr": F32, "smooth_ptr": F32, **dict.fromkeys(NUMBERS, "fp32")}
+PLAIN = dict.fromkeys(("bias_ptr", "smooth_ptr", *EXTRAS)) | {"head": Numbers(None, None, None)}
+RICH = PLAIN | {"bias_ptr": F32, "smooth_ptr": F32, "head": Numbers("fp32", "fp32", "fp32")}
 TOLD = PLAIN | EXTRAS
 POINTERS = {
     "logits_ptr": F32,
@@ -96,29 +98,31 @@ def variants(order: str = "barrier") -> Iterator[tuple[Any, str, dict[str, Any]]
     told = ("extras, temperatures", TOLD)
     for name, head in (("plain", PLAIN), ("bias, smoothing, scale, cap, temperature", RICH), told):
         smooth = {"u_ptr": head["smooth_ptr"], "smooth_total_ptr": head["smooth_ptr"]}
-        yield triton_rows._statistics_kernel, name, head
+        yield triton_kernels._statistics_kernel, name, head
         for out, output in outputs:
             coefs = {"g_ptr": F32, "h_ptr": F32, "k_ptr": F32, **smooth}
-            yield triton_rows._gradient_kernel, f"{out} {name}", head | coefs | output
+            yield triton_kernels._gradient_kernel, f"{out} {name}", head | coefs | output
     for name, (objective, given) in OBJECTIVES.items():
-        structure, numbers = fused(objective, given)
+        code = twin(objective, given)
+        names = column_names(objective)
         head = RICH if name == "smoothed" else PLAIN
         arguments = {
             **head,
             "smooth_total_ptr": head["smooth_ptr"],
-            "numbers": type(numbers)(*("fp32" for _ in numbers)),
-            "columns": Columns(
-                *(None if name not in given else U8 if name == "is_demo" else F32 for name in Columns._fields)
+            "numbers": type(code.numbers)(*("fp32" for _ in code.numbers)),
+            "columns": namedtuple("Columns", names)(
+                *(None if name not in given else U8 if name == "is_demo" else F32 for name in names)
             ),
-            "OBJECTIVE": structure,
+            "FORMULA": code.formula,
+            "OBJECTIVE": code.structure,
         }
         for out, output in outputs if name in FP32_TOO else outputs[:1]:
-            yield triton_rows._loss_gradient_kernel, f"{out} {name}", arguments | output
+            yield triton_kernels._loss_gradient_kernel, f"{out} {name}", arguments | output
             if name == "sft":
-                yield triton_rows._loss_gradient_kernel, f"{out} {name}, {told[0]}", arguments | output | TOLD
+                yield triton_kernels._loss_gradient_kernel, f"{out} {name}, {told[0]}", arguments | output | TOLD
     for kind in DIVERGENCES:
         for name, head in (("plain", PLAIN), ("biases, scales, caps, temperatures", RICH)):
-            of_teacher = {f"teacher_{option}": head[option] for option in ("bias_ptr", *NUMBERS)}
+            of_teacher = {f"teacher_{option}": head[option] for option in ("bias_ptr", "head")}
             forward = ("no", {"dlogits_ptr": None, "ORDER": "none"})
             for out, output in (*outputs, forward) if head is PLAIN else outputs[:1]:
                 arguments = head | of_teacher | output | {"KIND": kind}
@@ -128,10 +132,11 @@ def variants(order: str = "barrier") -> Iterator[tuple[Any, str, dict[str, Any]]
         for product, strides in (("dx", {"a_column": 1}), ("dW", {"a_row": 1})):
             arguments = {"a_ptr": operand, "b_ptr": operand, "c_ptr": F32, **strides}
             yield triton_residual._add_product_kernel, f"{name} {product}", arguments
-    for name, head in (("scale, cap, temperature", RICH), ("cap, temperatures", TOLD | {"softcap": "fp32"})):
-        yield triton_rows._scored_kernel, name, {**head, "a_ptr": F32, "count": "i32", "k": "i32"}
+    capped = TOLD | {"head": Numbers(None, "fp32", None)}
+    for name, head in (("scale, cap, temperature", RICH), ("cap, temperatures", capped)):
+        yield triton_kernels._scored_kernel, name, {**head, "a_ptr": F32, "count": "i32", "k": "i32"}
     for out, pointer in (("bf16", BF16), ("fp32", F32)):
-        yield triton_rows._scale_kernel, out, {"x_ptr": pointer, "factor_ptr": F32, "count": "i64"}
+        yield triton_kernels._scale_kernel, out, {"x_ptr": pointer, "factor_ptr": F32, "count": "i64"}
 
 
 def compile_for(kernel, arguments: dict[str, Any], target: GPUTarget, options: dict[str, int]):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import srft_kernels as sk
-from srft_kernels.functional import LossOutput
+from srft_kernels import LossOutput
 
 from . import memory, timing
 from .cases import Case, Shape

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import srft_kernels as sk
-from srft_kernels.tokens import coefficients
+from srft_kernels.objectives.objective import differentiate
 
 from .cases import TASKS, Task
 from .inputs import Inputs
@@ -148,7 +148,7 @@ def sampled(inputs: Inputs, task: Task, seed: int) -> Truth:
     tokens = sk.Tokens(target, **{name: column[used].double() if column.is_floating_point() else column[used]
                                   for name, column in inputs.columns.items()})  # fmt: skip
     share = torch.full_like(stats.logprobs, 1 / len(live))
-    loss, coefs = coefficients(task.objective, stats, tokens, share)
+    loss, coefs = differentiate(task.objective, stats, tokens, share)
     values["dx"] = logit_gradient(inputs, used[at], weight, None, stats, at, coefs) @ weight
     ignored = ~inputs.live if len(live) < len(inputs.target) else None
     if not whole:

@@ -34,8 +34,8 @@ import torch
 from torch import Tensor
 
 import srft_kernels as sk
-from srft_kernels.head import Head
-from srft_kernels.rows import aligned_size, tuning
+from srft_kernels.head import Head, aligned_size
+from srft_kernels.rows import tuning
 
 from . import record
 from .environment import environment
@@ -178,8 +178,9 @@ TRAFFIC: dict[str, Callable[[int], int]] = {
 
 def caller(kernel: str, logits: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Callable[[], list[Tensor]]:
     """What launches a kernel on these logits, with the SRFT loss; returns its results."""
-    from srft_kernels.rows import triton_rows
+    from srft_kernels.rows.triton_rows import TritonRows
 
+    rows = TritonRows()
     n, vocab = logits.shape
     draw = lambda: torch.randn(n, device=logits.device, generator=generator)  # noqa: E731
     tokens = sk.Tokens(
@@ -193,18 +194,16 @@ def caller(kernel: str, logits: Tensor, dtype: torch.dtype, generator: torch.Gen
         weight = torch.full((n,), 1 / n, device=logits.device)
 
         def run() -> list[Tensor]:
-            stats, loss, dlogits = triton_rows.loss_and_gradient(
-                logits, tokens, weight, sk.srft_paper(), head, 1, dtype
-            )
+            stats, loss, dlogits = rows.loss_and_gradient(logits, tokens, weight, sk.srft_paper(), head, dtype)
             return [*stats.fields(), loss, dlogits]
 
         return run
     logits.normal_(generator=generator)
-    normalizer = triton_rows.statistics(logits, tokens.target, head, 1)[1]
+    normalizer = rows.statistics(logits, tokens.target, head)[1]
     if kernel == "statistics":
-        return lambda: list(triton_rows.statistics(logits, tokens.target, head, 1)[0].fields())
+        return lambda: list(rows.statistics(logits, tokens.target, head)[0].fields())
     coefs = draw(), draw(), draw()
-    return lambda: [triton_rows.gradient(logits, tokens.target, normalizer, coefs, head, 1, dtype)]
+    return lambda: [rows.gradient(logits, tokens.target, normalizer, coefs, head, dtype)]
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:

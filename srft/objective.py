@@ -9,11 +9,12 @@ from typing import Any
 import srft_kernels as sk
 from srft.config import LossConfig, words
 from srft.errors import UserError, nearest
+from srft_kernels.objectives import Objective
 
 GIVEN = ("advantages", "rewards", "is_demo", "sequence_ids")  # what the trainer tells the loss about every token
 
 
-def build_objective(config: LossConfig) -> Any:
+def build_objective(config: LossConfig) -> Objective:
     """The objective that the configuration names; raises UserError for what is none, and what this trainer cannot give.
 
     Options are fields of the objective, or arguments of the preset's own (chord's mu).
@@ -36,8 +37,7 @@ def build_objective(config: LossConfig) -> Any:
         objective = preset(**config.options)
     except (TypeError, ValueError) as error:
         raise UserError(f"loss.options for {config.preset}: {error}") from error
-    required = objective.requires(GIVEN) if hasattr(objective, "requires") else ()
-    if unknown := [name for name in required if name not in GIVEN]:
+    if unknown := [name for name in objective.requires(GIVEN) if name not in GIVEN]:
         raise UserError(
             f"loss.options for {config.preset}: the objective needs {', '.join(unknown)}, which srft train does not "
             "compute; leave out the option that asks for it (kl_coef, say)"

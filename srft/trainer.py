@@ -44,6 +44,7 @@ from srft.ranks import Ranks, broadcast
 from srft.rewards import Scorer, build_reward, check_answers
 from srft.rollout import Engine, Rollout, build_engine
 from srft.sharing import sharing_limit
+from srft_kernels.objectives.objective import objective_of
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def run(config: Config, ranks: Ranks | None = None, resumed: Path | None = None)
     needed = config.train.steps * config.train.prompts_per_step
     examples = load_examples(config.data, "train", config.data.size)[:needed]
     held_out = load_examples(config.data, "eval", config.eval.prompts)
-    check_answers(alone, config.data, held_out, examples if learns_from_rollouts(objective) else [])
+    check_answers(alone, config.data, held_out, examples if "rollouts" in objective.learns_from else [])
     loaded = load_model(dataclasses.replace(config.model, path=str(resumed)) if resumed else config.model)
     prompter = build_prompter(loaded.tokenizer, config.data)
     trainer = Trainer(config, loaded, prompter, scorer, examples, objective, ranks=ranks)
@@ -200,10 +201,6 @@ def steps_with_bar(trainer: "Trainer", log: RunLog, config: Config, done: int = 
             yield number
 
 
-def learns_from_rollouts(objective: Any) -> bool:
-    return not isinstance(objective, sk.CrossEntropy)
-
-
 def chosen(sequences: list[Sequence], threshold: float) -> list[Sequence]:
     """HPT's switch (arXiv 2509.04419) for one prompt: its rollouts if enough are rewarded, else its demonstration."""
     is_demo = torch.tensor([sequence.is_demo for sequence in sequences])
@@ -236,11 +233,9 @@ class Trainer:
     ):
         self.config, self.loaded, self.prompter, self.scorer = config, loaded, prompter, scorer
         self.ranks = ranks or Ranks()
-        self.objective = build_objective(config.loss) if objective is None else objective
-        self.learns_from_rollouts = learns_from_rollouts(self.objective)
-        self.learns_from_demos = isinstance(self.objective, sk.SRFT) or not isinstance(
-            self.objective, sk.PolicyGradient
-        )
+        self.objective = build_objective(config.loss) if objective is None else objective_of(objective)
+        self.learns_from_rollouts = "rollouts" in self.objective.learns_from
+        self.learns_from_demos = "demonstrations" in self.objective.learns_from
         engine = engine or build_engine(config.rollout.engine, loaded, config.rollout.batch_size)
         self.engine = self.ranks.engine(engine)
         self.loss_function = loss_function
@@ -403,12 +398,10 @@ class Trainer:
     def _update(self, microbatches: list[Microbatch], number: int, known: dict[str, Tensor]) -> dict[str, float]:
         if not microbatches:  # nothing was scored, and there are no demonstrations
             return {"loss": 0.0, **self.optimizer.step(number - 1)}
-        objective = self.objective
-        if getattr(objective, "level", "token") == "batch" and objective.reads_entropy:
+        if "weight_entropy" in self.objective.needs_of_step(microbatches[0].annotations):
             # The mean entropy of the whole step has to be known before its first microbatch.
-            entropy, is_demo = self._statistics(microbatches)[1], self._gather(microbatches, "is_demo")
-            means = [entropy[kind].mean() if kind.any() else entropy.new_zeros(()) for kind in (is_demo, ~is_demo)]
-            known = known | {"weight_entropy": torch.where(is_demo, *means)}
+            stats, tokens = self._step(microbatches, *self._statistics(microbatches), known)
+            known = known | {"weight_entropy": self.objective.weight_entropy(stats, tokens)}
         loss = torch.zeros((), device=self.loaded.device)
         outputs = []
         for microbatch in microbatches:
@@ -428,23 +421,25 @@ class Trainer:
         They are formed once, from the log-probs and entropies of all tokens of the step, and not from the microbatches'
         means: to put those together, a mean over, say, positive rollout tokens needs another weight than one over all.
         """
-        logprobs, entropy = (self._in_step_order(microbatches, list(column)).float() for column in zip(*outputs))
+        columns = (self._in_step_order(microbatches, list(column)).float() for column in zip(*outputs))
+        stats, tokens = self._step(microbatches, *columns, known)
+        is_demo, (demo_weight, rollout_weight) = tokens.is_demo, self.objective.entropy_weights(stats, tokens)
+        values = self.objective.metrics(stats, tokens) | {
+            "demo_entropy": stats.entropy[is_demo].mean(),
+            "rollout_entropy": stats.entropy[~is_demo].mean(),
+            "demo_entropy_weight": demo_weight[is_demo].mean(),
+            "rollout_entropy_weight": rollout_weight[~is_demo].mean(),
+        }
+        return {name: float(value) for name, value in values.items()}
+
+    def _step(
+        self, microbatches: list[Microbatch], logprobs: Tensor, entropy: Tensor, known: dict[str, Tensor]
+    ) -> tuple[sk.TokenStats, sk.Tokens]:
+        """All tokens of the step as an objective sees them."""
         names = [*microbatches[0].annotations, "target"]
         tokens = sk.Tokens(**{name: self._gather(microbatches, name) for name in names}, **known)
-        is_demo = tokens.is_demo
-        stats = sk.TokenStats(logprobs, entropy, torch.full_like(entropy, torch.nan))  # no metric reads the log-sum-exp
-        # What stands in the weights may be a mean over the sequence or the step.
-        applied = getattr(self.objective, "_weight_entropy", None)
-        weighing = applied(stats, tokens) if applied else entropy
-        values = {
-            "demo_entropy": entropy[is_demo].mean(),
-            "rollout_entropy": entropy[~is_demo].mean(),
-            "demo_entropy_weight": (getattr(self.objective, "entropy_sign", -1) * weighing[is_demo]).exp().mean(),
-            "rollout_entropy_weight": weighing[~is_demo].exp().mean(),
-        }
-        if hasattr(self.objective, "metrics"):
-            values = self.objective.metrics(stats, tokens) | values
-        return {name: float(value) for name, value in values.items()}
+        nowhere = torch.full_like(entropy, torch.nan)  # nothing that is asked of a whole step reads the log-sum-exp
+        return sk.TokenStats(logprobs, entropy, nowhere), tokens
 
     def _head_input(self, microbatch: Microbatch) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
         """((hidden states (n, H) that predict the targets, head, targets (n,)), the head's other options).

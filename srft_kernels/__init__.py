@@ -2,16 +2,14 @@
 without its logits. See `linear_loss`, `linear_logprobs`, `linear_cross_entropy`."""
 
 from . import reference
-from .aggregation import constant_length, hpt_switch, sequence_mean, token_mean
-from .correction import Correction
-from .distillation import DistillationOutput, linear_distillation
+from .averages import constant_length, hpt_switch, sequence_mean, token_mean
+from .distillation import DistillationOutput
 from .extras import Extras, TokenExtras
-from .filter import Filter
-from .functional import LossOutput, linear_cross_entropy, linear_logprobs, linear_loss
+from .functional import linear_cross_entropy, linear_distillation, linear_logprobs, linear_loss
 from .modules import LinearCrossEntropyLoss, SRFTLoss
-from .objectives import CrossEntropy, PolicyGradient
-from .plan import Plan
-from .presets import (
+from .objectives import SRFT, Correction, CrossEntropy, PolicyGradient, Tokens, TokenStats
+from .objectives import presets as presets
+from .objectives.presets import (
     chord,
     cispo,
     dapo,
@@ -28,8 +26,8 @@ from .presets import (
     srft_official,
     srft_paper,
 )
-from .srft import SRFT
-from .tokens import Tokens, TokenStats
+from .output import LossOutput
+from .plan import Filter, Plan
 
 __version__ = "0.1.0"
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
-from collections.abc import Collection
+from dataclasses import fields
 from math import inf
 from numbers import Real
 from typing import Any
@@ -15,50 +14,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import presets
-from .extras import Extras
-from .objectives import CrossEntropy, PolicyGradient
-from .plan import Plan
-from .rows import TRITON_DEVICES
-from .srft import SRFT
-from .tokens import Tokens
-
-# Keyword arguments of linear_loss, which takes any others for annotations.
-OPTIONS = ("linear_bias", "temperature", "softcap", "logit_scale", "ignore_index", "vocab_size", "live_tokens",
-           "token_weight", "weight_grad", "plan", "extras", "group", "token_group")  # fmt: skip
-# What built-in objectives read, each as a keyword argument.
-ANNOTATIONS = (
-    "advantages",
-    "old_logprobs",
-    "ref_logprobs",
-    "sampler_logprobs",
-    "demo_logprobs",
-    "is_demo",
-    "rewards",
-    "sequence_ids",
-    "weight_entropy",
-)
-BUILT_IN = (CrossEntropy, PolicyGradient, SRFT)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def call(input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None) -> torch.dtype:
-    """Shapes, types and devices of the tensors; returns the type that matrix products run in."""
-    compute = head(input, linear_weight, linear_bias)
+def targets(target: Tensor, input: Tensor, linear_weight: Tensor) -> None:  # (...), (..., H), (V, H)
+    """Class indices of the tokens of `input`."""
     tensor("target", target)
     if target.is_floating_point() and target.shape[-1:] == linear_weight.shape[:1]:
         raise TypeError("target holds class probabilities, which are not supported: pass class indices (int64)")
     if target.dtype not in INTEGERS:
         raise TypeError(f"target must hold integer class indices, found {target.dtype}")
-    if target.shape != input.shape[:-1]:
-        raise ValueError(
-            f"target must be shaped like input without its last dimension, {tuple(input.shape[:-1])}, "
-            f"found {tuple(target.shape)}"
-        )
-    if target.device != input.device:
-        raise ValueError(f"target is on {target.device} but input is on {input.device}: move it there")
-    return compute
+    per_token("target", target, input)
 
 
 def head(
@@ -67,7 +34,7 @@ def head(
     bias: Tensor | None,
     names: tuple[str, str, str] = ("input", "linear_weight", "linear_bias"),
 ) -> torch.dtype:
-    """Hidden states and a head for them; returns the type that their matrix products run in."""
+    """Hidden states (..., H) and a head for them, (V, H) and (V,); returns the type that their products run in."""
     of_input, of_weight, of_bias = names
     tensors = {of_input: input, of_weight: weight, **({} if bias is None else {of_bias: bias})}
     for name, value in tensors.items():
@@ -119,13 +86,6 @@ def positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must lie between 1e-30 and 1e30, found {value!r}")
 
 
-def head_numbers(given: Any, prefix: str = "") -> None:
-    """A head's logit scale and soft cap, attributes of `given`."""
-    positive(f"{prefix}logit_scale", getattr(given, f"{prefix}logit_scale"))
-    if (softcap := getattr(given, f"{prefix}softcap")) is not None:
-        positive(f"{prefix}softcap", softcap)
-
-
 def ignore_index(value: Any) -> None:
     if not (value is None or isinstance(value, int)):
         raise TypeError(f"ignore_index must be an integer or None, found {value!r}")
@@ -146,37 +106,6 @@ def temperature(value: Any, target: Tensor, live: Tensor | None) -> None:
     if wrong.any():
         where = wrong.nonzero()[0].tolist()
         raise ValueError(f"temperature{where} must be a positive number, found {value[tuple(where)].item():g}")
-
-
-def extras(value: Any, target: Tensor, live: Tensor | None, vocab: int, group: Any) -> None:
-    if value is None:
-        return
-    if not isinstance(value, Extras):
-        raise TypeError(f"extras must be an Extras, found {value!r}: extras=Extras(rank=True, top_k=8), say")
-    if group is not None:
-        raise ValueError("extras= with group= is not supported: a rank has no logits but its own; drop one of the two")
-    if value.top_k > vocab:
-        raise ValueError(f"Extras(top_k={value.top_k}), but there are {vocab} entries: ask for no more than those")
-    if (candidates := value.candidates) is None:
-        return
-    tensor("candidates", candidates)
-    if candidates.dim() != target.dim() + 1 or candidates.shape[:-1] != target.shape:
-        raise ValueError(
-            f"Extras(candidates=...) must be shaped like target with one more dimension, {(*target.shape, 'C')}, "
-            f"found {tuple(candidates.shape)}"
-        )
-    if candidates.dtype not in INTEGERS:
-        raise TypeError(f"Extras(candidates=...) must hold integer token ids, found {candidates.dtype}")
-    if candidates.device != target.device:
-        raise ValueError(f"Extras(candidates=...) is on {candidates.device} but target on {target.device}: move it")
-    if not may_look(candidates):
-        return
-    wrong = (candidates < 0) | (candidates >= vocab)
-    if live is not None:
-        wrong &= live[..., None]
-    if wrong.any():
-        where = wrong.nonzero()[0].tolist()
-        raise ValueError(f"candidates{where} = {candidates[tuple(where)].item()} lies outside [0, {vocab})")
 
 
 def live_tokens(value: Any) -> None:
@@ -229,22 +158,10 @@ def _in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def plan(value: Any) -> None:
-    if value is not None and not isinstance(value, Plan):
-        raise TypeError(f"plan must be a Plan, found {value!r}: see Plan.choose")
-
-
-def backend(plan: Plan, input: Tensor, compute: torch.dtype) -> None:
-    """A plan made by hand may ask for Triton where it cannot run."""
-    if plan.backend != "triton":
-        return
-    if compute == torch.float64:
-        raise TypeError("Plan(backend='triton') works in fp32, but input is fp64: use backend='torch'")
-    if input.device.type not in TRITON_DEVICES and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            f"Plan(backend='triton'), but input is on {input.device}: move it to a GPU, use backend='torch', or set "
-            "TRITON_INTERPRET=1 before importing triton, to run its interpreter"
-        )
+def instance(name: str, value: Any, expected: type, advice: str) -> None:
+    if not isinstance(value, expected):
+        kind = expected.__name__
+        raise TypeError(f"{name} must be {'an' if kind[0] in 'AEIO' else 'a'} {kind}, found {value!r}: {advice}")
 
 
 def group(name: str, value: Any) -> None:
@@ -260,16 +177,6 @@ def group(name: str, value: Any) -> None:
 def reduction(value: Any) -> None:
     if value not in ("none", "mean", "sum"):
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', found {value!r}")
-
-
-def objective(value: Any) -> None:
-    if not callable(value):
-        raise TypeError(
-            f"objective must be CrossEntropy(), PolicyGradient(), SRFT(), a preset such as srft_paper(), or a callable "
-            f"(stats, tokens) -> losses, found {value!r}"
-        )
-    if isinstance(value, type) or getattr(value, "__module__", None) == presets.__name__:
-        raise TypeError(f"objective is {value.__name__} itself, which makes one: call it, {value.__name__}()")
 
 
 def shaped_like_target(name: str, value: Any, target: Tensor) -> Tensor:
@@ -290,39 +197,26 @@ def shaped_like_target(name: str, value: Any, target: Tensor) -> Tensor:
     return value.detach()
 
 
+def per_token(name: str, value: Any, input: Tensor) -> None:  # (..., H)
+    """None, or a tensor shaped like the tokens of `input`."""
+    if value is None:
+        return
+    tensor(name, value)
+    if value.shape != input.shape[:-1]:
+        raise ValueError(
+            f"{name} must be shaped like input without its last dimension, {tuple(input.shape[:-1])}, "
+            f"found {tuple(value.shape)}"
+        )
+    if value.device != input.device:
+        raise ValueError(f"{name} is on {value.device} but input is on {input.device}: move it there")
+
+
 def class_weight(weight: Tensor, vocab: int, input: Tensor) -> None:
     tensor("weight", weight)
     if tuple(weight.shape) != (vocab,):
         raise ValueError(f"weight must hold one number per class, ({vocab},), found shape {tuple(weight.shape)}")
     if weight.device != input.device:
         raise ValueError(f"weight is on {weight.device} but input is on {input.device}: move it there")
-
-
-def annotations_needed(objective: Any, given: Collection[str]) -> None:
-    for name in given:
-        if name in ("live", "counted"):
-            raise ValueError(f"an annotation cannot be called {name}, which tells the tokens that take part: rename it")
-        if hasattr(Tokens, name):
-            raise ValueError(f"an annotation cannot be called {name}, which is a method of Tokens: rename it")
-    requires = getattr(objective, "requires", None)
-    if requires is None:  # a callable: only it knows what it reads
-        return
-    for name in given:  # most are optional, so a slip would silently change the loss
-        if name in ANNOTATIONS:
-            continue
-        if near := difflib.get_close_matches(name, (*ANNOTATIONS, *OPTIONS), n=1, cutoff=0.85):
-            raise TypeError(f"unknown annotation {name}: did you mean {near[0]}?")
-        if type(objective) in BUILT_IN:
-            raise TypeError(
-                f"unknown annotation {name}: {type(objective).__name__} reads none but {', '.join(ANNOTATIONS)}"
-            )
-    missing = [name for name in requires(given) if name not in given]
-    if missing:
-        names = ", ".join(f"{name}=" for name in missing)
-        raise ValueError(
-            f"{objective} needs the annotation{'s' * (len(missing) > 1)} {names.replace('=', '')}: "
-            f"pass {names}... shaped like target"
-        )
 
 
 def target_range(target: Tensor, live: Tensor | None, vocab: int) -> None:
@@ -345,3 +239,44 @@ def may_look(tensor: Tensor) -> bool:
     if isinstance(tensor, FakeTensor):
         return False
     return tensor.device.type == "cpu" or os.environ.get("SRFT_KERNELS_CHECK", "0") == "1"
+
+
+# ---- options of a dataclass
+
+
+def one_of(owner: object, **choices: tuple[str, ...]) -> None:
+    for field, allowed in choices.items():
+        value = getattr(owner, field)
+        if value not in allowed:
+            raise ValueError(
+                f"{type(owner).__name__}({field}={value!r}): expected one of {', '.join(map(repr, allowed))}"
+            )
+
+
+def finite(owner: object, *unbounded: str) -> None:
+    """Options that are numbers: finite unless `unbounded`, and no tensor, at which a GPU would wait, never to learn."""
+    for field in fields(owner):
+        value, optional = getattr(owner, field.name), field.type == "float | None"
+        if field.type not in ("float", "float | None") or (optional and value is None):
+            continue
+        real = isinstance(value, Real) and not isinstance(value, bool) and value == value
+        bounded = not real or field.name in unbounded or -inf < value < inf
+        if not (real and bounded):
+            raise ValueError(
+                f"{type(owner).__name__}({field.name}={value!r}): expected a {'' if bounded else 'finite '}number"
+                f"{' or None' * optional}{'; of a tensor pass .item()' * isinstance(value, Tensor)}"
+            )
+
+
+def within(owner: object, **ranges: tuple[float, float | None]) -> None:
+    """Options in [low, high], or ≥ low; None is told by `finite` where it may not be."""
+    for name, (low, high) in ranges.items():
+        if (value := getattr(owner, name)) is not None and not (low <= value and (high is None or value <= high)):
+            expected = f"≥ {low}" if high is None else f"in [{low}, {high}]"
+            raise ValueError(f"{type(owner).__name__}({name}={value!r}): expected a number {expected}")
+
+
+def above_zero(owner: object, *names: str) -> None:
+    for name in names:
+        if (value := getattr(owner, name)) is not None and not value > 0:
+            raise ValueError(f"{type(owner).__name__}({name}={value!r}): expected a positive number")

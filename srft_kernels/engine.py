@@ -1,66 +1,99 @@
-"""The chunk loop, as two autograd functions.
+"""The chunk loop, as two autograd functions, and what the public functions make of them.
 
     OnePass     statistics, loss and all gradients of a chunk of tokens while its logits are alive: 6NHV flops.
                 Backward only scales what the forward made, and hands it over.
     Statistics  (ℓ, H, lse) of every token, differentiable any way the caller likes: 2NHV flops forward; backward
-                recomputes the logits and multiplies once more for each gradient wanted: 6NHV.
+                recomputes the logits and multiplies once more for each gradient needed: 6NHV.
 
-Both walk over Rows (pack.py): the tokens that take part, those that cannot have a gradient last.
+Both walk over a Batch (batch.py): the tokens that take part, those that cannot have a gradient last.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .derivatives import once_differentiable
-from .extras import Taken
+from .batch import Batch
+from .call import Arguments, Call, Tensors
 from .filter import Filtered
-from .gemm import HeadProducts, accumulation_dtype
-from .head import Head
-from .pack import Rows
-from .plan import Plan
-from .rows import Normalizer, aligned_size, backend, in_three_steps, runs_triton
-from .tokens import TokenStats, crosses, per_token_loss
-from .vocab_parallel import Shard, ShardedRows
+from .head import HeadProducts, accumulation_dtype
+from .objectives.objective import Objective, TokenStats, couples, token_losses
+from .output import LossOutput
+from .plan import runs_triton
+from .rows import Normalizer, in_three_steps
+
+DIFFERENTIABLE_ONCE = (
+    b"srft_kernels is differentiable once: its gradients are constants to autograd, and a second derivative of the "
+    b"loss head (create_graph=True) is not supported; srft_kernels.reference, on full logits, has one"
+)
 
 
-@dataclass(frozen=True)
-class Call:
-    """A checked call of the loss head: everything but x (N, H), W (V or more rows, H) and b, which autograd passes."""
+def linear_loss(arguments: Arguments) -> LossOutput:
+    tensors, call = arguments.prepared()
+    loss, stats = _loss_and_statistics(tensors, call)
+    batch, extras = call.batch, call.extras and call.extras.finished(stats.logprobs, stats.logsumexp)
+    return LossOutput.of(loss, stats, batch.tokens, call.objective, batch.spread, call.filtered, extras, batch.weight)
 
-    vocab: int  # V, or the entries on this rank
-    head: Head
-    rows: Rows
-    objective: Any
-    plan: Plan
-    compute: torch.dtype
-    weight_grad: Tensor | None = None  # (V, H) that ∂loss/∂W is added to instead of returned
-    filtered: Tensor | None = None  # (4,) the sum of Filtered.squares so far, with a plan that filters
-    shard: Shard | None = None  # which part of the vocabulary W is, where ranks share it
-    chunks: tuple[slice, ...] | None = None  # of whole sequences, where a token's loss depends on its own
-    taken: Taken | None = None  # to be filled by the row operations, where extras are asked for
 
-    @property
-    def row_ops(self) -> ModuleType | ShardedRows:
-        ops = backend(self.plan.backend)
-        return ops if self.shard is None else ShardedRows(ops, self.shard)
+def linear_logprobs(arguments: Arguments) -> TokenStats:
+    tensors, call = arguments.prepared()
+    stats, spread = _statistics(tensors, call), call.batch.spread
+    extras = call.extras and call.extras.finished(stats.logprobs, stats.logsumexp).map(spread)
+    return replace(stats.map(spread), extras=extras)
 
-    def asked(self, chunk: slice) -> dict[str, Taken]:
-        """What row operations are to take of these rows, besides."""
-        return {} if self.taken is None else {"taken": self.taken.rows(chunk)}
 
-    def logits_buffer(self, products: HeadProducts) -> Tensor:
-        """Room for one chunk's logits (chunk_rows, V), its rows at aligned addresses."""
-        rows = min(self.plan.chunk_rows, max(len(self.rows), 1))
-        return products.weight.new_empty(rows, aligned_size(self.vocab), dtype=products.dtype)[:, : self.vocab]
+def linear_cross_entropy(arguments: Arguments) -> Tensor:
+    tensors, call = arguments.prepared()
+    if arguments.reduction == "none":  # each token's upstream gradient is known only in the backward
+        stats = _statistics(tensors, call)
+        return call.batch.spread(token_losses(call.objective, stats, call.batch.tokens))
+    return _loss_and_statistics(tensors, call)[0]
+
+
+def _loss_and_statistics(tensors: Tensors, call: Call) -> tuple[Tensor, TokenStats]:
+    """(Σ weight · loss, statistics) in one pass where a gradient is needed and the plan says so, else in two."""
+    differentiable = any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if call.plan.passes == 1 and torch.is_grad_enabled() and differentiable:
+        loss, *fields = OnePass.apply(*tensors, call)
+        return loss, TokenStats(*fields)
+    stats = _statistics(tensors, call)
+    return weighted_loss(call.objective, stats, call.batch), stats
+
+
+def _statistics(tensors: Tensors, call: Call) -> TokenStats:
+    return TokenStats(*Statistics.apply(*tensors, call))
+
+
+# ---- autograd
+
+
+def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """A backward whose gradients raise when they are differentiated themselves.
+
+    torch's decorator of this name leaves them without a graph where the upstream gradient has none, as that of a loss:
+    a penalty on gradients would then do nothing, without a word.
+    """
+
+    @functools.wraps(backward)
+    def wrapped(ctx, *grads: Tensor | None) -> tuple[Any, ...]:
+        with torch.no_grad():
+            gradients = backward(ctx, *grads)
+        if not torch.is_grad_enabled():  # no create_graph=True
+            return gradients
+        return tuple(_raising(value) if isinstance(value, Tensor) else value for value in gradients)
+
+    return wrapped
+
+
+def _raising(gradient: Tensor) -> Tensor:
+    return torch._C._functions.DelayedError(DIFFERENTIABLE_ONCE, 1)(gradient.detach().requires_grad_())
 
 
 class OnePass(torch.autograd.Function):
@@ -70,7 +103,7 @@ class OnePass(torch.autograd.Function):
     def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None, call: Call):
         loss, stats, gradients, scale = one_pass((input, weight, bias), ctx.needs_input_grad, call)
         ctx.gradients = gradients.finish(rounded=scale is None)  # scaled sums over tokens may not fit into fp16
-        ctx.scale, ctx.dtypes, ctx.given = scale, gradients.dtypes, gradients.given
+        ctx.scale, ctx.dtypes, ctx.in_place = scale, gradients.dtypes, gradients.in_place
         outputs = stats.fields()[:3]
         ctx.mark_non_differentiable(*outputs)
         ctx.set_materialize_grads(False)  # zeros for these, made at every backward
@@ -86,7 +119,7 @@ class OnePass(torch.autograd.Function):
                 "backward ran a second time through this loss, whose gradients the first one handed over: "
                 "give the first one retain_graph=True"
             )
-        if ctx.given:
+        if ctx.in_place:
             _assert_one(grad_loss)
         gradients = ctx.gradients
         if torch._C._autograd._get_current_graph_task_keep_graph():  # backward(retain_graph=True)
@@ -94,8 +127,8 @@ class OnePass(torch.autograd.Function):
         else:
             ctx.gradients = None  # so that autograd can take them over without a copy
         factor = grad_loss if ctx.scale is None else grad_loss / ctx.scale
-        made = zip(gradients, ctx.dtypes)
-        return *(None if gradient is None else _scaled_(gradient, factor).to(dtype) for gradient, dtype in made), None
+        pairs = zip(gradients, ctx.dtypes)
+        return *(None if gradient is None else _scaled_(gradient, factor).to(dtype) for gradient, dtype in pairs), None
 
 
 class Statistics(torch.autograd.Function):
@@ -119,97 +152,88 @@ class Statistics(torch.autograd.Function):
         return *second_pass(tensors, ctx.needs_input_grad, ctx.call, normalizer, coefs).finish(), None
 
 
+# ---- the chunk loop
+
+
 def one_pass(
-    tensors: Sequence[Tensor | None], wanted: Sequence[bool], call: Call
+    tensors: Tensors, needs_grad: Sequence[bool], call: Call
 ) -> tuple[Tensor, TokenStats, Gradients, Tensor | None]:
     """(loss, statistics, gradients of the loss to x, W and b, what these are scaled by if at all)."""
     input, weight, _ = tensors
-    rows, row_ops = call.rows, call.row_ops
+    batch, row_ops = call.batch, call.row_ops
     row_pass = row_ops.loss_and_gradient
     if call.chunks is not None:  # the objective wants to see whole sequences, row operations may show it less
-        row_pass = partial(in_three_steps, row_ops.statistics, row_ops.gradient)
+        row_pass = partial(in_three_steps, row_ops)
     parts, losses = [], []
     with plain_matmul(input):
         products = HeadProducts(weight[: call.vocab], call.compute)
-        gradients = Gradients(tensors, wanted, products, rows, call)
+        gradients = Gradients(tensors, needs_grad, products, call)
         buffer = call.logits_buffer(products)
-        token_weight = rows.weight
         # fp16 gradients of a mean over many tokens would underflow: carry them scaled by a power of two
-        scale = fp16_scale(token_weight) if call.compute == torch.float16 else None
-        if scale is not None:
-            token_weight = token_weight * scale
+        scale = fp16_scale(batch.weight) if call.compute == torch.float16 else None
+        token_weight = batch.weight if scale is None else batch.weight * scale
         for chunk in chunks_of(call):
-            x = products.operand(rows.hidden(input, chunk))
+            x = products.operand(batch.hidden(input, chunk))
             logits = products.logits(x, buffer[: len(x)])
-            tokens, head = rows.tokens.rows(chunk), rows.head(call.head, chunk)
-            if chunk.start < rows.active:
+            tokens, head, extras = batch.tokens[chunk], call.head_of(chunk), call.extras and call.extras[chunk]
+            if chunk.start < batch.active:
                 stats, loss, dlogits = row_pass(
-                    logits,
-                    tokens,
-                    token_weight[chunk],
-                    call.objective,
-                    head,
-                    call.plan.block_rows,
-                    products.compute,
-                    **call.asked(chunk),
+                    logits, tokens, token_weight[chunk], call.objective, head, products.compute, extras
                 )
                 gradients.add(dlogits, x, chunk)
             else:
-                stats, _ = row_ops.statistics(logits, tokens.target, head, call.plan.block_rows, **call.asked(chunk))
-                loss = per_token_loss(call.objective, stats, tokens)
+                stats, _ = row_ops.statistics(logits, tokens.target, head, extras)
+                loss = token_losses(call.objective, stats, tokens)
             parts.append(stats)
             losses.append(loss)
-    loss = weighted_sum(torch.cat(losses) if losses else rows.weight, rows.weight)
-    return loss, _joined(parts, rows.weight), gradients, scale
+    loss = weighted_sum(torch.cat(losses) if losses else batch.weight, batch.weight)
+    return loss, _joined(parts, batch.weight), gradients, scale
 
 
-def first_pass(tensors: Sequence[Tensor | None], call: Call) -> tuple[TokenStats, Normalizer]:
-    """Statistics of the packed rows, and what the second pass needs of them."""
+def first_pass(tensors: Tensors, call: Call) -> tuple[TokenStats, Normalizer]:
+    """Statistics of the batch's rows, and what the second pass needs of them."""
     input, weight, _ = tensors
-    rows, row_ops = call.rows, call.row_ops
+    batch, row_ops = call.batch, call.row_ops
     parts, normalizers = [], []
     with plain_matmul(input):
         products = HeadProducts(weight[: call.vocab], call.compute)
         buffer = call.logits_buffer(products)
-        for chunk in call.plan.chunks(len(rows)):
-            x = products.operand(rows.hidden(input, chunk))
+        for chunk in call.plan.chunks(len(batch)):
+            x = products.operand(batch.hidden(input, chunk))
             logits = products.logits(x, buffer[: len(x)])
-            head = rows.head(call.head, chunk)
-            stats, normalizer = row_ops.statistics(
-                logits, rows.tokens.target[chunk], head, call.plan.block_rows, **call.asked(chunk)
-            )
+            extras = call.extras and call.extras[chunk]
+            stats, normalizer = row_ops.statistics(logits, batch.tokens.target[chunk], call.head_of(chunk), extras)
             parts.append(stats)
             normalizers.append(normalizer)
     if not parts:
-        return _joined(parts, rows.weight, call.head.smooth is not None), Normalizer(*[rows.weight] * 3)
-    return _joined(parts, rows.weight), Normalizer(*(torch.cat(fields) for fields in zip(*normalizers)))
+        return _joined(parts, batch.weight, call.head.smooth is not None), Normalizer(*[batch.weight] * 3)
+    return _joined(parts, batch.weight), Normalizer(*(torch.cat(fields) for fields in zip(*normalizers)))
 
 
 def second_pass(
-    tensors: Sequence[Tensor | None],
-    wanted: Sequence[bool],
+    tensors: Tensors,
+    needs_grad: Sequence[bool],
     call: Call,
     normalizer: Normalizer,
-    coefs: tuple[Tensor | None, ...],
+    coefs: tuple[Tensor | None, ...],  # (n,) each
 ) -> Gradients:
-    """Gradients to x, W and b, from those to the rows' statistics (n,): the logits are made again."""
+    """Gradients to x, W and b, from those to the rows' statistics: the logits are made again."""
     input, weight, _ = tensors
     row_ops = call.row_ops
-    coefs, rows, normalizer = _rows_with_gradient(coefs, call, normalizer)
+    coefs, batch, normalizer = _rows_with_gradient(coefs, call, normalizer)
+    call = replace(call, batch=batch)
     with plain_matmul(input):
         products = HeadProducts(weight[: call.vocab], call.compute)
-        gradients = Gradients(tensors, wanted, products, rows, call)
+        gradients = Gradients(tensors, needs_grad, products, call)
         buffer = call.logits_buffer(products)
-        for chunk in call.plan.chunks(len(rows)):
-            x = products.operand(rows.hidden(input, chunk))
-            logits = products.logits(x, buffer[: len(x)])
+        for chunk in call.plan.chunks(len(batch)):
+            x = products.operand(batch.hidden(input, chunk))
             dlogits = row_ops.gradient(
-                logits,
-                rows.tokens.target[chunk],
+                products.logits(x, buffer[: len(x)]),
+                batch.tokens.target[chunk],
                 Normalizer(*(field[chunk] for field in normalizer)),
                 tuple(None if coef is None else coef[chunk] for coef in coefs),
-                rows.head(call.head, chunk),
-                call.plan.block_rows,
+                call.head_of(chunk),
                 products.compute,
             )
             gradients.add(dlogits, x, chunk)
@@ -217,44 +241,38 @@ def second_pass(
 
 
 class Gradients:
-    """The gradients to x, W and b as chunks of rows add to them; those that nobody wants cost nothing.
+    """The gradients to x, W and b as chunks of rows add to them; those that nobody needs cost nothing.
 
-    The first `active` of the rows will be added: the other rows of dx are 0.
+    The first `active` of the batch's rows will be added: the other rows of dx are 0.
     """
 
-    def __init__(
-        self,
-        tensors: Sequence[Tensor | None],
-        wanted: Sequence[bool],
-        products: HeadProducts,
-        rows: Rows,
-        call: Call,
-    ):
+    def __init__(self, tensors: Tensors, needs_grad: Sequence[bool], products: HeadProducts, call: Call):
         input, weight, bias = tensors
+        batch = call.batch
         self.filter, self.filtered = call.plan.filter, call.filtered
         self.shard, self.summing = call.shard, None
-        self.given = call.weight_grad is not None
-        self.products, self.index = products, rows.index
+        self.in_place = call.weight_grad is not None
+        self.products, self.index = products, batch.index
         self.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
-        self.empty = rows.active == 0
-        new = torch.empty_like if rows.index is None and not self.empty else torch.zeros_like
+        self.empty = batch.active == 0
+        new = torch.empty_like if batch.index is None and not self.empty else torch.zeros_like
         # one pass carries fp16 gradients scaled up, which only fp32 has room for
         self.scaled = call.compute == torch.float16
         dtype = products.dtype if self.scaled else input.dtype
-        self.input = new(input, dtype=dtype, memory_format=torch.contiguous_format) if wanted[0] else None
-        self.bias = bias.new_zeros(bias.shape, dtype=products.dtype) if wanted[2] else None
-        self.weight, self.first = call.weight_grad, not self.given
-        if wanted[1] and not self.given:
+        self.input = new(input, dtype=dtype, memory_format=torch.contiguous_format) if needs_grad[0] else None
+        self.bias = bias.new_zeros(bias.shape, dtype=products.dtype) if needs_grad[2] else None
+        self.weight, self.first = call.weight_grad, not self.in_place
+        if needs_grad[1] and not self.in_place:
             new = weight.new_empty if self.filter is None else weight.new_zeros
-            single = products.mixed and rows.active <= call.plan.chunk_rows and self.filter is None
+            single = products.mixed and batch.active <= call.plan.chunk_rows and self.filter is None
             narrow = single and not self.scaled
             self.weight = new(weight.shape, dtype=products.compute if narrow else products.dtype)
             written = 0 if self.empty else len(products.weight)
             if written < len(weight):  # rows that no chunk writes: the vocabulary's padding, or all of them
                 self.weight[written:].zero_()
 
-    def add(self, dlogits: Tensor, x: Tensor, chunk: slice) -> None:
-        """Add a chunk's ∂L/∂a (n, V) with its hidden states (n, H)."""
+    def add(self, dlogits: Tensor, x: Tensor, chunk: slice) -> None:  # (n, V), (n, H)
+        """Add what a chunk's ∂L/∂a and its hidden states make."""
         vocab = dlogits.shape[1]
         if self.bias is not None:
             self.bias[:vocab] += dlogits.sum(0, dtype=self.products.dtype)
@@ -264,9 +282,9 @@ class Gradients:
         if self.input is not None and self.shard is None:
             self._put(chunk, products.input_gradient(dlogits, rounded=not self.scaled))
         elif self.input is not None:  # summed while the products that follow run
-            made = products.input_gradient(dlogits, rounded=False)
+            part = products.input_gradient(dlogits, rounded=False)
             self._put_sum()
-            self.summing = chunk, made, self.shard.add_(made)
+            self.summing = chunk, part, self.shard.add_(part)
         if self.weight is not None:
             products.add_weight_gradient(self.weight[:vocab], dlogits, x, self.first)
         if self.filter is not None:
@@ -276,70 +294,77 @@ class Gradients:
     def finish(self, rounded: bool = True) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(dx, dW, db), if `rounded` in the types of the inputs."""
         self._put_sum()
-        made = (self.input, None if self.given else self.weight, self.bias)
+        gradients = (self.input, None if self.in_place else self.weight, self.bias)
         if not rounded:
-            return made
-        return tuple(None if g is None else g.to(dtype) for g, dtype in zip(made, self.dtypes))
+            return gradients
+        return tuple(None if g is None else g.to(dtype) for g, dtype in zip(gradients, self.dtypes))
 
-    def _put(self, chunk: slice, made: Tensor) -> None:
-        """A chunk's rows of dx (n, H) to their places."""
-        made = made.to(self.input.dtype)
+    def _put(self, chunk: slice, dx: Tensor) -> None:  # (n, H)
+        """A chunk's rows of dx to their places."""
+        dx = dx.to(self.input.dtype)
         if self.index is None:
             places = self.input[chunk]
-            places.copy_(made[: len(places)])  # not the padding's
+            places.copy_(dx[: len(places)])  # not the padding's
         else:
             places = self.index[chunk]
-            self.input[places] = made[: len(places)]
+            self.input[places] = dx[: len(places)]
 
     def _put_sum(self) -> None:
         if self.summing is not None:
-            chunk, made, work = self.summing
+            chunk, dx, work = self.summing
             work.wait()
-            self._put(chunk, made)
+            self._put(chunk, dx)
             self.summing = None
 
 
-def weighted_sum(loss: Tensor, weight: Tensor) -> Tensor:
+# ---- small parts
+
+
+def weighted_sum(loss: Tensor, weight: Tensor) -> Tensor:  # (n,), (n,)
     """Σ weight · loss, where a weight of 0 silences even an infinite loss."""
     return torch.where(weight == 0, 0, loss * weight).sum()
 
 
-def weighted_loss(objective: Any, stats: TokenStats, rows: Rows) -> Tensor:
+def weighted_loss(objective: Objective, stats: TokenStats, batch: Batch) -> Tensor:
     """Σ weight · loss of the rows. A weight of 0 silences the gradient too, which may be 0 · NaN."""
-    if not crosses(objective, rows.tokens):
-        silent = rows.weight == 0
+    if not couples(objective, batch.tokens):
+        silent = batch.weight == 0
         stats = stats.map(lambda field: torch.where(silent, field.detach(), field))
-    return weighted_sum(per_token_loss(objective, stats, rows.tokens), rows.weight)
+    return weighted_sum(token_losses(objective, stats, batch.tokens), batch.weight)
 
 
-def chunks_of(call: Call):
+def chunks_of(call: Call) -> Iterator[slice]:
     """Chunks of the rows with gradient, then of the rest."""
     if call.chunks is not None:
         yield from call.chunks
         return
-    yield from call.plan.chunks(call.rows.active)
-    for chunk in call.plan.chunks(len(call.rows) - call.rows.active):
-        yield slice(chunk.start + call.rows.active, chunk.stop + call.rows.active)
+    active = call.batch.active
+    yield from call.plan.chunks(active)
+    for chunk in call.plan.chunks(len(call.batch) - active):
+        yield slice(chunk.start + active, chunk.stop + active)
 
 
 def _joined(parts: list[TokenStats], like: Tensor, smooth: bool = False) -> TokenStats:
     if not parts:
         return TokenStats(*(torch.empty_like(like) for _ in range(4 if smooth else 3)))
-    return TokenStats(*(torch.cat(fields) for fields in zip(*(part.fields() for part in parts))))
+    return TokenStats.cat(parts)
 
 
-def _rows_with_gradient(coefs: tuple[Tensor | None, ...], call: Call, normalizer: Normalizer):
-    """All three, of the rows where any coefficient is not zero; of all rows where counting would stall."""
-    if (live := call.rows.live) is not None:  # what a dead row's annotations hold may have made 0 · ∞
+def _rows_with_gradient(
+    coefs: tuple[Tensor | None, ...], call: Call, normalizer: Normalizer
+) -> tuple[tuple[Tensor | None, ...], Batch, Normalizer]:
+    """(coefs, batch, normalizer) of the rows where any coefficient is not zero; of all where counting would stall."""
+    batch = call.batch
+    if (live := batch.live) is not None:  # what a dead row's annotations hold may have made 0 · ∞
         coefs = tuple(None if coef is None else torch.where(live, coef, 0) for coef in coefs)
     if not call.plan.compact or call.plan.batch_invariant:
-        return coefs, call.rows, normalizer
+        return coefs, batch, normalizer
     # past the active rows a coefficient may still be 0 · ∞
-    keep = torch.stack([coef != 0 for coef in coefs if coef is not None]).any(0)[: call.rows.active].nonzero()[:, 0]
-    if len(keep) == len(call.rows):
-        return coefs, call.rows, normalizer
+    keep = torch.stack([coef != 0 for coef in coefs if coef is not None]).any(0)[: batch.active].nonzero()[:, 0]
+    if len(keep) == len(batch):
+        return coefs, batch, normalizer
     coefs = tuple(None if coef is None else coef[keep] for coef in coefs)
-    return coefs, call.rows.only(keep), Normalizer(*(field[keep] for field in normalizer))
+    return coefs, batch[keep], Normalizer(*(field[keep] for field in normalizer))
 
 
 def plain_matmul(input: Tensor):
@@ -371,6 +396,8 @@ def _scaled_(gradient: Tensor, factor: Tensor) -> Tensor:
     if gradient.device.type == "cpu":
         return gradient if factor.item() == 1 else gradient.mul_(factor.item())
     if runs_triton(gradient.device, gradient.dtype):
-        return backend("triton").scale_(gradient, factor)
+        from .rows.triton_rows import scale_
+
+        return scale_(gradient, factor)
     # not mul_(factor), which would first round the factor to a 16-bit gradient's type
     return gradient.copy_(gradient.to(accumulation_dtype(gradient.dtype)) * factor)

@@ -1,6 +1,6 @@
 """What else a call can tell of each token, at the price of what it asks for: ranks, likeliest tokens, candidates.
 
-Logits die as soon as their gradient is written over them, so that this is taken while they are there:
+Logits die as soon as their gradient is written over them, so all of it is read while they are there:
 
     rank, argmax       in the pass over a row that makes its statistics
     top_k              on the GPU one more read of the chunk, which makes the maximum of each group of 64 entries; the k
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tokens import TokenStats
+from . import checks
 
 MAX_TOP_K = 64
 BIASED_ROWS = 128  # whose logits with their bias exist beside the chunk's, to find the largest
@@ -40,7 +40,7 @@ class Extras:
     rank: bool = False
     argmax: bool = False
     top_k: int = 0
-    candidates: Tensor | None = None
+    candidates: Tensor | None = None  # (..., C)
 
     def __post_init__(self):
         for name in ("rank", "argmax"):
@@ -52,6 +52,31 @@ class Extras:
             raise TypeError(
                 f"Extras(candidates=...) must be a tensor (..., C) of token ids, found {type(self.candidates).__name__}"
             )
+
+    def check(self, target: Tensor, live: Tensor | None, vocab: int) -> None:  # (...), (...)
+        """Raise for what does not fit a call's tokens and its V entries."""
+        if self.top_k > vocab:
+            raise ValueError(f"Extras(top_k={self.top_k}), but there are {vocab} entries: ask for no more than those")
+        if (candidates := self.candidates) is None:
+            return
+        checks.tensor("candidates", candidates)
+        if candidates.dim() != target.dim() + 1 or candidates.shape[:-1] != target.shape:
+            raise ValueError(
+                "Extras(candidates=...) must be shaped like target with one more dimension, "
+                f"{(*target.shape, 'C')}, found {tuple(candidates.shape)}"
+            )
+        if candidates.dtype not in checks.INTEGERS:
+            raise TypeError(f"Extras(candidates=...) must hold integer token ids, found {candidates.dtype}")
+        if candidates.device != target.device:
+            raise ValueError(f"Extras(candidates=...) is on {candidates.device} but target on {target.device}: move it")
+        if not checks.may_look(candidates):
+            return
+        wrong = (candidates < 0) | (candidates >= vocab)
+        if live is not None:
+            wrong &= live[..., None]
+        if wrong.any():
+            where = wrong.nonzero()[0].tolist()
+            raise ValueError(f"candidates{where} = {candidates[tuple(where)].item()} lies outside [0, {vocab})")
 
 
 @dataclass(frozen=True)
@@ -71,13 +96,34 @@ class TokenExtras:
     top_ids: Tensor | None = None
     candidate_logprobs: Tensor | None = None
 
-    def map(self, function: Any) -> TokenExtras:
-        return TokenExtras(**{name: None if x is None else function(x) for name, x in vars(self).items()})
+    @classmethod
+    def empty(cls, extras: Extras, like: Tensor) -> TokenExtras:  # (...)
+        """Room for what was asked for of tokens shaped like `like`, log-probs in its type."""
+
+        def room(needed: Any, *more: int, dtype: torch.dtype = like.dtype) -> Tensor | None:
+            return like.new_empty((*like.shape, *more), dtype=dtype) if needed else None
+
+        k, ids = extras.top_k, torch.int64
+        candidates = None if extras.candidates is None else room(True, extras.candidates.shape[-1])
+        return cls(
+            rank=room(extras.rank, dtype=ids),
+            argmax=room(extras.argmax, dtype=ids),
+            top_logprobs=room(k, k),
+            top_ids=room(k, k, dtype=ids),
+            candidate_logprobs=candidates,
+        )
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> TokenExtras:
+        return TokenExtras(**{name: function(value) for name, value in self.present().items()})
+
+    def present(self) -> dict[str, Tensor]:
+        """What was asked for, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
-class Taken:
-    """The extras of n rows, to be filled by the row operations: those of TokenExtras, and the candidates' ids.
+class ExtrasBuffer:
+    """The extras of n rows while they are filled by the row operations: those of TokenExtras, and the candidates' ids.
 
     Where log-probs will be stand the logits a + b at first, until the rows' normalizers are known.
     """
@@ -85,29 +131,22 @@ class Taken:
     results: TokenExtras
     candidates: Tensor | None = None  # (n, C)
 
-    @classmethod
-    def empty(cls, extras: Extras, candidates: Tensor | None, like: Tensor) -> Taken:
-        """For as many rows as `like` (n,) has, in its type."""
-        n, k = len(like), extras.top_k
-        ids = lambda asked, *more: like.new_empty(n, *more, dtype=torch.int64) if asked else None  # noqa: E731
-        top_logprobs = like.new_empty(n, k) if k else None
-        found = None if candidates is None else like.new_empty(candidates.shape)
-        return cls(TokenExtras(ids(extras.rank), ids(extras.argmax), top_logprobs, ids(k, k), found), candidates)
-
-    def rows(self, rows: slice) -> Taken:
+    def __getitem__(self, rows: slice) -> ExtrasBuffer:
         """Those of some of the rows, in the same memory."""
-        return Taken(self.results.map(lambda x: x[rows]), None if self.candidates is None else self.candidates[rows])
+        return ExtrasBuffer(
+            self.results.map(lambda field: field[rows]), None if self.candidates is None else self.candidates[rows]
+        )
 
-    def take(self, a: Tensor, target: Tensor) -> None:
-        """Everything from the logits a + b (n, V) of the rows, which should be in a cache."""
+    def take(self, a: Tensor, target: Tensor) -> None:  # (n, V), (n,)
+        """Everything from the logits a + b of the rows, which should be in a cache."""
         if self.results.rank is not None:
             self.results.rank.copy_((a > at(a, target[:, None])).sum(-1))
         if self.results.argmax is not None:
             self.results.argmax.copy_(a.argmax(-1))
         self.take_entries(a, None)
 
-    def take_entries(self, a: Tensor, bias: Tensor | None) -> None:
-        """The largest of a + bias (n, V), and the candidates'; a stays as it is."""
+    def take_entries(self, a: Tensor, bias: Tensor | None) -> None:  # (n, V), (V,)
+        """The largest of a + bias, and the candidates'; a stays as it is."""
         if self.results.top_ids is not None:
             k, step = self.results.top_ids.shape[1], len(a) if bias is None else BIASED_ROWS
             for rows in (slice(start, start + step) for start in range(0, len(a), step)):
@@ -115,28 +154,29 @@ class Taken:
                 self.results.top_logprobs[rows] = values
                 self.results.top_ids[rows] = ids
         if self.candidates is not None:
-            found = at(a, self.candidates)
+            values = at(a, self.candidates)
             if bias is not None:
-                found = found + at(bias.expand(len(a), -1), self.candidates)
-            self.results.candidate_logprobs.copy_(found)
+                values = values + at(bias.expand(len(a), -1), self.candidates)
+            self.results.candidate_logprobs.copy_(values)
 
-    def settle(self, scored: Callable[[Tensor], Tensor], shift: Tensor, log_total: Tensor) -> None:
-        """Make log-probs of what has been taken, from the rows' normalizers (n,).
+    def normalize(self, score_: Callable[[Tensor], Any], shift: Tensor, log_total: Tensor) -> None:  # (n,), (n,)
+        """Turn the logits taken into log-probs, with the normalizers of the rows.
 
-        scored: z of entries a + b (n, k), rounded as the ones that the normalizers were made of.
+        score_: a + b of entries (n, k) → z in place, rounded as where the normalizers were made.
         """
         for values in (self.results.top_logprobs, self.results.candidate_logprobs):
             if values is not None:
-                values.copy_(scored(values) - shift[:, None] - log_total[:, None])
+                score_(values)
+                values.sub_(shift[:, None]).sub_(log_total[:, None])
         if self.results.top_ids is not None:
             self.results.top_ids.masked_fill_(self.results.top_logprobs == -torch.inf, -1)
 
-    def settled(self, stats: TokenStats) -> TokenExtras:
-        """All of it, −1 where a row has no distribution or its target no log-prob."""
+    def finished(self, logprobs: Tensor, logsumexp: Tensor) -> TokenExtras:  # (n,), (n,)
+        """The results, −1 where a row has no distribution or its target no log-prob."""
         rank, argmax, ids = self.results.rank, self.results.argmax, self.results.top_ids
-        nowhere = ~stats.logsumexp.detach().isfinite()
+        nowhere = ~logsumexp.detach().isfinite()
         if rank is not None:
-            rank.masked_fill_(stats.logprobs.detach().isnan(), -1)
+            rank.masked_fill_(logprobs.detach().isnan(), -1)
         if argmax is not None:
             argmax.masked_fill_(nowhere, -1)
         if ids is not None:
@@ -144,14 +184,14 @@ class Taken:
         return self.results
 
 
-def at(a: Tensor, ids: Tensor) -> Tensor:
-    """a (n, V) at ids (n, C); NaN for an id out of range."""
+def at(a: Tensor, ids: Tensor) -> Tensor:  # (n, V), (n, C)
+    """a at ids (n, C); NaN for an id out of range."""
     inside = (ids >= 0) & (ids < a.shape[1])
     return torch.where(inside, a.gather(1, torch.where(inside, ids, 0)), torch.nan)
 
 
-def largest(a: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(values, ids) (n, k) of the k largest entries of a (n, V), largest first."""
+def largest(a: Tensor, k: int) -> tuple[Tensor, Tensor]:  # (n, V)
+    """(values, ids) (n, k) of the k largest entries, largest first."""
     count = a.shape[1] // GROUP
     if count <= k:
         return a.topk(k)

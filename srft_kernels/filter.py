@@ -16,37 +16,13 @@ an accelerator that decision stays on the device (rows/triton_residual.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from numbers import Real
-
 import torch
 from torch import Tensor
 
-from .gemm import HeadProducts
-from .rows import runs_triton
+from .head import HeadProducts
+from .plan import SAMPLE, Filter, runs_triton
 
-SAMPLE = 16  # tokens of a chunk, at even distances
 SMALLEST = 1e-25  # sum of squares of a chunk: of a smaller one fp32 may have lost what the tail adds
-
-
-@dataclass(frozen=True)
-class Filter:
-    """Which part of ∂L/∂a the backward products leave out.
-
-    columns             the part of the vocabulary that is kept, in (0, 1]
-    max_relative_error  bound, for each chunk of tokens, on ‖dropped‖ / ‖∂L/∂a‖ (all norms Frobenius), which is about
-                        dW's relative error, and on dx's relative error over SAMPLE of its tokens. A product that would
-                        pass it is done densely.
-    """
-
-    columns: float = 1 / 16
-    max_relative_error: float = 1e-2
-
-    def __post_init__(self):
-        for name, most in (("columns", 1), ("max_relative_error", float("inf"))):
-            value = getattr(self, name)
-            if not (isinstance(value, Real) and 0 < value <= most):
-                raise ValueError(f"Filter({name}={value!r}): expected a number in (0, {most}]")
 
 
 class Filtered:
@@ -56,7 +32,7 @@ class Filtered:
     squares   (4,) dropped and whole: of ∂L/∂a, then of the sampled tokens' dx; what is done densely drops nothing
     """
 
-    def __init__(self, products: HeadProducts, dlogits: Tensor, filter: Filter):
+    def __init__(self, products: HeadProducts, dlogits: Tensor, filter: Filter):  # (n, V)
         self.products, self.bound = products, filter.max_relative_error**2
         squares = column_squares(dlogits, products.dtype)
         self.kept = squares.topk(max(1, round(filter.columns * len(squares))), sorted=False).indices.sort().values
@@ -66,7 +42,7 @@ class Filtered:
         self.squares = squares.new_zeros(4)
         self.dense = self._decide(0, self.tail.sum(), squares.sum())
 
-    def input_gradient(self, residual: Tensor, rounded: bool = True) -> Tensor:
+    def input_gradient(self, residual: Tensor, rounded: bool = True) -> Tensor:  # (n, V)
         """∂L/∂x (n, H), in the logits' type whatever `rounded` says: sums come after the product."""
         products, weight = self.products, self.products.weight
         dx = products.product(self.values, weight[self.kept])
@@ -82,22 +58,22 @@ class Filtered:
         return self._add_if(dense, dx, residual, weight)
 
     def add_weight_gradient(self, total: Tensor, residual: Tensor, x: Tensor, first: bool) -> None:
-        """total (V, H), zeros at first, += (∂L/∂a)ᵀ x."""
+        """total (V, H), zeros at first, += (∂L/∂a (n, V))ᵀ x (n, H)."""
         part = total.new_empty(len(self.kept), x.shape[1])
         self.products.add_weight_gradient(part, self.values, x, first=True)
         total.index_add_(0, self.kept, part)
         self._add_if(self.dense, total, residual.t(), x)
 
-    def _decide(self, place: int, dropped: Tensor, whole: Tensor) -> Tensor:
-        """Whether a product has to be dense, () boolean; keeps account. So is what squares cannot tell: sums that are
-        not finite, or so small that addends may be lost below the type's normal numbers."""
+    def _decide(self, place: int, dropped: Tensor, whole: Tensor) -> Tensor:  # (), ()
+        """Whether a product has to be dense, () boolean; keeps account. It has to where squares cannot tell: sums that
+        are not finite, or so small that addends may be lost below the type's normal numbers."""
         known = whole.isfinite() & (whole > SMALLEST)
         dense = ~(known & (dropped <= self.bound * whole))
         self.squares[place], self.squares[place + 1] = torch.where(dense, 0, dropped), whole
         return dense
 
-    def _add_if(self, dense: Tensor, total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """total (m, n) += a (m, k) · b (k, n) where `dense` () holds."""
+    def _add_if(self, dense: Tensor, total: Tensor, a: Tensor, b: Tensor) -> Tensor:  # (), (m, n), (m, k), (k, n)
+        """total += a · b where `dense` holds."""
         if runs_triton(total.device, total.dtype):
             from .rows.triton_residual import add_product_
 
@@ -105,7 +81,7 @@ class Filtered:
         return total.add_(torch.mm(a, b)) if dense else total  # asks the device
 
 
-def column_squares(a: Tensor, dtype: torch.dtype) -> Tensor:
+def column_squares(a: Tensor, dtype: torch.dtype) -> Tensor:  # (n, V)
     """Σ_t a_tv² (V,) in `dtype`."""
     if a.device.type != "cpu":
         return torch.linalg.vector_norm(a, dim=0, dtype=dtype).square()

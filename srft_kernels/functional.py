@@ -1,29 +1,60 @@
-"""The public functions: check, flatten, pack the rows, choose a plan, run.
+"""The public functions: their signatures and what they promise.
 
 linear_loss           any objective; one pass where a token's loss is its own business
 linear_logprobs       token statistics, differentiable
 linear_cross_entropy  drop-in for torch.nn.functional.linear_cross_entropy
+linear_distillation   divergence from a teacher's head
+
+A body here is empty: what is passed goes by name into the arguments that the decorator names, and these to an engine.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import checks
-from .engine import Call, OnePass, Statistics, weighted_loss
+from . import engine
+from .call import Arguments
+from .distillation import engine as distillation
+from .distillation.engine import DistillationArguments, DistillationOutput
 from .extras import Extras
-from .objectives import CrossEntropy
+from .objectives.objective import TokenStats
 from .output import LossOutput
 from .plan import Plan
-from .prepare import Arguments, Tensors
-from .tokens import TokenStats, per_token_loss
+
+P, Output, Passed = ParamSpec("P"), TypeVar("Output"), TypeVar("Passed")
 
 
+def _runs(
+    run: Callable[[Passed], Output], arguments: Callable[[dict[str, Any]], Passed]
+) -> Callable[[Callable[P, Output]], Callable[P, Output]]:
+    """Makes a public function of its signature: it runs `run` on the `arguments` made of what it is passed, by name."""
+
+    def of_signature(signature: Callable[P, Output]) -> Callable[P, Output]:
+        positional, defaults = tuple(inspect.getfullargspec(signature).args), signature.__kwdefaults__
+
+        @functools.wraps(signature)
+        def function(*args: P.args, **options: P.kwargs) -> Output:
+            signature(*args, **options)  # raises Python's own TypeError for what does not fit
+            passed = arguments({**defaults, **dict(zip(positional, args)), **options})
+            if torch.compiler.is_compiling():
+                from .operators import trace  # takes seconds, and nobody else needs it
+
+                return getattr(trace, run.__name__)(passed)
+            return run(passed)
+
+        return function
+
+    return of_signature
+
+
+@_runs(engine.linear_loss, Arguments.of)
 def linear_loss(
     input: Tensor,
     linear_weight: Tensor,
@@ -91,35 +122,9 @@ def linear_loss(
         out-of-range target yields NaN in that token's outputs instead, and more live tokens than `live_tokens` NaN
         everywhere; SRFT_KERNELS_CHECK=1 raises there too.
     """
-    checks.objective(objective)
-    given = {"advantages": advantages, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "is_demo": is_demo}
-    arguments = Arguments(
-        input,
-        linear_weight,
-        target,
-        objective,
-        linear_bias=linear_bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        ignore_index=ignore_index,
-        vocab_size=vocab_size,
-        live_tokens=live_tokens,
-        token_weight=token_weight,
-        annotations={name: value for name, value in {**given, **annotations}.items() if value is not None},
-        weight_grad=weight_grad,
-        plan=plan,
-        extras=extras,
-        group=group,
-        token_group=token_group,
-    )
-    if torch.compiler.is_compiling():
-        from . import compiled  # takes seconds, and nobody else needs it
-
-        return compiled.linear_loss(arguments)
-    return loss_of(arguments)
 
 
+@_runs(engine.linear_logprobs, Arguments.of)
 def linear_logprobs(
     input: Tensor,
     linear_weight: Tensor,
@@ -143,28 +148,9 @@ def linear_logprobs(
     `torch.no_grad()` this is the scoring pass (2NHV) for old and reference log-probs. `extras` comes as the field
     `extras` of the result, detached: for a derivative to another token's log-prob, call with that token as target.
     """
-    arguments = Arguments(
-        input,
-        linear_weight,
-        target,
-        linear_bias=linear_bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        ignore_index=ignore_index,
-        vocab_size=vocab_size,
-        live_tokens=live_tokens,
-        plan=plan,
-        extras=extras,
-        group=group,
-    )
-    if torch.compiler.is_compiling():
-        from . import compiled  # takes seconds, and nobody else needs it
-
-        return compiled.linear_logprobs(arguments)
-    return statistics_of(arguments)
 
 
+@_runs(engine.linear_cross_entropy, Arguments.of_cross_entropy)
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -197,65 +183,64 @@ def linear_cross_entropy(
 
     Returns the loss in fp32 (fp64 for fp64 inputs). Unlike PyTorch, the mean over no live token is 0, not NaN.
     """
-    checks.reduction(reduction)
-    if options is not None and plan is not None:
-        raise ValueError("options and plan were both given: options is ignored, so drop it")
-    arguments = Arguments(
-        input,
-        linear_weight,
-        target,
-        CrossEntropy(label_smoothing=label_smoothing, z_loss=z_loss),  # by name: torch 2.11 cannot trace it otherwise
-        linear_bias=linear_bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        ignore_index=-100 if ignore_index is None else ignore_index,  # as PyTorch does
-        vocab_size=vocab_size,
-        live_tokens=live_tokens,
-        class_weight=weight,
-        reduction=reduction,
-        plan=plan,
-        group=group,
-        token_group=token_group,
-    )
-    if torch.compiler.is_compiling():
-        from . import compiled  # takes seconds, and nobody else needs it
-
-        return compiled.linear_cross_entropy(arguments)
-    return cross_entropy_of(arguments)
 
 
-def loss_of(a: Arguments) -> LossOutput:
-    tensors, call, spread = a.prepared()
-    loss, stats = _weighted_loss(tensors, call)
-    extras = call.taken and call.taken.settled(stats)
-    rows = call.rows
-    return LossOutput.of(loss, stats, rows.tokens, a.objective, spread, call.filtered, extras, rows.weight)
+@_runs(distillation.linear_distillation, DistillationArguments.of)
+def linear_distillation(
+    input: Tensor,
+    linear_weight: Tensor,
+    teacher_input: Tensor,
+    teacher_weight: Tensor,
+    *,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    linear_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    vocab_size: int | None = None,
+    mask: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    plan: Plan | None = None,
+    group: None = None,
+) -> DistillationOutput:
+    """Σ_t token_weight_t · D(p_t, q_t) of a student p = softmax(input · linear_weightᵀ) and a teacher q, logits unmade.
 
+    Args:
+        input: the student's hidden states (..., H); fp32, bf16, fp16, or fp64 (PyTorch rows only). Never modified.
+        linear_weight: its head (V, H).
+        teacher_input: the teacher's hidden states (..., H_teacher) of the same tokens; any H_teacher, any type above
+            (fp64 with fp64 alone). Nothing of the teacher gets a gradient.
+        teacher_weight: its head (V, H_teacher).
+        divergence: "forward_kl", KL(q ‖ p) = Σ_v q_v log(q_v / p_v): the student covers what the teacher does;
+            "reverse_kl", KL(p ‖ q), for data the student sampled; or "jensen_shannon", the generalised one of
+            arXiv 2306.13649: β KL(q ‖ m) + (1 − β) KL(p ‖ m) with m = β q + (1 − β) p.
+        beta: β of "jensen_shannon", 0 < β < 1. Towards either end that divergence goes to 0, as β KL(q ‖ p) and as
+            (1 − β) KL(p ‖ q): where other libraries take beta=0 or beta=1, ask for "forward_kl" or "reverse_kl".
+        linear_bias, teacher_bias: (V,), or None.
+        temperature: T > 0 of softmax(z / T), for both heads. The loss is not multiplied by T², as some papers do to
+            keep the size of its gradient: that is a factor for `token_weight`, or for the loss.
+        teacher_temperature: another one for the teacher.
+        softcap, teacher_softcap: cap > 0 of cap · tanh(z / cap) in each head, before the temperature; or None.
+        logit_scale, teacher_logit_scale: s > 0, times each head's logits before the cap; neither stands for the other.
+        vocab_size: the vocabulary that both heads share, where one has padding rows: those past it do not exist.
+        mask: (...) boolean, False where a token takes no part (target != -100, say); None: all do.
+        token_weight: (...), default 1 / (number of tokens that take part). See `token_mean`, `sequence_mean`, which
+            count tokens that are divided over ranks too.
+        plan: how to run; default as `Plan.choose`, with chunks of half as many tokens since each has two rows.
+        group: refused: a head divided over ranks, as `linear_loss` takes it, is not supported here.
 
-def statistics_of(a: Arguments) -> TokenStats:
-    tensors, call, spread = a.prepared()
-    stats = _statistics(tensors, call)
-    return replace(stats.map(spread), extras=call.taken and call.taken.settled(stats).map(spread))
+    Returns:
+        DistillationOutput. With no token the loss is exactly 0, and so are its gradients. Tokens' divergences come
+        without a gradient, and there is no reduction="none": what each of them counts is its token_weight.
 
+    Where p has what the reference of a KL has not (KL(q ‖ p) with p_v = 0 < q_v, KL(p ‖ q) with q_v = 0 < p_v) it is
+    +∞; that of KL(q ‖ p) still has its gradient p − q, that of KL(p ‖ q) has none (NaN).
 
-def cross_entropy_of(a: Arguments) -> Tensor:
-    tensors, call, spread = a.prepared()
-    if a.reduction == "none":  # each token's upstream gradient is known only in the backward
-        stats = _statistics(tensors, call)
-        return spread(per_token_loss(call.objective, stats, call.rows.tokens))
-    return _weighted_loss(tensors, call)[0]
-
-
-def _weighted_loss(tensors: Tensors, call: Call) -> tuple[Tensor, TokenStats]:
-    """(Σ weight · loss, statistics) in one pass where gradients are wanted and the plan says so, else in two."""
-    differentiable = any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    if call.plan.passes == 1 and torch.is_grad_enabled() and differentiable:
-        loss, *fields = OnePass.apply(*tensors, call)
-        return loss, TokenStats(*fields)
-    stats = _statistics(tensors, call)
-    return weighted_loss(call.objective, stats, call.rows), stats
-
-
-def _statistics(tensors: Tensors, call: Call) -> TokenStats:
-    return TokenStats(*Statistics.apply(*tensors, call))
+    Raises:
+        ValueError, TypeError: naming the argument, what was found and what was expected, before any work.
+    """

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from . import checks
-from .functional import LossOutput, linear_cross_entropy, linear_loss
-from .presets import srft_paper
+from .functional import linear_cross_entropy, linear_loss
+from .objectives.objective import objective_of
+from .objectives.presets import srft_paper
+from .output import LossOutput
 
 
 class _Loss(nn.Module):
@@ -64,7 +66,7 @@ class SRFTLoss(_Loss):
     def __init__(self, objective: Any = None, **options: Any):
         super().__init__(options)
         self.objective = srft_paper() if objective is None else objective
-        checks.objective(self.objective)
+        objective_of(self.objective)  # raises for what is none
 
     def forward(self, input: Tensor, linear_weight: Tensor, target: Tensor, **annotations: Any) -> LossOutput:
         return linear_loss(input, linear_weight, target, self.objective, **{**self.options, **annotations})

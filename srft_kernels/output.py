@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .extras import TokenExtras
-from .tokens import Tokens, TokenStats
+from .objectives.objective import Objective, Tokens, TokenStats
 
 
 @dataclass(frozen=True)
@@ -46,13 +45,13 @@ class LossOutput:
         loss: Tensor,
         stats: TokenStats,
         tokens: Tokens,
-        objective: Any,
-        spread: Callable,
+        objective: Objective,
+        spread: Callable[[Tensor], Tensor],
         filtered: Tensor | None = None,
         extras: TokenExtras | None = None,
         weight: Tensor | None = None,
     ) -> LossOutput:
-        """From the statistics of the tokens that were worked through; `spread` gives a field the shape of target."""
+        """From the statistics of the tokens that were worked through; `spread` gives a field target's shape."""
         stats = stats.map(Tensor.detach)
         argmax = extras and extras.argmax
         return cls(
@@ -66,7 +65,7 @@ class LossOutput:
 
 
 def metrics(
-    objective: Any,
+    objective: Objective,
     stats: TokenStats,
     tokens: Tokens,
     filtered: Tensor | None,
@@ -75,13 +74,12 @@ def metrics(
 ) -> dict[str, Tensor]:
     """The objective's own over live tokens of `weight` (n,) ≠ 0, top-1 accuracy, and what a filtered backward drops."""
     live = tokens.get("live")
-    if weight is not None and getattr(objective, "reads_live", False):
+    if weight is not None and objective.reads_live:
         tokens = tokens.replace(counted=weight != 0)
-    if live is not None and not getattr(objective, "reads_live", False):  # where this waits for an accelerator
-        stats, tokens = stats.map(lambda field: field[live]), tokens.rows(live)
+    if live is not None and not objective.reads_live:  # where this waits for an accelerator
+        stats, tokens = stats.map(lambda field: field[live]), tokens[live]
         argmax, live = argmax if argmax is None else argmax[live], None
-    of_objective = getattr(objective, "metrics", None)
-    result = of_objective(stats, tokens) if of_objective and len(stats.logprobs) else {}
+    result = dict(objective.metrics(stats, tokens)) if len(stats.logprobs) else {}
     if argmax is not None and len(argmax):
         right = (argmax == tokens.target).to(stats.logprobs.dtype)
         result["accuracy"] = right.mean() if live is None else (right * live).sum() / live.sum()
@@ -89,6 +87,6 @@ def metrics(
         result = {name: torch.where(live.any(), value, torch.nan) for name, value in result.items()}
     if filtered is not None:
         dropped, whole = filtered.view(2, 2).unbind(1)
-        found = (dropped / whole.clamp(min=torch.finfo(whole.dtype).tiny)).sqrt()
-        result["filtered_norm"], result["filtered_dx_error"] = found  # of ∂L/∂a; of dx, on sampled tokens
+        errors = (dropped / whole.clamp(min=torch.finfo(whole.dtype).tiny)).sqrt()
+        result["filtered_norm"], result["filtered_dx_error"] = errors  # of ∂L/∂a; of dx, on sampled tokens
     return result

@@ -5,16 +5,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 
-from .filter import Filter
-from .gemm import accumulation_dtype, mixes
-from .rows import aligned_size, runs_triton
+from .head import accumulation_dtype, aligned_size, mixes
+from .rows import RowOps
 
+TRITON_DEVICES = ("cuda", "xpu")  # that Triton compiles for; torch calls ROCm's cuda too
+SAMPLE = 16  # tokens of a chunk, at even distances, that a filter's error in dx is measured on
 MIB = 2**20
 # Enough rows for the products to run at full rate, in memory that nobody misses. Measured for CPU; on accelerators the
 # weight-gradient product reads and writes its V·H accumulator once per chunk, so chunks there are larger.
@@ -22,6 +26,26 @@ CPU_WORKSPACE, WORKSPACE = 40_000_000, 1024 * MIB
 MIN_CHUNK_ROWS = 64
 FILLED_ROWS = 2048  # at most, where every chunk is filled up to its size
 BLOCK_BYTES = 4 * MIB  # of logits per block of the torch row backend: about the L2 caches of two cores
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which part of ∂L/∂a the backward products leave out.
+
+    columns             the part of the vocabulary that is kept, in (0, 1]
+    max_relative_error  bound, for each chunk of tokens, on ‖dropped‖ / ‖∂L/∂a‖ (all norms Frobenius), which is about
+                        dW's relative error, and on dx's relative error over SAMPLE of its tokens. A product that would
+                        pass it is done densely.
+    """
+
+    columns: float = 1 / 16
+    max_relative_error: float = 1e-2
+
+    def __post_init__(self):
+        for name, most in (("columns", 1), ("max_relative_error", float("inf"))):
+            value = getattr(self, name)
+            if not (isinstance(value, Real) and 0 < value <= most):
+                raise ValueError(f"Filter({name}={value!r}): expected a number in (0, {most}]")
 
 
 @dataclass(frozen=True)
@@ -129,6 +153,31 @@ class Plan:
             workspace_bytes=rows * row_bytes + scratch + accumulator + widened + gathered,
         )
 
+    def check(self, input: torch.Tensor, compute: torch.dtype) -> None:
+        """A plan made by hand may ask for Triton where it cannot run."""
+        if self.backend != "triton":
+            return
+        if compute == torch.float64:
+            raise TypeError("Plan(backend='triton') works in fp32, but input is fp64: use backend='torch'")
+        if input.device.type not in TRITON_DEVICES and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f"Plan(backend='triton'), but input is on {input.device}: move it to a GPU, use backend='torch', or "
+                "set TRITON_INTERPRET=1 before importing triton, to run its interpreter"
+            )
+
+    @property
+    def row_ops(self) -> RowOps:
+        """Those of the backend, imported when first asked for: Triton is optional."""
+        if self.backend == "torch":
+            from .rows.torch_rows import TorchRows
+
+            return TorchRows(self.block_rows)
+        try:
+            from .rows.triton_rows import TritonRows
+        except ImportError as error:
+            raise ImportError("the triton row backend needs triton ≥ 3.6: pip install triton") from error
+        return TritonRows()
+
     def chunks(self, rows: int) -> Iterator[slice]:
         """Slices that cut `rows` rows into the fewest chunks, as equal as whole tiles of the products allow.
 
@@ -151,3 +200,12 @@ class Plan:
 def _step(rows: int) -> int:
     """What the number of rows of a chunk of about so many is to be a multiple of."""
     return 128 if rows >= 256 else 16 if rows >= 16 else 1
+
+
+def runs_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels run there without being asked for: where Triton is installed, but not in fp64."""
+    return device.type in TRITON_DEVICES and dtype != torch.float64 and has_triton()
+
+
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

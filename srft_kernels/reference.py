@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distillation import DistillationOutput
-from .functional import LossOutput
-from .tokens import Tokens, TokenStats
+from .call import Arguments, HeadArguments
+from .distillation.engine import DistillationArguments, DistillationOutput
+from .objectives.objective import Tokens, TokenStats
+from .output import LossOutput
 
 
 def logits(
-    input: Tensor,
-    linear_weight: Tensor,
+    input: Tensor,  # (..., H)
+    linear_weight: Tensor,  # (V, H)
     *,
-    linear_bias: Tensor | None = None,
+    linear_bias: Tensor | None = None,  # (V,)
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -34,8 +35,8 @@ def logits(
     return z / (temperature[..., None] if isinstance(temperature, Tensor) else temperature)
 
 
-def token_stats(z: Tensor, target: Tensor) -> TokenStats:
-    """(ℓ, H, lse) of tokens with logits z (n, V) and targets (n,); `smooth` is the mean of log p over the entries."""
+def token_stats(z: Tensor, target: Tensor) -> TokenStats:  # (n, V), (n,)
+    """(ℓ, H, lse) of tokens with logits z; `smooth` is the mean of log p over the entries."""
     logp = z.log_softmax(-1)
     # a banned token (logit −inf) adds 0 to H, and gets no gradient from it
     entropy = -(logp.exp() * logp.masked_fill(z == -torch.inf, 0)).sum(-1)
@@ -45,107 +46,79 @@ def token_stats(z: Tensor, target: Tensor) -> TokenStats:
     return TokenStats(logp.gather(1, target[:, None])[:, 0], entropy, lse, logp.mean(-1))
 
 
-def linear_logprobs(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    temperature: float | Tensor = 1.0,
-    ignore_index: int = -100,
-    **head: Any,
-) -> TokenStats:
-    """`srft_kernels.linear_logprobs` with full logits."""
-    live = target != ignore_index
-    z = logits(input[live], linear_weight, temperature=_of(temperature, live), **head)
-    stats = token_stats(z, target[live])
+def linear_logprobs(input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> TokenStats:
+    """`srft_kernels.linear_logprobs` with full logits; of its options those of the head and of the targets."""
+    a = _arguments(input=input, linear_weight=linear_weight, target=target, **options)
+    target, live = _target_and_live(a)
+    stats = token_stats(_logits(a, live, a.vocab_size), target[live])
     return TokenStats(*(_spread(field, live) for field in stats.fields()[:3]))
 
 
-def linear_loss(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    objective: Any,
-    *,
-    linear_bias: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    ignore_index: int = -100,
-    vocab_size: int | None = None,
-    token_weight: Tensor | None = None,
-    plan: Any = None,
-    **annotations: Tensor | None,
-) -> LossOutput:
-    """`srft_kernels.linear_loss` with full logits: the same arguments (`plan` is ignored) and the same output."""
-    live = target != ignore_index
-    z = logits(
-        input[live],
-        linear_weight,
-        linear_bias=linear_bias,
-        temperature=_of(temperature, live),
-        softcap=softcap,
-        logit_scale=logit_scale,
-        vocab_size=vocab_size,
-    )
-    stats = token_stats(z, target[live])
-    tokens = Tokens(target[live], **{name: a[live] for name, a in annotations.items() if a is not None})
-    if token_weight is not None:
-        tokens = tokens.replace(counted=token_weight[live] != 0)
-    loss = objective(stats, tokens)
-    loss = loss.sum() / max(len(loss), 1) if token_weight is None else (loss * token_weight[live]).sum()
-    return LossOutput.of(loss, stats, tokens, objective, lambda field: _spread(field, live))
-
-
-def _of(temperature: float | Tensor, live: Tensor) -> float | Tensor:
-    return temperature[live] if isinstance(temperature, Tensor) else temperature
-
-
-def _spread(field: Tensor, live: Tensor) -> Tensor:
-    return field.new_zeros(live.shape).masked_scatter(live, field)
+def linear_loss(input: Tensor, linear_weight: Tensor, target: Tensor, objective: Any, **options: Any) -> LossOutput:
+    """`srft_kernels.linear_loss` with full logits: the same options and output, but for what it does not compute."""
+    a = _arguments(input=input, linear_weight=linear_weight, target=target, objective=objective, **options)
+    target, live = _target_and_live(a)
+    stats = token_stats(_logits(a, live, a.vocab_size), target[live])
+    tokens = Tokens(target[live], **{name: column[live] for name, column in a.annotations.items()})
+    if a.token_weight is not None:
+        tokens = tokens.replace(counted=a.token_weight[live] != 0)
+    loss = a.objective(stats, tokens)
+    loss = loss.sum() / max(len(loss), 1) if a.token_weight is None else (loss * a.token_weight[live]).sum()
+    return LossOutput.of(loss, stats, tokens, a.objective, lambda field: _spread(field, live))
 
 
 def linear_distillation(
-    input: Tensor,
-    linear_weight: Tensor,
-    teacher_input: Tensor,
-    teacher_weight: Tensor,
-    *,
-    divergence: str = "forward_kl",
-    beta: float = 0.5,
-    linear_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
-    softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    logit_scale: float = 1.0,
-    teacher_logit_scale: float = 1.0,
-    vocab_size: int | None = None,
-    mask: Tensor | None = None,
-    token_weight: Tensor | None = None,
-    plan: Any = None,
+    input: Tensor, linear_weight: Tensor, teacher_input: Tensor, teacher_weight: Tensor, **options: Any
 ) -> DistillationOutput:
-    """`srft_kernels.linear_distillation` with full logits: the same arguments (`plan` is ignored) and output."""
-    live = torch.ones(input.shape[:-1], dtype=torch.bool, device=input.device) if mask is None else mask
-    student = {"linear_bias": linear_bias, "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
-    teacher = {"linear_bias": teacher_bias, "temperature": teacher_temperature or temperature,
-               "softcap": teacher_softcap, "logit_scale": teacher_logit_scale}  # fmt: skip
-    p = logits(input[live], linear_weight, vocab_size=vocab_size, **student).log_softmax(-1)
+    """`srft_kernels.linear_distillation` with full logits: the same options and output."""
+    of_teacher = {"teacher_input": teacher_input, "teacher_weight": teacher_weight}
+    a = DistillationArguments.of({"input": input, "linear_weight": linear_weight, **of_teacher, **options})
+    live = torch.ones(input.shape[:-1], dtype=torch.bool, device=input.device) if a.mask is None else a.mask
+    p = _logits(a, live, a.vocab_size).log_softmax(-1)
     with torch.no_grad():
-        q = logits(teacher_input[live], teacher_weight, vocab_size=vocab_size, **teacher).log_softmax(-1)
-    if divergence == "forward_kl":
-        found = _kl(q, p)
-    elif divergence == "reverse_kl":
-        found = _kl(p, q)
+        q = _logits(a.teacher, live, a.vocab_size).log_softmax(-1)
+    if a.divergence == "forward_kl":
+        divergences = _kl(q, p)
+    elif a.divergence == "reverse_kl":
+        divergences = _kl(p, q)
     else:
         nowhere = (p == -torch.inf) & (q == -torch.inf)  # logaddexp has no gradient there
-        m = torch.logaddexp(p.masked_fill(nowhere, 0) + log(1 - beta), q.masked_fill(nowhere, 0) + log(beta))
-        found = beta * _kl(q, m) + (1 - beta) * _kl(p, m)
-    weighted = found.sum() / max(len(found), 1) if token_weight is None else (found * token_weight[live]).sum()
-    return DistillationOutput(weighted, _spread(found.detach(), live))
+        m = torch.logaddexp(p.masked_fill(nowhere, 0) + log(1 - a.beta), q.masked_fill(nowhere, 0) + log(a.beta))
+        divergences = a.beta * _kl(q, m) + (1 - a.beta) * _kl(p, m)
+    loss = divergences.sum() / max(len(divergences), 1)
+    if a.token_weight is not None:
+        loss = (divergences * a.token_weight[live]).sum()
+    return DistillationOutput(loss, _spread(divergences.detach(), live))
 
 
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p ‖ q) (n,) of log-probabilities (n, V); a probability of 0 adds 0."""
+def _arguments(**passed: Any) -> Arguments:
+    for name in ("weight_grad", "extras", "group", "token_group"):
+        if passed.get(name) is not None:
+            raise ValueError(f"srft_kernels.reference does not compute {name}: leave it out")
+    return Arguments.of(passed)
+
+
+def _target_and_live(a: Arguments) -> tuple[Tensor, Tensor]:
+    """Targets as int64, and which are not ignored, each (...)."""
+    target, live = a.target_and_live()
+    return target, torch.ones_like(target, dtype=torch.bool) if live is None else live
+
+
+def _logits(a: HeadArguments, live: Tensor, vocab_size: int | None) -> Tensor:  # (...)
+    """(n, V) of the live tokens."""
+    options = {name: value for name, value in vars(a).items() if name in HEAD_OPTIONS}
+    if isinstance(a.temperature, Tensor):
+        options["temperature"] = a.temperature[live]
+    return logits(a.input[live], a.linear_weight, vocab_size=vocab_size, **options)
+
+
+HEAD_OPTIONS = ("linear_bias", "temperature", "softcap", "logit_scale")
+
+
+def _spread(field: Tensor, live: Tensor) -> Tensor:  # (n,), (...)
+    return field.new_zeros(live.shape).masked_scatter(live, field)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:  # (n, V), (n, V)
+    """KL(p ‖ q) (n,) of log-probabilities; a probability of 0 adds 0."""
     return (p.exp() * (p - q).masked_fill(p.exp() == 0, 0)).sum(-1)

@@ -33,8 +33,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import srft_kernels as sk
-from srft_kernels.shaping import SHAPES
-from srft_kernels.tokens import token_local
+from srft_kernels.objectives.objective import objective_of
+from srft_kernels.objectives.ratios import SHAPES
 
 from .interpreter import interpret_fast
 from .srft_kernels import cases
@@ -126,7 +126,7 @@ def draw(seed: int, rng: random.Random | None = None, backend: str = "torch") ->
         for name in ("old_logprobs", "demo_logprobs"):  # without which the data are fresh, the writer unknown
             if rng.random() < 0.5:
                 del columns[name]
-        local = token_local(OBJECTIVES[options["objective"]], columns)
+        local = objective_of(OBJECTIVES[options["objective"]]).scope(columns) == "token"
         plan = plan and replace(plan, passes=rng.choice([None, 1 if local else None, 2]))
     elif call == "cross_entropy":
         options |= {"reduction": rng.choice(["mean", "sum", "none"]), "z_loss": rng.choice([0.0, 1e-3])}

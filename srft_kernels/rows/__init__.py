@@ -1,34 +1,18 @@
-"""Row backends: the same three functions (`statistics`, `loss_and_gradient`, `gradient`) in PyTorch and in Triton."""
+"""Row operations: what is done to each row of a chunk's logits, in PyTorch, in Triton, or for a divided head.
+
+Whoever offers them is a `RowOps`. They know heads and objectives, and nothing of chunks, plans or autograd.
+"""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ..extras import ExtrasBuffer
 from ..head import Head
-from ..tokens import Tokens, TokenStats, coefficients
-
-BACKENDS = ("torch", "triton")
-TRITON_DEVICES = ("cuda", "xpu")  # that Triton compiles for; torch calls ROCm's cuda too
-
-# Rows of a logits buffer start at multiples of this many numbers, so that loads are 16 bytes wide for any vocabulary.
-ROW_ALIGNMENT = 16
-
-
-def aligned_size(vocab: int) -> int:
-    """Numbers that a row of `vocab` takes up in memory."""
-    return -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT
-
-
-def aligned(vector: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy of a vector (V,) that can be read, as zeros, up to its aligned size."""
-    room = vector.new_zeros(aligned_size(len(vector)), dtype=dtype)[: len(vector)]
-    return room.copy_(vector)
+from ..objectives.objective import Objective, Tokens, TokenStats, differentiate
 
 
 class Normalizer(NamedTuple):
@@ -43,43 +27,57 @@ class Normalizer(NamedTuple):
     mean: Tensor
 
 
+class RowOps(Protocol):
+    """Of n rows of raw logits a = x Wᵀ (n, V), fp32 or fp64, at aligned addresses (see `Call.logits_buffer`).
+
+    extras  to be filled on the way, if given
+    dtype   that the gradient is to have; it is written over the logits, and may lie in rows of another stride
+    """
+
+    def statistics(
+        self,
+        logits: Tensor,  # (n, V), left as they are
+        target: Tensor,  # (n,) int64
+        head: Head,
+        extras: ExtrasBuffer | None = None,
+    ) -> tuple[TokenStats, Normalizer]:
+        """Statistics of the tokens, and what the second pass needs of them. A target out of range makes a row NaN."""
+
+    def loss_and_gradient(
+        self,
+        logits: Tensor,  # (n, V), overwritten
+        tokens: Tokens,
+        weight: Tensor,  # (n,)
+        objective: Objective,
+        head: Head,
+        dtype: torch.dtype,
+        extras: ExtrasBuffer | None = None,
+    ) -> tuple[TokenStats, Tensor, Tensor]:
+        """One pass: (statistics, losses (n,), ∂(Σ weight·loss)/∂a (n, V)) of an objective that is token-local."""
+
+    def gradient(
+        self,
+        logits: Tensor,  # (n, V), overwritten
+        target: Tensor,  # (n,) int64
+        normalizer: Normalizer,
+        coefs: tuple[Tensor | None, ...],  # (n,) each
+        head: Head,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Second pass: ∂L/∂a (n, V) from logits made again and ∂L/∂(each statistic), None where there is none."""
+
+
 def in_three_steps(
-    statistics: Callable,
-    gradient: Callable,
-    logits: Tensor,
+    rows: RowOps,
+    logits: Tensor,  # (n, V), overwritten
     tokens: Tokens,
-    weight: Tensor,
-    objective: Any,
+    weight: Tensor,  # (n,)
+    objective: Objective,
     head: Head,
-    block_rows: int,
     dtype: torch.dtype,
-    **asked: Any,
+    extras: ExtrasBuffer | None = None,
 ) -> tuple[TokenStats, Tensor, Tensor]:
-    """loss_and_gradient made of the other two, with the objective between them, which is shown all rows at once."""
-    stats, normalizer = statistics(logits, tokens.target, head, block_rows, keep=True, **asked)
-    loss, coefs = coefficients(objective, stats, tokens, weight)
-    return stats, loss, gradient(logits, tokens.target, normalizer, coefs, head, block_rows, dtype)
-
-
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def runs_triton(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels run there without being asked for: where Triton is installed, but not in fp64."""
-    return device.type in TRITON_DEVICES and dtype != torch.float64 and has_triton()
-
-
-def backend(name: str) -> ModuleType:
-    """The module of a row backend, imported when first asked for: Triton is optional."""
-    if name == "torch":
-        from . import torch_rows
-
-        return torch_rows
-    if name == "triton":
-        try:
-            from . import triton_rows
-        except ImportError as error:
-            raise ImportError("the triton row backend needs triton ≥ 3.6: pip install triton") from error
-        return triton_rows
-    raise ValueError(f"unknown row backend {name!r}: expected one of {', '.join(BACKENDS)}")
+    """`loss_and_gradient` made of the other two, with the objective between them, which is shown all rows at once."""
+    stats, normalizer = rows.statistics(logits, tokens.target, head, extras)
+    loss, coefs = differentiate(objective, stats, tokens, weight)
+    return stats, loss, rows.gradient(logits, tokens.target, normalizer, coefs, head, dtype)

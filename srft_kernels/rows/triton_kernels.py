@@ -34,7 +34,7 @@ def _exp(x):
 
 
 @triton.jit
-def _times(x, factor):
+def _rounded_product(x, factor):
     """x · factor, rounded. A plain product may be fused with what is subtracted from it later, here but not where the
     maximum is taken: the largest logit would not be 0 above itself, but off by what rounding took from it."""
     return tl.fma(x, factor, 0.0)
@@ -59,19 +59,19 @@ def _raw(row_ptr, bias_ptr, columns, stride, TAIL: tl.constexpr):
 
 
 @triton.jit
-def _logits(row_ptr, bias_ptr, columns, vocab, stride, scale, softcap, temperature, TAIL: tl.constexpr = True):
+def _logits(row_ptr, bias_ptr, columns, vocab, stride, head, temperature, TAIL: tl.constexpr = True):
     """(z, tanh of the soft cap) of some columns of a row; z is −inf past the vocabulary, which only TAIL can reach."""
-    return _scored(_raw(row_ptr, bias_ptr, columns, stride, TAIL), columns, vocab, scale, softcap, temperature, TAIL)
+    return _scored(_raw(row_ptr, bias_ptr, columns, stride, TAIL), columns, vocab, head, temperature, TAIL)
 
 
 @triton.jit
-def _scored(a, columns, vocab, scale, softcap, temperature, TAIL: tl.constexpr):
-    if scale is not None:
-        a = _times(a, scale)
+def _scored(a, columns, vocab, head, temperature, TAIL: tl.constexpr):
+    if head.scale is not None:
+        a = _rounded_product(a, head.scale)
     level = a
-    if softcap is not None:
-        level = _tanh(tl.div_rn(a, softcap))
-        a = _times(level, softcap)
+    if head.softcap is not None:
+        level = _tanh(tl.div_rn(a, head.softcap))
+        a = _rounded_product(level, head.softcap)
     if temperature is not None:
         a = tl.div_rn(a, temperature)
     if TAIL:
@@ -80,8 +80,26 @@ def _scored(a, columns, vocab, scale, softcap, temperature, TAIL: tl.constexpr):
 
 
 @triton.jit
+def _through_scale(dz, head, temperature):
+    """A derivative to z as one to what the soft cap made, or, without one, to a + b."""
+    if temperature is not None:
+        dz = dz / temperature
+    if head.scale is not None:
+        dz = dz * head.scale
+    return dz
+
+
+@triton.jit
+def _through_cap(dz, level, head):
+    """Past the soft cap's slope, from its tanh."""
+    if head.softcap is not None:
+        dz = dz * (1 - level * level)
+    return dz
+
+
+@triton.jit
 def _statistics(
-    row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, scale, softcap, temperature,
+    row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, head, temperature,
     RANK: tl.constexpr, ARGMAX: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """(ℓ, H, lse, smooth, max, log Σ e^d, Σ p·d, rank, argmax) of a row, and d and the cap's tanh at its target.
@@ -93,7 +111,7 @@ def _statistics(
     inside = (target >= 0) & (target < vocab)
     place = tl.where(inside, target, 0)
     raw_target = _raw(row_ptr, bias_ptr, place, stride, False)
-    at_target, level = _scored(raw_target, place, vocab, scale, softcap, temperature, False)
+    at_target, level = _scored(raw_target, place, vocab, head, temperature, False)
     at_target = tl.where(inside, at_target, float("nan"))
 
     m = tl.full((LANES,), -float("inf"), tl.float32)
@@ -109,13 +127,13 @@ def _statistics(
     for start in range(0, whole, BLOCK):
         m, s, t, smooth_sum, smooth_total, rank, best, first = _add_block(
             m, s, t, smooth_sum, smooth_total, rank, best, first, smooth_shift, raw_target, start,
-            row_ptr, bias_ptr, smooth_ptr, vocab, stride, scale, softcap, temperature,
+            row_ptr, bias_ptr, smooth_ptr, vocab, stride, head, temperature,
             RANK, ARGMAX, False, LANES, BLOCK,
         )  # fmt: skip
     if whole < vocab:
         m, s, t, smooth_sum, smooth_total, rank, best, first = _add_block(
             m, s, t, smooth_sum, smooth_total, rank, best, first, smooth_shift, raw_target, whole,
-            row_ptr, bias_ptr, smooth_ptr, vocab, stride, scale, softcap, temperature,
+            row_ptr, bias_ptr, smooth_ptr, vocab, stride, head, temperature,
             RANK, ARGMAX, True, LANES, BLOCK,
         )  # fmt: skip
     top = tl.max(m, 0)
@@ -137,7 +155,7 @@ def _statistics(
 @triton.jit
 def _add_block(
     m, s, t, smooth_sum, smooth_total, rank, best, first, smooth_shift, raw_target, start,
-    row_ptr, bias_ptr, smooth_ptr, vocab, stride, scale, softcap, temperature,
+    row_ptr, bias_ptr, smooth_ptr, vocab, stride, head, temperature,
     RANK: tl.constexpr, ARGMAX: tl.constexpr, TAIL: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # (BLOCK / 4·LANES, LANES, 4): a thread loads 16 bytes at a time and reduces the other axes of its lane alone
@@ -145,7 +163,7 @@ def _add_block(
     lanes = tl.arange(0, LANES) * 4
     columns = start + steps[:, None, None] + lanes[None, :, None] + tl.arange(0, 4)[None, None, :]
     a = _raw(row_ptr, bias_ptr, columns, stride, TAIL)
-    z, _ = _scored(a, columns, vocab, scale, softcap, temperature, TAIL)
+    z, _ = _scored(a, columns, vocab, head, temperature, TAIL)
     if TAIL:
         a = tl.where(columns < vocab, a, -float("inf"))
     if RANK:
@@ -182,7 +200,7 @@ def _of_lanes(x):
 @triton.jit
 def _write_gradient(
     row_ptr, out_ptr, target, d, level, m, log_s, mean, g, h, k, u,
-    bias_ptr, smooth_ptr, smooth_total, vocab, stride, scale, softcap, temperature,
+    bias_ptr, smooth_ptr, smooth_total, vocab, stride, head, temperature,
     ORDER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """∂L/∂a of a row: g(1[v=y] − p_v) − h p_v(log p_v + H) + k p_v + u(ω_v − Σω·p_v), through temperature, cap
@@ -199,17 +217,16 @@ def _write_gradient(
             columns = start + tl.arange(0, BLOCK)
             tl.store(out_ptr + columns, tl.zeros((BLOCK,), out_ptr.dtype.element_ty), mask=columns < stride)
     else:
-        if temperature is not None:
-            g, h, k, u = g / temperature, h / temperature, k / temperature, u / temperature
-        if scale is not None:
-            g, h, k, u = g * scale, h * scale, k * scale, u * scale
+        g = _through_scale(g, head, temperature)
+        h = _through_scale(h, head, temperature)
+        k = _through_scale(k, head, temperature)
+        u = _through_scale(u, head, temperature)
         rest = k - u * smooth_total + h * mean
         logprob = d - log_s
         of_target = tl.exp(logprob) * (rest - h * tl.maximum(d, -128.0)) - g * _expm1(logprob)
         if smooth_ptr is not None:
             of_target += u * tl.load(smooth_ptr + tl.where(inside, target, 0))
-        if softcap is not None:
-            of_target *= 1 - level * level
+        of_target = _through_cap(of_target, level, head)
         s = tl.exp(log_s)
         alpha = (rest - g) / s
         beta = -h / s
@@ -217,30 +234,29 @@ def _write_gradient(
         for start in range(0, whole, BLOCK):
             _write_block(
                 row_ptr, out_ptr, at, of_target, start, m, alpha, beta, u,
-                bias_ptr, smooth_ptr, vocab, stride, scale, softcap, temperature, ORDER, False, BLOCK,
+                bias_ptr, smooth_ptr, vocab, stride, head, temperature, ORDER, False, BLOCK,
             )  # fmt: skip
         if whole < vocab:
             _write_block(
                 row_ptr, out_ptr, at, of_target, whole, m, alpha, beta, u,
-                bias_ptr, smooth_ptr, vocab, stride, scale, softcap, temperature, ORDER, True, BLOCK,
+                bias_ptr, smooth_ptr, vocab, stride, head, temperature, ORDER, True, BLOCK,
             )  # fmt: skip
 
 
 @triton.jit
 def _write_block(
     row_ptr, out_ptr, target, of_target, start, m, alpha, beta, u,
-    bias_ptr, smooth_ptr, vocab, stride, scale, softcap, temperature,
+    bias_ptr, smooth_ptr, vocab, stride, head, temperature,
     ORDER: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     columns = start + tl.arange(0, BLOCK)
-    z, level = _logits(row_ptr, bias_ptr, columns, vocab, stride, scale, softcap, temperature, TAIL)
+    z, level = _logits(row_ptr, bias_ptr, columns, vocab, stride, head, temperature, TAIL)
     d = z - m
     e = _exp(d)
     dz = e * (alpha + beta * tl.maximum(d, -128.0))  # 0 · (−inf) is 0 here
     if smooth_ptr is not None:
         dz += u * _load(smooth_ptr, columns, stride, TAIL)
-    if softcap is not None:
-        dz = dz * (1 - level * level)
+    dz = _through_cap(dz, level, head)
     if (target >= start) & (target < start + BLOCK):
         dz = tl.where(columns == target, of_target, dz)
     # A narrow gradient lands on bytes of this block or of earlier ones: every thread must have read its part first.
@@ -284,14 +300,16 @@ def _statistics_kernel(
     out_ptr,  # (7, n) fp32: ℓ, H, lse, smooth, max, log Σ e^d, Σ p·d
     rank_ptr, argmax_ptr,  # (n,) int64 or None
     temperature_ptr,  # (n,) fp32, or None
-    rows, vocab, stride, scale, softcap, temperature, LANES: tl.constexpr, BLOCK: tl.constexpr, WALK: tl.constexpr,
+    rows, vocab, stride,
+    head,  # Numbers of the head
+    LANES: tl.constexpr, BLOCK: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
     for row in tl.range(tl.program_id(0), _stop(rows, WALK), _step(WALK), disable_licm=True):
         target = tl.load(target_ptr + row)
         row_ptr = logits_ptr + row * stride.to(tl.int64)  # row · stride passes 2³¹
-        temperature_here = temperature if temperature_ptr is None else tl.load(temperature_ptr + row)
+        temperature = head.temperature if temperature_ptr is None else tl.load(temperature_ptr + row)
         logprob, entropy, logsumexp, smooth, m, log_s, mean, rank, argmax, _, _ = _statistics(
-            row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, scale, softcap, temperature_here,
+            row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, head, temperature,
             rank_ptr is not None, argmax_ptr is not None, LANES, BLOCK,
         )  # fmt: skip
         if rank_ptr is not None:
@@ -314,7 +332,8 @@ def _gradient_kernel(
     g_ptr, h_ptr, k_ptr, u_ptr,  # (n,) fp32 or None
     bias_ptr, smooth_ptr, smooth_total_ptr,  # (V,), (V,), () fp32 or None
     temperature_ptr,  # (n,) fp32, or None
-    rows, vocab, stride, dstride, scale, softcap, temperature,
+    rows, vocab, stride, dstride,
+    head,  # Numbers of the head
     ORDER: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
     for row in tl.range(tl.program_id(0), _stop(rows, WALK), _step(WALK), disable_licm=True):
@@ -328,15 +347,15 @@ def _gradient_kernel(
         u = zero if u_ptr is None else tl.load(u_ptr + row)
         smooth_total = zero if smooth_total_ptr is None else tl.load(smooth_total_ptr)
         row_ptr = logits_ptr + row * stride.to(tl.int64)
-        temperature_here = temperature if temperature_ptr is None else tl.load(temperature_ptr + row)
+        temperature = head.temperature if temperature_ptr is None else tl.load(temperature_ptr + row)
         place = tl.where((target >= 0) & (target < vocab), target, 0)
         # by every thread, and reduced: so all have read it before any of them writes over it
         a = tl.max(_raw(row_ptr, bias_ptr, place + tl.zeros((LANES,), tl.int64), stride, False), 0)
-        z, level = _scored(a, place, vocab, scale, softcap, temperature_here, False)
+        z, level = _scored(a, place, vocab, head, temperature, False)
         _write_gradient(
             row_ptr, dlogits_ptr + row * dstride.to(tl.int64), target, z - m, level,
             m, log_s, tl.load(mean_ptr + row), g, h, k, u,
-            bias_ptr, smooth_ptr, smooth_total, vocab, stride, scale, softcap, temperature_here, ORDER, BLOCK,
+            bias_ptr, smooth_ptr, smooth_total, vocab, stride, head, temperature, ORDER, BLOCK,
         )  # fmt: skip
 
 
@@ -351,22 +370,24 @@ def _loss_gradient_kernel(
     normalizer_ptr,  # (2, n) fp32: max, log Σ e^d; or None
     rank_ptr, argmax_ptr,  # (n,) int64 or None
     temperature_ptr,  # (n,) fp32, or None
-    rows, vocab, stride, dstride, scale, softcap, temperature,
-    OBJECTIVE: tl.constexpr, ORDER: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, WALK: tl.constexpr,
+    rows, vocab, stride, dstride,
+    head,  # Numbers of the head
+    FORMULA: tl.constexpr, OBJECTIVE: tl.constexpr,
+    ORDER: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
     for row in tl.range(tl.program_id(0), _stop(rows, WALK), _step(WALK), disable_licm=True):
         target = tl.load(target_ptr + row)
         row_ptr = logits_ptr + row * stride.to(tl.int64)
-        temperature_here = temperature if temperature_ptr is None else tl.load(temperature_ptr + row)
+        temperature = head.temperature if temperature_ptr is None else tl.load(temperature_ptr + row)
         logprob, entropy, logsumexp, smooth, m, log_s, mean, rank, argmax, d, level = _statistics(
-            row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, scale, softcap, temperature_here,
+            row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, head, temperature,
             rank_ptr is not None, argmax_ptr is not None, LANES, BLOCK,
         )  # fmt: skip
         if rank_ptr is not None:
             tl.store(rank_ptr + row, rank.to(tl.int64))
         if argmax_ptr is not None:
             tl.store(argmax_ptr + row, argmax.to(tl.int64))
-        loss, g, h, k, u = token_loss(OBJECTIVE, numbers, columns, row, logprob, entropy, logsumexp, smooth)
+        loss, g, h, k, u = token_loss(FORMULA, OBJECTIVE, numbers, columns, row, logprob, entropy, logsumexp, smooth)
         tl.store(out_ptr + row, loss)
         tl.store(out_ptr + rows + row, logprob)
         tl.store(out_ptr + 2 * rows + row, entropy)
@@ -383,7 +404,7 @@ def _loss_gradient_kernel(
         smooth_total = m * 0.0 if smooth_total_ptr is None else tl.load(smooth_total_ptr)
         _write_gradient(
             row_ptr, dlogits_ptr + row * dstride.to(tl.int64), target, d, level, m, log_s, mean, g, h, k, u,
-            bias_ptr, smooth_ptr, smooth_total, vocab, stride, scale, softcap, temperature_here, ORDER, BLOCK,
+            bias_ptr, smooth_ptr, smooth_total, vocab, stride, head, temperature, ORDER, BLOCK,
         )  # fmt: skip
 
 
@@ -391,15 +412,18 @@ def _loss_gradient_kernel(
 def _scored_kernel(
     a_ptr,  # (n, k) fp32, a + b of some entries of n rows
     temperature_ptr,  # (n,) fp32, or None
-    count, k, scale, softcap, temperature, BLOCK: tl.constexpr,
+    count, k,
+    head,  # Numbers of the head
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """z in the place of a + b."""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = places < count
     a = tl.load(a_ptr + places, mask=inside)
+    temperature = head.temperature
     if temperature_ptr is not None:
         temperature = tl.load(temperature_ptr + places // k, mask=inside, other=1.0)
-    z, _ = _scored(a, places, count, scale, softcap, temperature, False)
+    z, _ = _scored(a, places, count, head, temperature, False)
     tl.store(a_ptr + places, z, mask=inside)
 
 

@@ -1,12 +1,14 @@
-"""The built-in objectives as device code: one token's loss and its derivatives, inside the kernel that has its row.
+"""Objectives as device code: one token's loss and its derivatives, inside the kernel that has its row.
 
-The formulas are those of objectives.py and srft.py, with the derivatives by hand; the tests compare them on every
-option. An objective that is not here, a user's callable for one, runs between two kernels instead (see triton_rows).
+A formula here is the twin of an objective's, which names it (`twin=`), with the derivatives by hand; the tests compare
+the two on every option. What has no twin, a caller's function for one, runs between two kernels (see triton_rows).
 
-An option is read as `O.name`, at compile time: text, integers, booleans, and of a number only whether it is there
-(None) and not zero. The number itself arrives at run time as `numbers.name`, so that scheduling one does not compile a
-kernel per step. An annotation is `columns.name`, a pointer, None where it was not given. A new option of a dataclass is
-here at once; a new annotation is one more name in Columns.
+    formula(O, numbers, columns, row, sampled, logprob, entropy, logsumexp, smooth) -> loss, g, k, u
+
+g, k and u are the derivatives to ℓ, lse and the smoothing statistic. An option is read as `O.name`, at compile time:
+text, integers, booleans, and of a number only whether it is there (None) and not zero. The number itself arrives at run
+time as `numbers.name`, so that scheduling one does not compile a kernel per step. An annotation is `columns.name`, a
+pointer, None where it was not given. A new option of a dataclass is here at once, and so is a name that it `reads`.
 """
 
 from __future__ import annotations
@@ -15,27 +17,16 @@ from collections import namedtuple
 from collections.abc import Collection
 from dataclasses import fields
 from functools import cache, lru_cache
+from importlib import import_module
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
-from ..correction import LOG_RATIO_LIMIT, Correction
+from ..objectives.objective import Objective, Terms, Tokens
+from ..objectives.ratios import LOG_RATIO_LIMIT, Correction
 
-Columns = namedtuple(
-    "Columns",
-    (
-        "advantages",
-        "old_logprobs",
-        "ref_logprobs",
-        "sampler_logprobs",
-        "demo_logprobs",
-        "is_demo",
-        "rewards",
-        "weight_entropy",
-        "class_weight",
-    ),
-)
 LIMIT = tl.constexpr(LOG_RATIO_LIMIT)
 
 
@@ -55,18 +46,23 @@ class Structure(NamedTuple):
         raise AttributeError(name)
 
 
-def fused(objective: Any, given: Collection[str] = ()) -> tuple[Structure, tuple[float, ...]] | None:
-    """(structure, numbers) of an objective that has device code and, with these annotations, needs one token alone."""
-    from ..objectives import CrossEntropy, PolicyGradient
-    from ..srft import SRFT
+class Twin(NamedTuple):
+    """An objective's device code: the formula, what of the options is compiled in, and the numbers by name."""
 
-    if type(objective) not in (CrossEntropy, PolicyGradient, SRFT) or not objective.token_local(given):
+    formula: Any
+    structure: Structure
+    numbers: tuple[float, ...]
+
+
+def twin(objective: Objective, given: Collection[str] = ()) -> Twin | None:
+    """That of an objective which has one and, with these annotations, needs one token alone."""
+    if objective.twin is None or objective.scope(given) != "token":
         return None
-    return _split(objective)
+    return _twin(objective)
 
 
 @lru_cache(maxsize=64)  # a call asks once per chunk, while its products wait
-def _split(objective: Any) -> tuple[Structure, tuple[float, ...]]:
+def _twin(objective: Terms) -> Twin:
     options = _options(objective)
     options |= _options(objective.correction or Correction(), "correction_")
     numeric = {name for name, (value, is_number) in options.items() if is_number}
@@ -76,9 +72,15 @@ def _split(objective: Any) -> tuple[Structure, tuple[float, ...]]:
         for name, (value, _) in options.items()
     }
     structure["correction"] = objective.correction is not None
+    structure["demonstrated"] = "is_demo" in objective.requires(())
     values = (float("inf") if options[name][0] is None else float(options[name][0]) for name in sorted(numeric))
     kind = type(objective).__name__
-    return Structure(kind, tuple(structure.items())), _numbers(kind, tuple(sorted(numeric)))(*values)
+    module, _, formula = objective.twin.partition(":")
+    return Twin(
+        getattr(import_module(module), formula),
+        Structure(kind, tuple(structure.items())),
+        _names(kind + "Numbers", tuple(sorted(numeric)))(*values),
+    )
 
 
 def _options(options: Any, prefix: str = "") -> dict[str, tuple[Any, bool]]:
@@ -90,39 +92,52 @@ def _options(options: Any, prefix: str = "") -> dict[str, tuple[Any, bool]]:
 
 
 @cache
-def _numbers(kind: str, names: tuple[str, ...]) -> type:
-    return namedtuple(kind + "Numbers", names)
+def _names(kind: str, names: tuple[str, ...]) -> type:
+    return namedtuple(kind, names)
+
+
+def column_names(objective: Objective) -> tuple[str, ...]:
+    """Annotations that device code may read: not which sequence a token is of, but its class's weight."""
+    return (*(name for name in objective.reads if name != "sequence_ids"), "class_weight")
+
+
+def columns(objective: Objective, tokens: Tokens) -> tuple[torch.Tensor | None, ...]:
+    """Them by name, (n,) fp32 (is_demo: bytes), contiguous; None where not given."""
+    names = column_names(objective)
+    given = (tokens.get(name) for name in names)
+    return _names("Columns", names)(
+        *(
+            c if c is None else c.contiguous().view(torch.uint8) if c.dtype == torch.bool else c.float().contiguous()
+            for c in given
+        )
+    )
 
 
 @triton.jit
-def token_loss(O: tl.constexpr, numbers, columns, row, logprob, entropy, logsumexp, smooth):
+def token_loss(
+    FORMULA: tl.constexpr, O: tl.constexpr, numbers, columns, row, logprob, entropy, logsumexp, smooth
+):  # fmt: skip
     """(loss, g, h, k, u): the token's loss and its derivatives to ℓ, H, lse and the smoothing statistic.
 
-    O a Structure; numbers and columns by name; row of the annotations.
+    O a Structure; numbers and columns by name; row of the annotations. The terms are those of `Terms`.
     """
-    h = tl.zeros_like(logprob)
-    k = tl.zeros_like(logprob)
-    u = tl.zeros_like(logprob)
     sampled = True
-    if O.kind == "CrossEntropy":
-        loss, g, k, u = _cross_entropy(O, numbers, columns, row, logprob, logsumexp, smooth)
-    elif O.kind == "PolicyGradient":
-        loss, g = _surrogate(O, numbers, columns, row, logprob, tl.load(columns.advantages + row))
-    else:
+    if O.demonstrated:
         sampled = tl.load(columns.is_demo + row) == 0
-        loss, g = _srft(O, numbers, columns, row, logprob, entropy, sampled)
+    loss, g, k, u = FORMULA(O, numbers, columns, row, sampled, logprob, entropy, logsumexp, smooth)
+    h = tl.zeros_like(logprob)
     if O.max_probability is not None:
         kept = tl.where(tl.exp(logprob) > numbers.max_probability, 0.0, 1.0)
-        loss = _times(kept, loss)
-        g = _times(kept, g)
-        k = _times(kept, k)
-        u = _times(kept, u)
+        loss = _silenced(kept, loss)
+        g = _silenced(kept, g)
+        k = _silenced(kept, k)
+        u = _silenced(kept, u)
     if O.correction:
         weight = tl.where(sampled, _correction(O, numbers, columns, row, logprob), 1.0)
-        loss = _times(weight, loss)
-        g = _times(weight, g)
-        k = _times(weight, k)
-        u = _times(weight, u)
+        loss = _silenced(weight, loss)
+        g = _silenced(weight, g)
+        k = _silenced(weight, k)
+        u = _silenced(weight, u)
     if O.kl_coef:
         gap = _log_ratio(tl.load(columns.ref_logprobs + row), logprob)
         gap = tl.where(gap < -LIMIT, -LIMIT, gap)
@@ -145,13 +160,13 @@ def token_loss(O: tl.constexpr, numbers, columns, row, logprob, entropy, logsume
 
 
 @triton.jit
-def _cross_entropy(O: tl.constexpr, numbers, columns, row, logprob, logsumexp, smooth):
+def cross_entropy(O: tl.constexpr, numbers, columns, row, sampled, logprob, entropy, logsumexp, smooth):
     weight = tl.zeros_like(logprob) + 1.0
     if O.probability_weighted:
         weight = tl.exp(logprob)
     if columns.class_weight is not None:
         weight *= tl.load(columns.class_weight + row)
-    loss = -_times(weight, logprob)
+    loss = -_silenced(weight, logprob)
     g = -weight
     k = tl.zeros_like(logprob)
     u = tl.zeros_like(logprob)
@@ -166,10 +181,16 @@ def _cross_entropy(O: tl.constexpr, numbers, columns, row, logprob, logsumexp, s
 
 
 @triton.jit
+def policy_gradient(O: tl.constexpr, numbers, columns, row, sampled, logprob, entropy, logsumexp, smooth):
+    loss, g = _surrogate(O, numbers, columns, row, logprob, tl.load(columns.advantages + row))
+    return loss, g, tl.zeros_like(g), tl.zeros_like(g)
+
+
+@triton.jit
 def _surrogate(O: tl.constexpr, numbers, columns, row, logprob, signal):
     """(loss, g) of a sampled token; signal is the advantage, as a rule."""
     if O.surrogate == "reinforce":
-        return _times(-signal, logprob), -signal
+        return _silenced(-signal, logprob), -signal
     else:
         if columns.old_logprobs is None:  # fresh data
             old = logprob
@@ -188,14 +209,14 @@ def _surrogate(O: tl.constexpr, numbers, columns, row, logprob, signal):
             ratio, slope = _shape(RATIO_SHAPED, RATIO_SHAPE, log_r, c)
         clipped = tl.minimum(tl.maximum(ratio, 1 - numbers.clip_low), 1 + numbers.clip_high)
         if O.surrogate == "cispo":
-            return _times(-signal * clipped, logprob), -signal * clipped
+            return _silenced(-signal * clipped, logprob), -signal * clipped
         elif O.surrogate == "sapo":
             tau = tl.where(signal > 0, numbers.tau_positive, numbers.tau_negative)
             gate = 1 / (1 + tl.exp(-tau * (ratio - 1)))
             return -signal * gate * 4 / tau, -signal * 4 * gate * (1 - gate) * slope
         else:
-            plain = _times(-signal, ratio)
-            bound = _times(-signal, clipped)
+            plain = _silenced(-signal, ratio)
+            bound = _silenced(-signal, clipped)
             worse = bound > plain  # never for a NaN, which a maximum would drop
             loss = tl.where(worse, bound, plain)
             g = tl.where(worse, 0.0, -signal * slope)
@@ -208,7 +229,7 @@ def _surrogate(O: tl.constexpr, numbers, columns, row, logprob, signal):
 
 
 @triton.jit
-def _srft(O: tl.constexpr, numbers, columns, row, logprob, entropy, sampled):
+def srft(O: tl.constexpr, numbers, columns, row, sampled, logprob, entropy, logsumexp, smooth):
     advantage = tl.load(columns.advantages + row)
     if columns.weight_entropy is not None:
         level_entropy = tl.load(columns.weight_entropy + row)
@@ -225,7 +246,7 @@ def _srft(O: tl.constexpr, numbers, columns, row, logprob, entropy, sampled):
     elif O.demo_weight == "p(1-p)":
         demo_weight = p * (1 - p)
     demo_weight *= numbers.demo_sft_coef
-    demo_loss = _times(-demo_weight, logprob)
+    demo_loss = _silenced(-demo_weight, logprob)
     demo_g = -demo_weight
     if O.demo_rl_coef:  # else there may be no advantage
         log_u = logprob
@@ -241,7 +262,7 @@ def _srft(O: tl.constexpr, numbers, columns, row, logprob, entropy, sampled):
             slope = tl.where(shaped > numbers.demo_max, 0.0, slope)
             shaped = tl.where(shaped > numbers.demo_max, numbers.demo_max, shaped)
         push = -numbers.demo_rl_coef * advantage
-        demo_loss += _times(push, shaped)
+        demo_loss += _silenced(push, shaped)
         demo_g += push * slope
 
     # rollout: v · surrogate
@@ -261,8 +282,9 @@ def _srft(O: tl.constexpr, numbers, columns, row, logprob, entropy, sampled):
         reward_weight *= tl.exp(level_entropy)
     weight = tl.where(positive, reward_weight, numbers.negative_coef)
 
-    loss = tl.where(sampled, _times(weight, rollout_loss), demo_loss)
-    return loss, tl.where(sampled, weight * rollout_g, demo_g)
+    loss = tl.where(sampled, _silenced(weight, rollout_loss), demo_loss)
+    g = tl.where(sampled, weight * rollout_g, demo_g)
+    return loss, g, tl.zeros_like(g), tl.zeros_like(g)
 
 
 @triton.jit
@@ -308,7 +330,7 @@ def _log_ratio(logprob, other):
 
 
 @triton.jit
-def _times(weight, value):
+def _silenced(weight, value):
     """weight · value, and 0 where the weight is, though the value be infinite."""
     return tl.where(weight == 0.0, 0.0, weight * value)
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_rows import _device_of
+from .triton_rows import device_of
 
 BLOCK_M, BLOCK_N = 128, 128
 BLOCK_K = {2: 64, 4: 16}  # by the bytes of a number: three steps of both operands fit 96 KB of shared memory
@@ -48,14 +48,15 @@ def _add_product_kernel(
         tl.store(places, total.to(c_ptr.dtype.element_ty), mask=inside)
 
 
-def add_product_(c: Tensor, a: Tensor, b: Tensor, when: Tensor) -> Tensor:
-    """c (m, n) += a (m, k) · b (k, n) where `when` () holds; fp32 sums, c rounded once."""
+def add_product_(c: Tensor, a: Tensor, b: Tensor, when: Tensor) -> Tensor:  # (m, n), (m, k), (k, n), ()
+    """c += a · b where `when` holds; fp32 sums, c rounded once."""
     (m, k), n = a.shape, b.shape[1]
     grid = (triton.cdiv(m, BLOCK_M) * triton.cdiv(n, BLOCK_N),)
-    with _device_of(c):
+    with device_of(c):
         _add_product_kernel[grid](
-            a, b, c, when.view(torch.uint8), m, n, k, *a.stride(), *b.stride(), *c.stride(),
-            **launch(a.dtype),
+            a_ptr=a, b_ptr=b, c_ptr=c, when_ptr=when.view(torch.uint8), m=m, n=n, k=k,
+            a_row=a.stride(0), a_column=a.stride(1), b_row=b.stride(0), b_column=b.stride(1),
+            c_row=c.stride(0), c_column=c.stride(1), **launch(a.dtype),
         )  # fmt: skip
     return c
 

@@ -70,7 +70,7 @@ LOSS = [
     ({"objective": None}, TypeError, "objective must be CrossEntropy.*found None"),
     ({"objective": sk.grpo()}, ValueError, r"PolicyGradient\(.*needs the annotation advantages"),
     ({"objective": sk.grpo(), "old_logprob": torch.ones(6)}, TypeError, r"old_logprob: did you mean old_logprobs\?"),
-    ({"rows": torch.ones(6)}, ValueError, "an annotation cannot be called rows, which is a method of Tokens"),
+    ({"map": torch.ones(6)}, ValueError, "an annotation cannot be called map, which is a method of Tokens"),
     ({"logprobs_old": torch.ones(6)}, TypeError, "logprobs_old: CrossEntropy reads none but advantages, old_"),
     ({"class_weight": torch.ones(6)}, TypeError, "unknown annotation class_weight: CrossEntropy reads none but"),
     ({"sequence_ids": torch.ones(6)}, TypeError, "sequence_ids must hold integers, found torch.float32, which would"),
@@ -173,10 +173,11 @@ def test_missing_triton_is_told(monkeypatch):
 
     from srft_kernels import rows
 
+    plan = sk.Plan(backend="triton")
     monkeypatch.delitem(sys.modules, "srft_kernels.rows.triton_rows", raising=False)
     monkeypatch.delattr(rows, "triton_rows", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ImportError, match=r"the triton row backend needs triton ≥ 3\.6: pip install triton"):
-        rows.backend("triton")
-    with pytest.raises(ValueError, match=r"unknown row backend 'cuda': expected one of torch, triton"):
-        rows.backend("cuda")
+        _ = plan.row_ops
+    with pytest.raises(ValueError, match=r"Plan\(backend='cuda'\): expected 'torch' or 'triton'"):
+        sk.Plan(backend="cuda")

@@ -5,7 +5,10 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import srft_kernels as sk
-from srft_kernels import engine, operators
+from srft_kernels import engine
+from srft_kernels.call import Arguments
+from srft_kernels.operators import loss as operators
+from srft_kernels.operators import trace
 
 from .compiling import assert_bitwise, compiled, fresh, gradients  # noqa: F401
 
@@ -302,47 +305,28 @@ def test_inductor_and_modules():
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, False)])
 def test_operators_are_well_registered(plan, wanted):
     """Schema, fake implementation, autograd and AOT dispatch, for the operators that a call runs."""
-    from srft_kernels import compiled as traced
-
     x, w, b, target, columns = inputs()
     x, w = x.detach().requires_grad_(wanted[0]), w.detach().requires_grad_(wanted[1])
     b = b.detach()
     extras = sk.Extras(rank=True, argmax=True, top_k=2, candidates=torch.randint(V, (12, 3)))
-    calls = []
-    real = traced._call
-
-    def spy(*arguments):
-        calls.append(real(*arguments))
-        return calls[-1]
-
-    traced._call = spy
-    try:
-        traced.linear_loss(
-            traced.Arguments(
-                x, w, target, sk.grpo(), linear_bias=b, annotations=columns, plan=PLANS[plan], extras=extras
-            )
-        )
-    finally:
-        traced._call = real
+    given = {"input": x, "linear_weight": w, "target": target, "objective": sk.grpo(), "linear_bias": b}
+    call = trace._operands(Arguments.of({**given, **columns, "plan": PLANS[plan], "extras": extras}), "loss")
     ops = torch.ops.srft_kernels
-    (call,) = calls
-    one_pass = traced.in_one_pass(call[-1], "cpu")
+    one_pass = operators.in_one_pass(call[-1], "cpu")
     op = ops.one_pass if one_pass else ops.two_pass
     torch.library.opcheck(op, call)
     stats = [torch.rand(12) for _ in range(3)]
     torch.library.opcheck(ops.metrics, (stats, target, None, *call))
     if not one_pass and any(wanted):
-        kept = dict(zip(traced.result_names(call[-1], False), op(*call)))["kept"].detach()
+        kept = dict(zip(operators.result_names(call[-1], False), op(*call)))["kept"].detach()
         constants = [value.detach() if isinstance(value, torch.Tensor) else value for value in call]
         torch.library.opcheck(ops.second_pass, ([torch.tensor(2.0)], kept, *constants))
 
 
 def test_second_pass_of_statistics_is_well_registered():
     """Where some of them have a gradient and others have none."""
-    from srft_kernels import compiled as traced
-
     x, w, b, target, _ = inputs()
-    call = traced._call(traced.Arguments(x, w, target, linear_bias=b), "statistics", None, {})
+    call = trace._operands(Arguments(input=x, linear_weight=w, target=target, linear_bias=b), "statistics")
     *_, kept = torch.ops.srft_kernels.two_pass(*call)
     constants = [value.detach() if isinstance(value, torch.Tensor) else value for value in call]
     torch.library.opcheck(torch.ops.srft_kernels.second_pass, ([None, torch.rand(12), None], kept.detach(), *constants))

@@ -114,16 +114,13 @@ def test_bad_arguments_get_their_message(options, message):
 @pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, True, False), (False,) * 3])
 def test_the_operator_is_well_registered(wanted, dtype):
     """Schema, fake implementation, autograd and AOT dispatch."""
-    from srft_kernels import operators, options
+    from srft_kernels.distillation.engine import DistillationArguments
+    from srft_kernels.operators import trace
 
     student, teacher, columns = inputs(dtype=dtype)
     student = [tensor.detach().requires_grad_(wants) for tensor, wants in zip(student, wanted)]
     given = dict(zip(("input", "linear_weight", "linear_bias"), student), **columns)
     given |= dict(zip(("teacher_input", "teacher_weight", "teacher_bias"), [tensor.detach() for tensor in teacher]))
-    others = {"divergence": "forward_kl", "beta": 0.5, "temperature": 1.0, "teacher_temperature": 1.0}
-    others |= {"logit_scale": 1.0, "teacher_logit_scale": 0.7}
-    others |= dict.fromkeys(("softcap", "teacher_softcap", "vocab_size", "plan"))
-    arguments = sk.distillation.DistillationArguments(**given, **others)
-    constant = options.encoded(options.DistillationOptions(wanted, None, arguments))
-    call = *student, *(given[name] for name in operators.TEACHING), constant
-    torch.library.opcheck(torch.ops.srft_kernels.distillation, call)
+    arguments = DistillationArguments.of({**given, "teacher_logit_scale": 0.7})
+    operands = trace._operands(arguments, "divergence")
+    torch.library.opcheck(torch.ops.srft_kernels.distillation, operands)

@@ -176,7 +176,7 @@ def test_impossible_tokens():
 ])  # fmt: skip
 def test_scope(scope, objective, given):
     """Which other tokens a token's loss depends on."""
-    assert objective.scope(given) == scope and objective.token_local(given) == (scope == "token")
+    assert objective.scope(given) == scope
 
 
 @pytest.mark.parametrize("make, error, message", [

@@ -13,25 +13,27 @@ import pytest
 import torch
 
 import srft_kernels as sk
-from srft_kernels.tokens import coefficients
+from srft_kernels.objectives.objective import differentiate, objective_of
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from srft_kernels.rows import triton_objectives, triton_rows  # noqa: E402
+from srft_kernels.rows import triton_objectives  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy on infinities
 
 
 @triton.jit
-def _token_losses(stats_ptr, out_ptr, columns, numbers, OBJECTIVE: tl.constexpr, n: tl.constexpr):
+def _token_losses(
+    stats_ptr, out_ptr, columns, numbers, FORMULA: tl.constexpr, OBJECTIVE: tl.constexpr, n: tl.constexpr
+):
     row = tl.arange(0, n)
     logprob = tl.load(stats_ptr + row)
     entropy = tl.load(stats_ptr + n + row)
     logsumexp = tl.load(stats_ptr + 2 * n + row)
     smooth = tl.load(stats_ptr + 3 * n + row)
     loss, g, h, k, u = triton_objectives.token_loss(
-        OBJECTIVE, numbers, columns, row, logprob, entropy, logsumexp, smooth
+        FORMULA, OBJECTIVE, numbers, columns, row, logprob, entropy, logsumexp, smooth
     )
     tl.store(out_ptr + row, loss)
     tl.store(out_ptr + n + row, g)
@@ -42,20 +44,21 @@ def _token_losses(stats_ptr, out_ptr, columns, numbers, OBJECTIVE: tl.constexpr,
 
 def on_device(objective, stats: sk.TokenStats, tokens: sk.Tokens) -> torch.Tensor:
     """(5, n): loss, g, h, k, u."""
-    structure, numbers = triton_objectives.fused(objective, tokens)
+    code = triton_objectives.twin(objective, tokens)
     packed, out = torch.stack(stats.fields()), torch.empty(5, len(stats.logprobs))
-    _token_losses[(1,)](packed, out, triton_rows._columns(tokens), numbers, structure, len(stats.logprobs))
+    columns = triton_objectives.columns(objective, tokens)
+    _token_losses[(1,)](packed, out, columns, code.numbers, code.formula, code.structure, len(stats.logprobs))
     return out
 
 
 def in_pytorch(objective, stats: sk.TokenStats, tokens: sk.Tokens) -> torch.Tensor:
     stats, tokens = stats.map(torch.Tensor.double), widened(tokens)
-    loss, coefs = coefficients(objective, stats, tokens, torch.ones_like(stats.logprobs))
+    loss, coefs = differentiate(objective, stats, tokens, torch.ones_like(stats.logprobs))
     return torch.stack([loss, *(torch.zeros_like(loss) if c is None else c for c in coefs)])
 
 
 def widened(tokens: sk.Tokens) -> sk.Tokens:
-    columns = {name: tokens.get(name) for name in (*triton_objectives.Columns._fields, "target")}
+    columns = {name: tokens.get(name) for name in (*triton_objectives.column_names(sk.sft()), "target")}
     return sk.Tokens(**{k: c.double() if c is not None and c.is_floating_point() else c for k, c in columns.items()})
 
 
@@ -184,17 +187,17 @@ def test_what_depends_on_other_tokens_has_no_device_code():
         sk.SRFT(level="sequence"),
         sk.SRFT(level="batch"),
         sk.grpo(correction=sk.Correction(level="sequence")),
-        lambda stats, tokens: -stats.logprobs,
+        objective_of(lambda stats, tokens: -stats.logprobs),
     ]
     for objective in others:
-        assert triton_objectives.fused(objective, given) is None
-    assert triton_objectives.fused(sk.SRFT(level="sequence"), given | {"weight_entropy"})
-    assert triton_objectives.fused(sk.gspo(), given - {"old_logprobs"})
+        assert triton_objectives.twin(objective, given) is None
+    assert triton_objectives.twin(sk.SRFT(level="sequence"), given | {"weight_entropy"})
+    assert triton_objectives.twin(sk.gspo(), given - {"old_logprobs"})
 
 
 def test_numbers_do_not_compile_new_kernels_and_presence_does():
     """A schedule of a coefficient compiles once; an option not asked for is not in the code."""
-    structure = lambda **options: triton_objectives.fused(sk.grpo(**options))[0]  # noqa: E731
+    structure = lambda **options: triton_objectives.twin(sk.grpo(**options)).structure  # noqa: E731
     assert structure(kl_coef=0.1) == structure(kl_coef=0.2) != structure()
     assert structure(correction=sk.Correction(high=2.0)) == structure(correction=sk.Correction(high=3.0)) != structure()
     assert structure(clip_high=0.28) == structure(clip_high=0.3) != structure(clip_high=None)
@@ -207,11 +210,11 @@ PRESETS = [name for name in vars(sk.presets) if callable(getattr(sk, name, None)
 def test_compile_time_arguments_are_plain(preset):
     """Triton's cache hooks write them as JSON, its cache key as text: equal text only where the structure is equal."""
     objective = getattr(sk, preset)()
-    structure, numbers = triton_objectives.fused(objective, {"weight_entropy"})
+    _, structure, numbers = triton_objectives.twin(objective, {"weight_entropy"})
     kind, options = json.loads(json.dumps(structure))
     assert kind == structure.kind and dict(options) == dict(structure.options)
-    assert structure == triton_objectives.fused(replace(objective), {"weight_entropy"})[0]
-    other, _ = triton_objectives.fused(replace(objective, kl_coef=0.5), {"weight_entropy"})
+    assert structure == triton_objectives.twin(replace(objective), {"weight_entropy"}).structure
+    _, other, _ = triton_objectives.twin(replace(objective, kl_coef=0.5), {"weight_entropy"})
     assert repr(structure) != repr(other)
     assert all(isinstance(number, float) for number in numbers)
     with pytest.raises(AttributeError, match="nonsense"):

@@ -122,14 +122,15 @@ def test_exact(kind, divergence):
 @divergences
 @pytest.mark.parametrize("kind", [kind for kind in cases.KINDS if kind != "softcap_saturated"])
 def test_exact_in_triton(kind, divergence):
-    check(pair(kind, "gaussian", tokens=6), divergence, "triton", chunks=(64,))
-    check(pair("random", kind, tokens=3), divergence, "triton", chunks=(64,))
+    # of a few tokens the largest error, ours or eager's, is chance: which one is larger depends on the BLAS at hand
+    check(pair(kind, "gaussian", tokens=48), divergence, "triton", chunks=(64,))
+    check(pair("random", kind, tokens=24), divergence, "triton", chunks=(64,))
 
 
 @divergences
 @pytest.mark.parametrize("kind", ["peaked", "banned", "everything"])
 def test_many_blocks_in_triton(kind, divergence, monkeypatch):
-    triton = pytest.importorskip("srft_kernels.rows.triton_distillation")
+    triton = pytest.importorskip("srft_kernels.distillation.triton_rows")
     monkeypatch.setattr(triton, "MAX_BLOCK", 32)
     check(pair(kind, "gaussian", tokens=6), divergence, "triton", chunks=(64,))
     check(pair("gaussian", kind, tokens=3), divergence, "triton", chunks=(64,))

@@ -169,8 +169,8 @@ def test_costs_nothing_where_nobody_asks(backend, passes, monkeypatch):
     usual = plain_calls(backend, passes)
     assert usual == plain_calls(backend, passes, logit_scale=1.0, temperature=1, extras=None)
     assert plain_calls(backend, passes, extras=sk.Extras(rank=True)) > usual
-    monkeypatch.setattr(sk.extras.Taken, "empty", None)
-    monkeypatch.setattr(sk.extras.Taken, "rows", None)
+    monkeypatch.setattr(sk.extras.TokenExtras, "empty", None)
+    monkeypatch.setattr(sk.extras.ExtrasBuffer, "__getitem__", None)
     assert plain_calls(backend, passes) == usual
 
 

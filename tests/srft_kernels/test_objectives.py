@@ -68,7 +68,7 @@ def test_weight_entropy_makes_one_pass_of_two(backend, level):
     """The trainer's way: a scoring pass gives the mean entropies, then one pass uses them."""
     p, columns = batch(backend)
     objective = sk.srft_paper(level=level)
-    assert not objective.token_local(columns) and objective.token_local((*columns, "weight_entropy"))
+    assert objective.scope(columns) == level and objective.scope((*columns, "weight_entropy")) == "token"
     two, expected_gradients = found(p, columns, objective, plan=sk.Plan(backend=backend, chunk_rows=5))
     with torch.no_grad():
         entropy = sk.linear_logprobs(p.input, p.weight, p.target, linear_bias=p.bias, **p.head).entropy

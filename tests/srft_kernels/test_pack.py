@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import srft_kernels as sk
-from srft_kernels import checks, functional
+from srft_kernels import checks
+from srft_kernels.call import Call
 
 from .cases import KINDS, Problem, assert_exact, eager, ours, problem, truth
 
@@ -67,8 +68,8 @@ def test_live_tokens_leaves_the_rest_out(backend, passes, spare):
 def test_only_the_counted_rows_are_multiplied(monkeypatch):
     p = problem("random", tokens=40, ignored=0.7)
     count, seen = int(p.live.sum()), []
-    logits = functional.Call.logits_buffer
-    monkeypatch.setattr(functional.Call, "logits_buffer", lambda *a: seen.append(len(a[0].rows)) or logits(*a))
+    logits = Call.logits_buffer
+    monkeypatch.setattr(Call, "logits_buffer", lambda *a: seen.append(len(a[0].batch)) or logits(*a))
     sk.linear_logprobs(p.input, p.weight, p.target, live_tokens=count, plan=MASKED)
     sk.linear_logprobs(p.input, p.weight, p.target, plan=MASKED)
     assert seen == [count, 40]

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 import srft_kernels as sk
 from srft_kernels.head import Head
-from srft_kernels.rows import backend as row_backend
 
 from .cases import BACKENDS, problem
 
@@ -209,12 +208,12 @@ def test_target_out_of_range(backend, bad):
     with pytest.raises(ValueError, match=rf"target\[1\] = {bad} lies outside \[0, 11\)"):
         sk.linear_loss(torch.randn(3, 4), torch.randn(11, 4), y, sk.sft())
     logits = torch.randn(3, 16)[:, :11]
-    stats, _ = row_backend(backend).statistics(logits.clone(), y, Head(), 2)
+    stats, _ = sk.Plan(backend=backend).row_ops.statistics(logits.clone(), y, Head())
     assert stats.logprobs.isnan().tolist() == [False, True, False]
     tokens = sk.Tokens(y)
     room = torch.empty(3, 16)[:, :11].copy_(logits)
-    stats, loss, gradient = row_backend(backend).loss_and_gradient(
-        room, tokens, torch.ones(3), sk.sft(), Head(), 2, torch.float32
+    stats, loss, gradient = sk.Plan(backend=backend).row_ops.loss_and_gradient(
+        room, tokens, torch.ones(3), sk.sft(), Head(), torch.float32
     )
     assert loss.isnan().tolist() == [False, True, False]
     assert gradient.isnan().any(1).tolist() == [False, True, False]
@@ -231,11 +230,11 @@ def test_offsets_past_2_to_the_31(backend):
     wide = torch.empty(2 * stride + 32).as_strided((3, vocab), (stride, 1))
     logits, target = torch.randn(3, vocab), torch.tensor([3, 0, 19])
     expected = logits.double().log_softmax(-1)
-    arguments = sk.Tokens(target), torch.ones(3), sk.sft(), Head(), 2, torch.float32
+    arguments = sk.Tokens(target), torch.ones(3), sk.sft(), Head(), torch.float32
     wide.copy_(logits)
-    stats, _ = row_backend(backend).statistics(wide.clone() if backend == "torch" else wide, target, Head(), 2)
+    stats, _ = sk.Plan(backend=backend).row_ops.statistics(wide.clone(), target, Head())
     torch.testing.assert_close(stats.logprobs.double(), expected.gather(1, target[:, None])[:, 0])
-    stats, loss, gradient = row_backend(backend).loss_and_gradient(wide, *arguments)
+    stats, loss, gradient = sk.Plan(backend=backend).row_ops.loss_and_gradient(wide, *arguments)
     torch.testing.assert_close(loss.double(), -expected.gather(1, target[:, None])[:, 0])
     torch.testing.assert_close(gradient.double(), expected.exp() - torch.nn.functional.one_hot(target, vocab))
 

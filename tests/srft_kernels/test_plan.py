@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import srft_kernels as sk
-from srft_kernels import checks, rows
+from srft_kernels import plan as plans
 
 from .cases import problem
 
@@ -41,17 +41,17 @@ def test_16_bit_heads_count_their_accumulator():
     [("cuda", "triton"), ("cuda:1", "triton"), ("xpu", "triton"), ("cpu", "torch"), ("mps", "torch"), ("hpu", "torch")],
 )
 def test_triton_rows_where_triton_drives_the_device(monkeypatch, device, backend):
-    monkeypatch.setattr(rows, "has_triton", lambda: True)
-    plans = [sk.Plan.choose(8192, 512, 64000, t, device) for t in (torch.float32, torch.bfloat16)]
-    assert {plan.backend for plan in plans} == {backend}
+    monkeypatch.setattr(plans, "has_triton", lambda: True)
+    chosen = [sk.Plan.choose(8192, 512, 64000, t, device) for t in (torch.float32, torch.bfloat16)]
+    assert {plan.backend for plan in chosen} == {backend}
     gibibyte = 2**30 // (64000 * 4)  # of logits: memory that nobody misses on an accelerator
-    assert all((plan.chunk_rows < 400) if device == "cpu" else gibibyte - 128 < plan.chunk_rows for plan in plans)
-    monkeypatch.setattr(rows, "has_triton", lambda: False)
+    assert all((plan.chunk_rows < 400) if device == "cpu" else gibibyte - 128 < plan.chunk_rows for plan in chosen)
+    monkeypatch.setattr(plans, "has_triton", lambda: False)
     assert sk.Plan.choose(8192, 512, 32000, torch.float32, device).backend == "torch"
 
 
 def test_fp64_has_torch_rows_and_none_on_mps(monkeypatch):
-    monkeypatch.setattr(rows, "has_triton", lambda: True)
+    monkeypatch.setattr(plans, "has_triton", lambda: True)
     for device in ("cuda", "xpu", "cpu"):
         assert sk.Plan.choose(64, 8, 100, torch.float64, device).backend == "torch"
     with pytest.raises(TypeError, match="MPS has no fp64: take fp32"):
@@ -70,7 +70,7 @@ def test_16_bit_heads_are_widened_where_products_cannot_return_fp32():
 def test_triton_rows_are_refused_where_it_cannot_compile(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="input is on meta: move it to a GPU, use backend='torch'"):
-        checks.backend(sk.Plan(backend="triton"), torch.empty(3, device="meta"), torch.float32)
+        sk.Plan(backend="triton").check(torch.empty(3, device="meta"), torch.float32)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5, 8, 9, 100])

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import srft_kernels as sk
-from srft_kernels import compiled
-from srft_kernels.prepare import Arguments
+from srft_kernels.call import Arguments
+from srft_kernels.operators import trace
 
 from .cases import problem
 
@@ -56,8 +56,10 @@ def run(objective, columns, plan, call=sk.linear_loss, ignored=False):
 
 def in_operators(x, w, target, objective, linear_bias, token_weight, plan, **annotations):
     """What a compiled graph calls."""
-    options = {"linear_bias": linear_bias, "token_weight": token_weight, "plan": plan, "annotations": annotations}
-    return compiled.linear_loss(Arguments(x, w, target, objective, **options))
+    options = {"linear_bias": linear_bias, "token_weight": token_weight, "plan": plan, **annotations}
+    return trace.linear_loss(
+        Arguments.of({"input": x, "linear_weight": w, "target": target, "objective": objective, **options})
+    )
 
 
 def annotations(silent: float | None = None) -> dict[str, torch.Tensor]:

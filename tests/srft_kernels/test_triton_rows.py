@@ -6,12 +6,14 @@ import pytest
 import torch
 
 import srft_kernels as sk
-from srft_kernels.head import Head
-from srft_kernels.rows import aligned, aligned_size, torch_rows, tuning
+from srft_kernels.head import Head, aligned, aligned_size
+from srft_kernels.rows import tuning
+from srft_kernels.rows.torch_rows import TorchRows
 
 from . import cases
 
 triton_rows = pytest.importorskip("srft_kernels.rows.triton_rows")
+TORCH, TRITON = TorchRows(8), triton_rows.TritonRows()
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy on infinities
 
 
@@ -81,8 +83,8 @@ def test_fused_objectives_are_the_pytorch_formulas(objective):
     columns = annotations(n)
     tokens, weight = sk.Tokens(torch.randint(vocab, (n,)), **columns), torch.rand(n)
     run = {
-        name: rows.loss_and_gradient(buffer(logits), tokens, weight, objective, Head(), 8, torch.float32)
-        for name, rows in (("torch", torch_rows), ("triton", triton_rows))
+        name: rows.loss_and_gradient(buffer(logits), tokens, weight, objective, Head(), torch.float32)
+        for name, rows in (("torch", TORCH), ("triton", TRITON))
     }
     for index in (1, 2):  # loss, gradient
         torch.testing.assert_close(run["triton"][index], run["torch"][index], rtol=2e-5, atol=1e-6)
@@ -114,13 +116,13 @@ def test_a_sure_target_keeps_what_the_other_derivatives_leave_there(options, lau
         head = Head(**{**options, **vectors})
         given = [c.to(dtype) for c in (coefs if "smooth" in options else coefs[:3])]
         loss = sk.CrossEntropy(z_loss=1e-7, label_smoothing=1e-7 if "smooth" in options else 0.0)
-        _, normalizer = rows.statistics(room(), target, head, 8)
-        yield rows.gradient(room(), target, normalizer, given, head, 8, dtype)
-        yield rows.loss_and_gradient(room(), sk.Tokens(target), weight.to(dtype), loss, head, 8, dtype)[2]
+        _, normalizer = rows.statistics(room(), target, head)
+        yield rows.gradient(room(), target, normalizer, given, head, dtype)
+        yield rows.loss_and_gradient(room(), sk.Tokens(target), weight.to(dtype), loss, head, dtype)[2]
 
     with tuning.forced(launch):
-        own = list(gradients(triton_rows, torch.float32))
-    usual, truth = (list(gradients(torch_rows, dtype)) for dtype in (torch.float32, torch.float64))
+        own = list(gradients(TRITON, torch.float32))
+    usual, truth = (list(gradients(TORCH, dtype)) for dtype in (torch.float32, torch.float64))
     for found, eager, right in zip(own, usual, truth):
         torch.testing.assert_close(found.double(), right, rtol=1e-4, atol=4 * eps)
         at = lambda x: x[torch.arange(n), target]  # noqa: E731
@@ -149,8 +151,8 @@ def test_narrow_gradient_over_wide_logits(dtype, blocks):
     logits = buffer(torch.randn(7, 131))
     columns, target = annotations(7), torch.arange(7)
     tokens, weight = sk.Tokens(target, **columns), torch.ones(7)
-    wide = triton_rows.loss_and_gradient(buffer(logits), tokens, weight, MIXED, Head(), 1, torch.float32)[2]
-    narrow = triton_rows.loss_and_gradient(logits, tokens, weight, MIXED, Head(), 1, dtype)[2]
+    wide = TRITON.loss_and_gradient(buffer(logits), tokens, weight, MIXED, Head(), torch.float32)[2]
+    narrow = TRITON.loss_and_gradient(logits, tokens, weight, MIXED, Head(), dtype)[2]
     assert narrow.dtype == dtype and narrow.data_ptr() == logits.data_ptr()
     assert narrow.stride(0) == 2 * logits.stride(0)
     rounded = wide.to(dtype)
@@ -161,8 +163,8 @@ def test_narrow_gradient_over_wide_logits(dtype, blocks):
 
 def test_padding_of_a_row_is_never_read_as_logits():
     logits = torch.full((3, aligned_size(131)), torch.nan)[:, :131].copy_(torch.randn(3, 131))
-    stats, _ = triton_rows.statistics(logits, torch.tensor([0, 5, 130]), Head(), 1)
-    expected, _ = torch_rows.statistics(logits.clone(), torch.tensor([0, 5, 130]), Head(), 1)
+    stats, _ = TRITON.statistics(logits, torch.tensor([0, 5, 130]), Head())
+    expected, _ = TORCH.statistics(logits.clone(), torch.tensor([0, 5, 130]), Head())
     for own, other in zip(stats.fields(), expected.fields()):
         torch.testing.assert_close(own, other)
 
@@ -175,8 +177,8 @@ def test_rows_that_end_with_a_block_or_within_one(vocab):
     target = torch.tensor([0, vocab - 1, vocab // 2, 0])
     tokens, weight = sk.Tokens(target, **annotations(4, seed=1)), torch.ones(4)
     with tuning.forced(tuning.Launch(16, 1)):
-        got = triton_rows.loss_and_gradient(buffer(values), tokens, weight, MIXED, Head(), 1, torch.float32)
-    want = torch_rows.loss_and_gradient(buffer(values), tokens, weight, MIXED, Head(), 8, torch.float32)
+        got = TRITON.loss_and_gradient(buffer(values), tokens, weight, MIXED, Head(), torch.float32)
+    want = TORCH.loss_and_gradient(buffer(values), tokens, weight, MIXED, Head(), torch.float32)
     for own, other in zip((*got[0].fields(), *got[1:]), (*want[0].fields(), *want[1:])):
         torch.testing.assert_close(own, other, rtol=2e-5, atol=1e-6)
 
@@ -189,22 +191,22 @@ def test_rows_past_two_to_the_31():
     values = torch.randn(n, vocab)
     logits.copy_(values)
     target, tokens = torch.arange(n), sk.Tokens(torch.arange(n), **annotations(n))
-    got = triton_rows.loss_and_gradient(logits, tokens, torch.ones(n), MIXED, Head(), 1, torch.float32)
-    want = torch_rows.loss_and_gradient(buffer(values), tokens, torch.ones(n), MIXED, Head(), 8, torch.float32)
+    got = TRITON.loss_and_gradient(logits, tokens, torch.ones(n), MIXED, Head(), torch.float32)
+    want = TORCH.loss_and_gradient(buffer(values), tokens, torch.ones(n), MIXED, Head(), torch.float32)
     torch.testing.assert_close(got[2], want[2], rtol=2e-5, atol=1e-6)
     logits.copy_(values)
-    stats, normalizer = triton_rows.statistics(logits, target, Head(), 1)
+    stats, normalizer = TRITON.statistics(logits, target, Head())
     torch.testing.assert_close(stats.entropy, want[0].entropy)
     coefs = (torch.ones(n), None, None)
-    got = triton_rows.gradient(logits, target, normalizer, coefs, Head(), 1, torch.float32)
-    want = torch_rows.gradient(buffer(values), target, normalizer, coefs, Head(), 8, torch.float32)
+    got = TRITON.gradient(logits, target, normalizer, coefs, Head(), torch.float32)
+    want = TORCH.gradient(buffer(values), target, normalizer, coefs, Head(), torch.float32)
     torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-6)
 
 
 def test_target_outside_the_vocabulary_is_nan_and_stays_in_its_row():
     logits = buffer(torch.randn(3, 40))
     tokens = sk.Tokens(torch.tensor([1, 40, -7]))
-    run = triton_rows.loss_and_gradient(logits, tokens, torch.ones(3), sk.sft(), Head(), 1, torch.float32)
+    run = TRITON.loss_and_gradient(logits, tokens, torch.ones(3), sk.sft(), Head(), torch.float32)
     stats, loss, gradient = run
     assert gradient.isnan().all(-1).tolist() == gradient.isnan().any(-1).tolist() == [False, True, True]
     assert loss.isnan().tolist() == [False, True, True]
@@ -214,8 +216,8 @@ def test_target_outside_the_vocabulary_is_nan_and_stays_in_its_row():
 
 def test_a_row_without_weight_has_no_gradient_whatever_its_derivatives():
     logits, tokens = torch.randn(2, 40), sk.Tokens(torch.tensor([1, 2]), advantages=torch.tensor([torch.inf, 1.0]))
-    run = triton_rows.loss_and_gradient(
-        buffer(logits), tokens, torch.tensor([0.0, 1.0]), sk.reinforce(), Head(), 1, torch.float32
+    run = TRITON.loss_and_gradient(
+        buffer(logits), tokens, torch.tensor([0.0, 1.0]), sk.reinforce(), Head(), torch.float32
     )
     assert (run[2][0] == 0).all() and run[2][1].isfinite().all()
 
@@ -224,20 +226,27 @@ def test_a_soft_cap_far_away_keeps_small_logits():
     """cap · tanh(a / cap) for a ≪ cap is a: no difference of two numbers near 1."""
     a = torch.randn(2, 40)
     for cap in (2.0**10, 2.0**16):
-        stats, _ = triton_rows.statistics(buffer(a / 16), torch.arange(2), Head(softcap=cap, temperature=2.0**-4), 1)
+        stats, _ = TRITON.statistics(buffer(a / 16), torch.arange(2), Head(softcap=cap, temperature=2.0**-4))
         expected = (16 * cap * torch.tanh(a.double() / 16 / cap)).log_softmax(-1)[torch.arange(2), torch.arange(2)]
         torch.testing.assert_close(stats.logprobs.double(), expected, rtol=1e-6, atol=0)
+
+
+def scored(x: torch.Tensor) -> torch.Tensor:
+    """Under a soft cap of 1."""
+    z = x.clone()
+    triton_rows._score_(Head(softcap=1.0), z)
+    return z
 
 
 def test_tanh():
     """Within 2 ulp everywhere, and the numbers at the ends."""
     x = torch.cat([torch.linspace(-9, 9, 30_001), torch.logspace(-30, 0, 999)])[:, None]
-    found = triton_rows._scored(Head(softcap=1.0), x)
+    found = scored(x)
     right = torch.tanh(x.double())
     ulp = torch.nextafter(right.float().abs(), torch.tensor(torch.inf)) - right.float().abs()
     assert ((found.double() - right).abs() <= 2 * ulp.double()).all()
     ends = torch.tensor([[-torch.inf], [torch.inf], [torch.nan], [0.0]])
-    torch.testing.assert_close(triton_rows._scored(Head(softcap=1.0), ends), ends.tanh(), equal_nan=True)
+    torch.testing.assert_close(scored(ends), ends.tanh(), equal_nan=True)
 
 
 def test_scale_in_place():

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import srft_kernels as sk
-from srft_kernels.head import Head
-from srft_kernels.rows import aligned_size, tuning
+from srft_kernels.head import Head, aligned_size
+from srft_kernels.rows import tuning
 
-triton_rows = pytest.importorskip("srft_kernels.rows.triton_rows")
+ROWS = pytest.importorskip("srft_kernels.rows.triton_rows").TritonRows()
 tune = pytest.importorskip("bench.tune")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy on infinities
 
@@ -27,10 +27,10 @@ def results(launch: tuning.Launch, dtype: torch.dtype = torch.bfloat16) -> list[
         return torch.empty(n, aligned_size(vocab))[:, :vocab].copy_(values)
 
     with tuning.forced(launch):
-        stats, normalizer = triton_rows.statistics(logits(), tokens.target, Head(), 1)
-        fused = triton_rows.loss_and_gradient(logits(), tokens, weight, sk.grpo(entropy_coef=0.1), Head(), 1, dtype)
+        stats, normalizer = ROWS.statistics(logits(), tokens.target, Head())
+        fused = ROWS.loss_and_gradient(logits(), tokens, weight, sk.grpo(entropy_coef=0.1), Head(), dtype)
         coefs = tuple(torch.randn(3, n, generator=generator))
-        second = triton_rows.gradient(logits(), tokens.target, normalizer, coefs, Head(), 1, dtype)
+        second = ROWS.gradient(logits(), tokens.target, normalizer, coefs, Head(), dtype)
     return [*stats.fields(), *normalizer, *fused[0].fields(), *fused[1:], second]
 
 

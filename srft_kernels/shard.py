@@ -18,7 +18,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Real
-from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 from zlib import crc32
@@ -28,10 +27,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import checks
+from .extras import ExtrasBuffer
 from .head import Head
+from .objectives.objective import Objective, Tokens, TokenStats
 from .plan import Plan
-from .rows import Normalizer, in_three_steps
-from .tokens import Tokens, TokenStats
+from .rows import Normalizer, RowOps, in_three_steps
 
 
 @dataclass(frozen=True)
@@ -40,41 +40,41 @@ class Shard:
 
     group   the ranks that share the head
     rank    this one's number among them
-    rows    rows of W on each rank; entries are numbered through in the order of the ranks
+    sizes   rows of W on each rank; entries are numbered through in the order of the ranks
     vocab   entries of the whole vocabulary; rows past it do not exist
     smooth  (K,) Σω of the class weights on each rank, where labels are smoothed
     """
 
     group: dist.ProcessGroup
     rank: int
-    rows: tuple[int, ...]
+    sizes: tuple[int, ...]
     vocab: int
     smooth: Tensor | None = None
 
     @property
     def offset(self) -> int:
         """The first entry."""
-        return sum(self.rows[: self.rank])
+        return sum(self.sizes[: self.rank])
 
     @property
     def size(self) -> int:
         """How many of the rows exist; may be 0."""
-        return min(max(self.vocab - self.offset, 0), self.rows[self.rank])
+        return min(max(self.vocab - self.offset, 0), self.sizes[self.rank])
 
     @property
     def largest(self) -> int:
         """Rows of the largest part, after which all ranks choose the same plan."""
-        return max(self.rows)
+        return max(self.sizes)
 
     def local(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """(whether a target lies here, its place among this rank's entries, or 0), each shaped like target."""
+        """(whether a target lies on this rank, its place among the entries here, or 0), each shaped like target."""
         place = target - self.offset
         mine = (place >= 0) & (place < self.size)
         return mine, torch.where(mine, place, 0)
 
     def gather(self, part: Tensor) -> Tensor:
         """(K, ...) of every rank's (...)."""
-        parts = part.new_empty(len(self.rows), *part.shape)
+        parts = part.new_empty(len(self.sizes), *part.shape)
         dist.all_gather(list(parts.unbind()), part.contiguous(), group=self.group)
         return parts
 
@@ -195,19 +195,21 @@ def supported(plan: Plan | None, input: Tensor, vocab_size: int | None) -> None:
         )
 
 
+@dataclass(frozen=True)
 class ShardedRows:
-    """The row operations on this rank's logits (n, V_r): targets and results are those of the whole vocabulary."""
+    """RowOps (see rows/) on this rank's logits (n, V_r): targets and results are those of the whole vocabulary."""
 
-    def __init__(self, rows: ModuleType, shard: Shard):
-        self.rows, self.shard = rows, shard
+    rows: RowOps
+    shard: Shard
 
     def statistics(
-        self, logits: Tensor, target: Tensor, head: Head, block_rows: int, keep: bool = True
+        self,
+        logits: Tensor,  # (n, V_r)
+        target: Tensor,  # (n,)
+        head: Head,
+        extras: ExtrasBuffer | None = None,  # always None: a rank has no logits but its own
     ) -> tuple[TokenStats, Normalizer]:
-        """As in rows/; the logits stay as they are."""
-        shift, log_total, mean, at_target, *smooth = self.shard.gather(
-            self._part(logits, target, head, block_rows)
-        ).unbind(1)
+        shift, log_total, mean, at_target, *smooth = self.shard.gather(self._part(logits, target, head)).unbind(1)
         m = shift.amax(0)
         fall = shift - m  # (K, n)
         log_totals = log_total + fall
@@ -221,31 +223,28 @@ class ShardedRows:
             omega = self.shard.smooth[:, None]
             moved = smooth[0] + torch.where(omega == 0, 0, omega * fall)
             smooth = [moved.sum(0) - omega.sum() * log_total]
-        return TokenStats(at_target - log_total, log_total - mean, m + log_total, *smooth), Normalizer(
-            m, log_total, mean
-        )
+        stats = TokenStats(at_target - log_total, log_total - mean, m + log_total, *smooth)
+        return stats, Normalizer(m, log_total, mean)
 
     def loss_and_gradient(
         self,
-        logits: Tensor,
+        logits: Tensor,  # (n, V_r)
         tokens: Tokens,
-        weight: Tensor,
-        objective: Any,
+        weight: Tensor,  # (n,)
+        objective: Objective,
         head: Head,
-        block_rows: int,
         dtype: torch.dtype,
+        extras: ExtrasBuffer | None = None,
     ) -> tuple[TokenStats, Tensor, Tensor]:
-        asked = logits, tokens, weight, objective, head, block_rows, dtype
-        return in_three_steps(self.statistics, self.gradient, *asked)
+        return in_three_steps(self, logits, tokens, weight, objective, head, dtype)
 
     def gradient(
         self,
-        logits: Tensor,
-        target: Tensor,
+        logits: Tensor,  # (n, V_r)
+        target: Tensor,  # (n,)
         normalizer: Normalizer,
         coefs: tuple[Tensor | None, ...],
         head: Head,
-        block_rows: int,
         dtype: torch.dtype,
     ) -> Tensor:
         if logits.shape[1] == 0:
@@ -259,9 +258,9 @@ class ShardedRows:
         if u is not None:  # the row operation knows of Σω on this rank alone
             elsewhere = -u * (self.shard.smooth.sum() - self.shard.smooth[self.shard.rank])
             k = elsewhere if k is None else k + elsewhere
-        return self.rows.gradient(logits, place, normalizer, (g, h, k, u), head, block_rows, dtype)
+        return self.rows.gradient(logits, place, normalizer, (g, h, k, u), head, dtype)
 
-    def _part(self, logits: Tensor, target: Tensor, head: Head, block_rows: int) -> Tensor:
+    def _part(self, logits: Tensor, target: Tensor, head: Head) -> Tensor:  # (n, V_r), (n,)
         """(4 or 5, n): m_r, log s_r, mean_r, d at the target (−inf where it lies elsewhere), Σ ω_v d_v."""
         n, size = logits.shape
         part = logits.new_zeros(4 if head.smooth is None else 5, n)
@@ -269,8 +268,8 @@ class ShardedRows:
         if size == 0:
             return part
         mine, place = self.shard.local(target)
-        stats, (shift, log_total, mean) = self.rows.statistics(logits, place, head, block_rows, keep=True)
-        found = [shift, log_total, mean, torch.where(mine, stats.logprobs + log_total, -torch.inf)]
+        stats, (shift, log_total, mean) = self.rows.statistics(logits, place, head)
+        fields = [shift, log_total, mean, torch.where(mine, stats.logprobs + log_total, -torch.inf)]
         if head.smooth is not None:
-            found.append(stats.smooth + self.shard.smooth[self.shard.rank] * log_total)
-        return torch.where(shift == -torch.inf, part, torch.stack(found))  # where all is banned there is no d
+            fields.append(stats.smooth + self.shard.smooth[self.shard.rank] * log_total)
+        return torch.where(shift == -torch.inf, part, torch.stack(fields))  # where all is banned there is no d

@@ -1,13 +1,13 @@
-"""Rollouts that another program sampled: weights for the mismatch between its log-probs and the trainer's."""
+"""Ratios of probabilities: what objectives weigh and clip, and the correction for rollouts of another program."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from math import inf
-from numbers import Real
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .. import checks
 
 # e^20 = 4.9e8: no ratio of probabilities beyond it says anything, but its overflow would turn a clipped gradient into
 # 0 · ∞. Log-ratios are cut there.
@@ -42,8 +42,8 @@ class Correction:
     current: bool = False
 
     def __post_init__(self):
-        one_of(self, outside=("truncate", "mask", "reject"), level=("token", "sequence", "geometric"))
-        numbers(self, "high")
+        checks.one_of(self, outside=("truncate", "mask", "reject"), level=("token", "sequence", "geometric"))
+        checks.finite(self, "high")
         if not 0 <= self.low <= self.high or self.high == 0:
             raise ValueError(f"Correction(low={self.low!r}, high={self.high!r}): expected 0 ≤ low ≤ high and high > 0")
 
@@ -90,6 +90,51 @@ class Correction:
         return (ratio >= self.low) & (ratio <= self.high)
 
 
+# Shapes of a ratio u, which change how much the unlikely count (arXiv 2504.14945 and its code).
+SHAPES = ("p/(p+c)", "p^c", "c*log p", "p+c*log p")
+
+
+def shape(log_u: Tensor, kind: str, c: float | None) -> Tensor:
+    """u where c is None, else the shape of it."""
+    if c is None:
+        return log_u.exp()
+    if kind == "p/(p+c)":
+        u = log_u.exp()
+        return u / (u + c)
+    if kind == "p^c":
+        return (c * log_u).exp()
+    return c * log_u if kind == "c*log p" else log_u.exp() + c * log_u
+
+
+def check_shape(owner: object, of: str) -> None:
+    """The two options of a shape: `of`_shape, one of SHAPES, and `of`_shaping, its c > 0, or None for no shape."""
+    kind, c = f"{of}_shape", f"{of}_shaping"
+    checks.one_of(owner, **{kind: SHAPES})
+    checks.above_zero(owner, c)
+    if getattr(owner, c) is None and getattr(owner, kind) != SHAPES[0]:
+        raise ValueError(f"{type(owner).__name__}({kind}={getattr(owner, kind)!r}) needs its number c: pass {c}=c > 0")
+
+
+def silenced(weight: Tensor, values: Tensor) -> Tensor:
+    """weight · values, and 0 where the weight is, though the value be infinite: log-probs can be −inf."""
+    return torch.where(weight == 0, 0, weight * values)
+
+
+def slope(logprobs: Tensor) -> Tensor:
+    """0 with the derivative of `logprobs`, also where they are −inf and ℓ − sg(ℓ) would be NaN."""
+    return _Slope.apply(logprobs)
+
+
+class _Slope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logprobs: Tensor) -> Tensor:
+        return torch.zeros_like(logprobs)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient
+
+
 def log_ratio(logprobs: Tensor, others: Tensor) -> Tensor:
     """log of p / p_other: −inf where p is 0, a large number where only p_other is."""
     return logprobs - others.clamp(min=LOWEST_LOGPROB)
@@ -111,41 +156,3 @@ def groups(ids: Tensor) -> Tensor:
     sorted_ids = ids[order]
     steps = torch.cat([sorted_ids.new_zeros(1, dtype=torch.bool), sorted_ids[1:] != sorted_ids[:-1]])[: len(ids)]
     return torch.empty_like(order).scatter_(0, order, steps.cumsum(0))
-
-
-def one_of(owner: object, **choices: tuple[str, ...]) -> None:
-    for field, allowed in choices.items():
-        value = getattr(owner, field)
-        if value not in allowed:
-            raise ValueError(
-                f"{type(owner).__name__}({field}={value!r}): expected one of {', '.join(map(repr, allowed))}"
-            )
-
-
-def numbers(owner: object, *unbounded: str) -> None:
-    """Options that are numbers: finite unless `unbounded`, and no tensor, at which a GPU would wait, never to learn."""
-    for field in fields(owner):
-        value, optional = getattr(owner, field.name), field.type == "float | None"
-        if field.type not in ("float", "float | None") or (optional and value is None):
-            continue
-        real = isinstance(value, Real) and not isinstance(value, bool) and value == value
-        finite = not real or field.name in unbounded or -inf < value < inf
-        if not (real and finite):
-            raise ValueError(
-                f"{type(owner).__name__}({field.name}={value!r}): expected a {'' if finite else 'finite '}number"
-                f"{' or None' * optional}{'; of a tensor pass .item()' * isinstance(value, Tensor)}"
-            )
-
-
-def within(owner: object, **ranges: tuple[float, float | None]) -> None:
-    """Options in [low, high], or ≥ low; None is told by `numbers` where it may not be."""
-    for name, (low, high) in ranges.items():
-        if (value := getattr(owner, name)) is not None and not (low <= value and (high is None or value <= high)):
-            expected = f"≥ {low}" if high is None else f"in [{low}, {high}]"
-            raise ValueError(f"{type(owner).__name__}({name}={value!r}): expected a number {expected}")
-
-
-def positive(owner: object, *names: str) -> None:
-    for name in names:
-        if (value := getattr(owner, name)) is not None and not value > 0:
-            raise ValueError(f"{type(owner).__name__}({name}={value!r}): expected a positive number")

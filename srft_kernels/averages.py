@@ -5,16 +5,18 @@ the whole optimisation step: the gradient then does not depend on how the step i
 
 Where the tokens of a step are divided over ranks, each passes its own, and their process group as `token_group`: it
 gets the weights that its tokens have in one process. Ids mean the same on all ranks; a sequence may lie on several.
+Losses and gradients of the ranks' tokens then have to be summed, not averaged; see docs/scale.md.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .correction import groups
-from .token_parallel import gathered, summed
+from . import checks
+from .objectives.ratios import groups
 
 
 def token_mean(mask: Tensor, *, token_group: ProcessGroup | None = None) -> Tensor:
@@ -106,3 +108,39 @@ def _sequence_lengths(
     lengths = torch.zeros(len(distinct), device=mask.device).scatter_add_(0, inverse, live)
     of_token = lengths.clamp(min=1)[inverse[own]].view(mask.shape)
     return live[own].view(mask.shape), of_token, (lengths > 0).sum().clamp(min=1)
+
+
+# ---- tokens divided over ranks
+
+
+def summed(value: Tensor, token_group: ProcessGroup | None) -> Tensor:
+    """The sum over the ranks, if there is a group."""
+    if token_group is not None:
+        checks.group("token_group", token_group)
+        value = value.clone()
+        dist.all_reduce(value, group=token_group)
+    return value
+
+
+def gathered(token_group: ProcessGroup | None, *columns: Tensor) -> tuple[list[Tensor], slice]:
+    """(columns (n,) of all ranks' tokens, which of them are this rank's), from columns (...) of this rank's tokens.
+
+    Ranks may have different numbers of tokens. Waits for the device: such averages are made once per step.
+    """
+    flat = [column.reshape(-1) for column in columns]
+    if token_group is None:
+        return flat, slice(None)
+    checks.group("token_group", token_group)
+    count = torch.tensor([len(flat[0])], device=flat[0].device)
+    counts = [torch.empty_like(count) for _ in range(dist.get_world_size(token_group))]
+    dist.all_gather(counts, count, group=token_group)
+    counts = torch.cat(counts).tolist()
+    everyone = []
+    for column in flat:
+        padded = column.new_zeros(max(counts))
+        padded[: len(column)] = column
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded, group=token_group)
+        everyone.append(torch.cat([part[:n] for part, n in zip(parts, counts)]))
+    start = sum(counts[: dist.get_rank(token_group)])
+    return everyone, slice(start, start + len(flat[0]))

@@ -1,7 +1,7 @@
 """The divergence of two rows of logits, and its gradient, in Triton: one program per token.
 
 A program reads both rows twice, or three times where the gradient needs the divergence first (all but the forward KL),
-and writes the gradient over the student's row as the loss kernels do: see triton_rows.py, also for how rows lie.
+and writes the gradient over the student's row as the loss kernels do: see rows/triton_rows.py, also for how rows lie.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..head import Head
-from .triton_kernels import _logits
-from .triton_rows import _device_of, _numbers, _order, _over
+from ..rows.triton_kernels import _logits, _through_cap, _through_scale
+from ..rows.triton_rows import device_of, order, over
+from .divergence import Divergence
 
 # Columns per loop step, and of each row per warp: 8 of both rows in a thread's registers. With 16, and 2048 a step, the
 # compiler spilled some (two row numbers, to fit one more program) and fewer warps were resident: kernel-notes.md.
@@ -67,7 +68,9 @@ def _distillation_kernel(
     weight_ptr,  # (n,) fp32 token weights
     bias_ptr, teacher_bias_ptr,  # (V,) fp32 or None
     out_ptr,  # (n,) fp32
-    vocab, stride, dstride, scale, softcap, temperature, teacher_scale, teacher_softcap, teacher_temperature, beta,
+    vocab, stride, dstride,
+    head, teacher_head,  # Numbers of each
+    beta,
     KIND: tl.constexpr, ORDER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # row · stride passes 2³¹
@@ -79,11 +82,8 @@ def _distillation_kernel(
     guess = zero  # reverse KL: Σ e^{zs − ms} ((zs − ms) − (zt − mt)) so far
     for start in range(0, vocab, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        zs, _ = _logits(student_ptr, bias_ptr, columns, vocab, stride, scale, softcap, temperature)
-        zt, _ = _logits(
-            teacher_ptr, teacher_bias_ptr, columns, vocab, stride,
-            teacher_scale, teacher_softcap, teacher_temperature,
-        )  # fmt: skip
+        zs, _ = _logits(student_ptr, bias_ptr, columns, vocab, stride, head, head.temperature)
+        zt, _ = _logits(teacher_ptr, teacher_bias_ptr, columns, vocab, stride, teacher_head, teacher_head.temperature)
         top_s, grown_s, e = _grown(ms, ss, zs)
         top_t, st, _ = _grown(mt, st, zt)
         if KIND == "reverse_kl":
@@ -97,20 +97,15 @@ def _distillation_kernel(
     if KIND != "forward_kl" or dlogits_ptr is None:  # else the next loop does it
         for start in range(0, vocab, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            zs, _ = _logits(student_ptr, bias_ptr, columns, vocab, stride, scale, softcap, temperature)
+            zs, _ = _logits(student_ptr, bias_ptr, columns, vocab, stride, head, head.temperature)
             zt, _ = _logits(
-                teacher_ptr, teacher_bias_ptr, columns, vocab, stride,
-                teacher_scale, teacher_softcap, teacher_temperature,
+                teacher_ptr, teacher_bias_ptr, columns, vocab, stride, teacher_head, teacher_head.temperature
             )  # fmt: skip
             p, terms, v = _compared(zs, zt, ms, mt, ss, st, guess, beta, KIND)
             value += tl.sum(terms, 0)
             if KIND == "jensen_shannon":
                 mean += tl.sum(p * v, 0)
-    slope = weight
-    if temperature is not None:
-        slope = slope / temperature
-    if scale is not None:
-        slope = slope * scale
+    slope = _through_scale(weight, head, head.temperature)
     if KIND == "reverse_kl":
         mean = value / ss
         value = mean + guess - tl.log(ss / st)
@@ -120,10 +115,9 @@ def _distillation_kernel(
         dlogits_ptr += row * dstride
         for start in range(0, vocab, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            zs, level = _logits(student_ptr, bias_ptr, columns, vocab, stride, scale, softcap, temperature)
+            zs, level = _logits(student_ptr, bias_ptr, columns, vocab, stride, head, head.temperature)
             zt, _ = _logits(
-                teacher_ptr, teacher_bias_ptr, columns, vocab, stride,
-                teacher_scale, teacher_softcap, teacher_temperature,
+                teacher_ptr, teacher_bias_ptr, columns, vocab, stride, teacher_head, teacher_head.temperature
             )  # fmt: skip
             p, terms, v = _compared(zs, zt, ms, mt, ss, st, guess, beta, KIND)
             if KIND == "forward_kl":
@@ -132,8 +126,7 @@ def _distillation_kernel(
             else:
                 dz = p * (v - mean)
             dz = tl.where(weight == 0, 0.0, slope * dz)  # whatever the derivative is, infinite or not
-            if softcap is not None:
-                dz = dz * (1 - level * level)
+            dz = _through_cap(dz, level, head)
             dz = tl.where(columns < vocab, dz, 0.0)
             written = columns < stride
             if ORDER == "barrier":  # a narrow gradient lands on bytes of this block: see triton_kernels.py
@@ -147,31 +140,32 @@ def _distillation_kernel(
 # --------------------------------------------------------------------------------------------------------- launch
 
 
-def divergence(
-    student: Tensor,
-    teacher: Tensor,
-    weight: Tensor,
-    kind: str,
-    beta: float,
-    head: Head,
-    teacher_head: Head,
-    block_rows: int,
-    dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor | None]:
-    """(divergence (n,), ∂(Σ weight·divergence)/∂(raw student logits) (n, V) as `dtype`; without one, None).
+class TritonDivergenceRows:
+    """DivergenceRows (see divergence.py) on fp32 logits with padded rows of one stride; the gradient lies over the
+    student's."""
 
-    Both raw logits (n, V) are fp32 with padded rows of one stride; the gradient is written over the student's.
-    """
-    n, vocab = student.shape
-    out = student.new_empty(n)
-    dlogits = None if dtype is None else _over(student, dtype)
-    with _device_of(student):
-        _distillation_kernel[(n,)](
-            student, teacher, dlogits, weight, head.bias, teacher_head.bias, out, vocab, student.stride(0),
-            0 if dlogits is None else dlogits.stride(0), *_numbers(head), *_numbers(teacher_head), float(beta), kind,
-            "none" if dlogits is None else _order(student, dlogits), **launch(vocab),
-        )  # fmt: skip
-    return out, dlogits
+    def divergence_and_gradient(
+        self,
+        student: Tensor,  # (n, V)
+        teacher: Tensor,  # (n, V)
+        weight: Tensor,  # (n,)
+        divergence: Divergence,
+        head: Head,
+        teacher_head: Head,
+        dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        n, vocab = student.shape
+        out = student.new_empty(n)
+        dlogits = None if dtype is None else over(student, dtype)
+        with device_of(student):
+            _distillation_kernel[(n,)](
+                student_ptr=student, teacher_ptr=teacher, dlogits_ptr=dlogits, weight_ptr=weight,
+                bias_ptr=head.bias, teacher_bias_ptr=teacher_head.bias, out_ptr=out,
+                vocab=vocab, stride=student.stride(0), dstride=0 if dlogits is None else dlogits.stride(0),
+                head=head.numbers, teacher_head=teacher_head.numbers, beta=divergence.beta, KIND=divergence.kind,
+                ORDER="none" if dlogits is None else order(student, dlogits), **launch(vocab),
+            )  # fmt: skip
+        return out, dlogits
 
 
 def launch(vocab: int) -> dict[str, int]:

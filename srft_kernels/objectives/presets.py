@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .objectives import CrossEntropy, PolicyGradient
+from .cross_entropy import CrossEntropy
+from .policy_gradient import PolicyGradient
 from .srft import SRFT
 
 # Rollouts of objectives with demonstrations: a policy gradient by advantages, with plain or clipped ratios.

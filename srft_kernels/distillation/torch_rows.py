@@ -2,41 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ..head import Head
-from .torch_rows import _blocks, _shifted_
+from ..rows.torch_rows import blocks, shifted_
+from .divergence import Divergence
 
 
-def divergence(
-    student: Tensor,
-    teacher: Tensor,
-    weight: Tensor,
-    kind: str,
-    beta: float,
-    head: Head,
-    teacher_head: Head,
-    block_rows: int,
-    dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor | None]:
-    """(divergence (n,), ∂(Σ weight·divergence)/∂(raw student logits) (n, V) as `dtype`; without one, None).
+@dataclass(frozen=True)
+class TorchDivergenceRows:
+    """DivergenceRows (see divergence.py) on blocks of `block_rows` rows; the gradient is written over the student's."""
 
-    Both raw logits (n, V) are destroyed; the gradient is written over the student's.
-    """
-    found = []
-    for rows, scratch in _blocks(student, block_rows):
-        ds, _, cap_slope = _shifted_(student[rows], head, with_slope=dtype is not None)
-        dt, _, _ = _shifted_(teacher[rows], teacher_head)
-        value, dz = _KINDS[kind](ds, dt, torch.exp(ds, out=scratch), dt.exp(), beta)
-        found.append(value)
-        if dtype is not None:
-            silent = weight[rows] == 0  # whatever the derivative is, infinite or not
-            dz.mul_((weight[rows] * head.slope)[:, None]).masked_fill_(silent[:, None], 0)
-            if cap_slope is not None:
-                dz.mul_(cap_slope)
-            student[rows] = dz
-    return torch.cat(found), None if dtype is None else student.to(dtype)
+    block_rows: int
+
+    def divergence_and_gradient(
+        self,
+        student: Tensor,  # (n, V)
+        teacher: Tensor,  # (n, V)
+        weight: Tensor,  # (n,)
+        divergence: Divergence,
+        head: Head,
+        teacher_head: Head,
+        dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        divergences = []
+        for rows, scratch in blocks(student, self.block_rows):
+            ds, dt = student[rows], teacher[rows]
+            _, cap_slope = shifted_(ds, head, with_slope=dtype is not None)
+            shifted_(dt, teacher_head)
+            es, et = torch.exp(ds, out=scratch), dt.exp()
+            values, dz = KINDS[divergence.kind](ds, dt, es, et, divergence.beta)
+            divergences.append(values)
+            if dtype is not None:
+                silent = weight[rows] == 0  # whatever the derivative is, infinite or not
+                dz.mul_((weight[rows] * head.slope)[:, None]).masked_fill_(silent[:, None], 0)
+                if cap_slope is not None:
+                    dz.mul_(cap_slope)
+                student[rows] = dz
+        return torch.cat(divergences), None if dtype is None else student.to(dtype)
 
 
 # Each: (divergence (b,), ∂divergence/∂z (b, V)) from d = z − max z and e = e^d of the student and of the teacher.
@@ -69,13 +75,13 @@ def _jensen_shannon(ds: Tensor, dt: Tensor, es: Tensor, et: Tensor, beta: float)
     return (1 - beta) * student + beta * teacher, of_student.sub_(student[:, None]).mul_(p).mul_(1 - beta)
 
 
-_KINDS = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jensen_shannon": _jensen_shannon}
+KINDS = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jensen_shannon": _jensen_shannon}
 
 
 def _sum(p: Tensor, values: Tensor) -> Tensor:
     """Σ_v p_v values_v (b,), where p = 0 silences any value: such values are replaced by 0 if that matters."""
-    found = torch.linalg.vecdot(p, values)
+    total = torch.linalg.vecdot(p, values)
     # 0 · ∞ is rare, and on a CPU cheaper to find than to forestall
-    if p.device.type != "cpu" or found.isnan().any():
-        found = torch.linalg.vecdot(p, values.masked_fill_(p == 0, 0))
-    return found
+    if p.device.type != "cpu" or total.isnan().any():
+        total = torch.linalg.vecdot(p, values.masked_fill_(p == 0, 0))
+    return total

@@ -1,6 +1,6 @@
 """Demonstrations and rollouts in one loss: SRFT, of which LUFFY, CHORD and HPT are other options (presets.py).
 
-A formula like those of objectives.py, whose symbols and policy gradient it has.
+The rollouts' policy gradient is that of policy_gradient.py, whose options it has.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .correction import LOG_RATIO_LIMIT, log_ratio, one_of, over_sequences
-from .objectives import SCOPES, Objective, PolicyGradient, _mean, _slope, _times
-from .shaping import check_shape, shape
-from .tokens import Tokens, TokenStats
+from .. import checks
+from .objective import SCOPES, Tokens, TokenStats, mean
+from .policy_gradient import PolicyGradient
+from .ratios import LOG_RATIO_LIMIT, check_shape, log_ratio, over_sequences, shape, silenced, slope
 
 
 @dataclass(frozen=True, repr=False)
-class SRFT(PolicyGradient):
+class SRFT(PolicyGradient, twin="srft_kernels.rows.triton_objectives:srft"):
     """Single-stage supervised and reinforcement fine-tuning (arXiv 2506.19767): demonstrations, rollouts, one loss.
 
     Annotations: `is_demo` (bool) and `advantages`; `rewards` if positive="reward"; `old_logprobs` if the rollouts are
@@ -60,9 +60,11 @@ class SRFT(PolicyGradient):
     rollout_signal: str = "sign"
     positive: str = "advantage"
 
+    learns_from = ("demonstrations", "rollouts")
+
     def __post_init__(self):
         super().__post_init__()
-        one_of(
+        checks.one_of(
             self,
             level=SCOPES,
             demo_weight=("entropy", "constant", "p", "p(1-p)"),
@@ -79,9 +81,6 @@ class SRFT(PolicyGradient):
     @property
     def reads_entropy(self) -> bool:
         return "entropy" in (self.demo_weight, self.rollout_weight)
-
-    def __call__(self, stats: TokenStats, tokens: Tokens) -> Tensor:
-        return super().__call__(stats, self._meaningful(tokens))
 
     def _meaningful(self, tokens: Tokens) -> Tokens:
         """Annotations as 0 on the kind that has none: anything may be there, and 0 · NaN would reach a gradient."""
@@ -123,7 +122,10 @@ class SRFT(PolicyGradient):
         # an advantage of 0 says nothing either way; a reward always does
         return sign if self.positive == "reward" else torch.where(tokens.advantages == 0, 0.0, sign)
 
-    def _weight_entropy(self, stats: TokenStats, tokens: Tokens) -> Tensor:
+    def needs_of_step(self, given: Collection[str]) -> tuple[str, ...]:
+        return ("weight_entropy",) if "batch" in self._scopes(given) else ()
+
+    def weight_entropy(self, stats: TokenStats, tokens: Tokens) -> Tensor:
         given, entropy = tokens.get("weight_entropy"), stats.entropy.detach()
         if given is not None:
             return given
@@ -133,9 +135,13 @@ class SRFT(PolicyGradient):
             return over_sequences(entropy, tokens.is_demo.long(), tokens.averaged())
         return entropy
 
+    def entropy_weights(self, stats: TokenStats, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        entropy = self.weight_entropy(stats, tokens)
+        return torch.exp(self.entropy_sign * entropy), torch.exp(entropy)
+
     def _weights(self, stats: TokenStats, tokens: Tokens, positive: Tensor) -> tuple[Tensor, Tensor]:
         """Stop-gradient weights (w of the demonstration's SFT term, v of the rollout term), coefficients included."""
-        entropy = self._weight_entropy(stats, tokens) if self.reads_entropy else stats.entropy.detach()
+        entropy = self.weight_entropy(stats, tokens) if self.reads_entropy else stats.entropy.detach()
         p = stats.logprobs.detach().exp()
         demo = {
             "entropy": lambda: torch.exp(self.entropy_sign * entropy),
@@ -151,7 +157,7 @@ class SRFT(PolicyGradient):
         """shape(u)."""
         log_u, written = stats.logprobs, tokens.get("demo_logprobs")
         if written is not None:
-            log_u = log_ratio(log_u.detach(), written).clamp(max=LOG_RATIO_LIMIT) + _slope(log_u)
+            log_u = log_ratio(log_u.detach(), written).clamp(max=LOG_RATIO_LIMIT) + slope(log_u)
         shaped = shape(log_u, self.demo_shape, self.demo_shaping)
         if (self.demo_min, self.demo_max) == (None, None):
             return shaped
@@ -163,31 +169,29 @@ class SRFT(PolicyGradient):
         demo_weight, rollout_weight = self._weights(stats, tokens, positive)
         sft = rl = torch.zeros_like(stats.logprobs)
         if self.demo_sft_coef:
-            sft = _times(-demo_weight, stats.logprobs)
+            sft = silenced(-demo_weight, stats.logprobs)
         if self.demo_rl_coef:
-            rl = _times(-self.demo_rl_coef * tokens.advantages, self._shaped(stats, tokens))
+            rl = silenced(-self.demo_rl_coef * tokens.advantages, self._shaped(stats, tokens))
         rollout = self._surrogate(stats, tokens, self._signal(tokens, positive))
         silent = 0 in (self.rollout_coef, self.negative_coef)
-        return sft, rl, _times(rollout_weight, rollout) if silent else rollout_weight * rollout
+        return sft, rl, silenced(rollout_weight, rollout) if silent else rollout_weight * rollout
 
     def _policy(self, stats: TokenStats, tokens: Tokens) -> Tensor:
         demo_sft, demo_rl, rollout = self._parts(stats, tokens)
         return torch.where(self._demonstrated(tokens), demo_sft + demo_rl, rollout)
 
-    def metrics(self, stats: TokenStats, tokens: Tokens) -> dict[str, Tensor]:
+    def _own_metrics(self, stats: TokenStats, tokens: Tokens) -> dict[str, Tensor]:
         """Means over the demonstration tokens and over the rollout tokens of this call."""
-        tokens = self._meaningful(tokens)
         demo = self._demonstrated(tokens)
         demo_sft, demo_rl, rollout = self._parts(stats, tokens)
         demo_weight, rollout_weight = self._weights(stats, tokens, positive := self._positive(tokens))
         return {
-            "demo_sft_loss": _mean(tokens, demo_sft, demo),
-            "demo_rl_loss": _mean(tokens, demo_rl, demo),
-            "rollout_loss": _mean(tokens, rollout, ~demo),
-            "demo_entropy": _mean(tokens, stats.entropy, demo),
-            "rollout_entropy": _mean(tokens, stats.entropy, ~demo),
-            "demo_weight": _mean(tokens, demo_weight, demo),
-            "rollout_weight": _mean(tokens, rollout_weight, ~demo & positive),
+            "demo_sft_loss": mean(tokens, demo_sft, demo),
+            "demo_rl_loss": mean(tokens, demo_rl, demo),
+            "rollout_loss": mean(tokens, rollout, ~demo),
+            "demo_entropy": mean(tokens, stats.entropy, demo),
+            "rollout_entropy": mean(tokens, stats.entropy, ~demo),
+            "demo_weight": mean(tokens, demo_weight, demo),
+            "rollout_weight": mean(tokens, rollout_weight, ~demo & positive),
             **self._drift(stats, tokens, self._signal(tokens, positive)),
-            **Objective.metrics(self, stats, tokens),
         }

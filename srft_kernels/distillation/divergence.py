@@ -1,0 +1,35 @@
+"""The row operation of distillation: which divergences there are, and who computes them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..head import Head
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon")
+
+
+class Divergence(NamedTuple):
+    """What is made of a student's row p and a teacher's q, by its name in DIVERGENCES."""
+
+    kind: str
+    beta: float
+
+
+class DivergenceRows(Protocol):
+    """The row operation of distillation, in PyTorch (torch_rows.py) and in Triton (triton_rows.py)."""
+
+    def divergence_and_gradient(
+        self,
+        student: Tensor,  # (n, V) raw logits, overwritten
+        teacher: Tensor,  # (n, V) raw logits, overwritten
+        weight: Tensor,  # (n,)
+        divergence: Divergence,
+        head: Head,
+        teacher_head: Head,
+        dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(divergences (n,), ∂(Σ weight·divergence)/∂(raw student logits) (n, V) as `dtype`; without one, None)."""
