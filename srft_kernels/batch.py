@@ -132,13 +132,9 @@ def select(
 
 
 def _masked(
-    tokens: Tokens,
-    live: Tensor | None,  # (N,)
-    weight: Tensor | None,  # (N,)
-    dtype: torch.dtype,
-    shape: torch.Size,
+    tokens: Tokens, live: Tensor | None, weight: Tensor | None, dtype: torch.dtype, shape: torch.Size,
     live_tokens: int | None,
-) -> Batch:
+) -> Batch:  # (N,), (N,)  # fmt: skip
     """All tokens in place, or the live ones first and no more than `live_tokens`; nothing waits for the device."""
     total = tokens.target.numel()  # len() would be a constant of an exported graph, here and below
     if live is None:
@@ -157,14 +153,9 @@ def _masked(
 
 
 def _compacted(
-    tokens: Tokens,
-    live: Tensor | None,  # (N,)
-    weight: Tensor | None,  # (N,)
-    objective: Objective,
-    dtype: torch.dtype,
-    shape: torch.Size,
-    reorder: bool,
-) -> Batch:
+    tokens: Tokens, live: Tensor | None, weight: Tensor | None, objective: Objective, dtype: torch.dtype,
+    shape: torch.Size, reorder: bool,
+) -> Batch:  # (N,), (N,)  # fmt: skip
     """The live tokens alone, active ones first if they may be reordered; waits for their number."""
     total = len(tokens.target)
     if live is None:
@@ -175,7 +166,10 @@ def _compacted(
         active = live & (weight != 0)
     if reorder and (inactive := objective.inactive(tokens)) is not None:
         active = active & ~inactive
-    count, active_count = torch.stack([live.sum(), active.sum()]).tolist()
+    if active is live:
+        count = active_count = int(live.sum())
+    else:
+        count, active_count = torch.stack([live.sum(), active.sum()]).tolist()
     index = None
     if active_count < total:
         order = torch.where(active, 0, torch.where(live, 1, 2)).argsort(stable=True)

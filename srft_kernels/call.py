@@ -362,14 +362,8 @@ def _constant(value: Tensor) -> Tensor:
     return value.clone() if value.is_inference() and not torch.is_inference_mode_enabled() else value.detach()
 
 
-def _of_target(
-    class_weight: Tensor,  # (V,)
-    target: Tensor,  # (...)
-    live: Tensor,  # (...)
-    vocab: int,
-    shard: Shard | None,
-) -> Tensor:
-    """The weight (...) of each target's class, 0 where ignored."""
+def _of_target(class_weight: Tensor, target: Tensor, live: Tensor, vocab: int, shard: Shard | None) -> Tensor:
+    """(V,), (...), (...) → the weight (...) of each target's class, 0 where ignored."""
     if shard:
         return shard.of_target(class_weight, target) * live
     # a target out of range makes its own row NaN; here it only must not be read

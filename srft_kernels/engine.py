@@ -24,10 +24,10 @@ from .batch import Batch
 from .call import Arguments, Call, Tensors
 from .filter import Filtered
 from .head import HeadProducts, accumulation_dtype
-from .objectives.objective import Objective, TokenStats, couples, token_losses
+from .objectives.objective import Objective, TokenStats, cat, couples, token_losses
 from .output import LossOutput
 from .plan import runs_triton
-from .rows import Normalizer, in_three_steps
+from .rows import Coefs, Normalizer, in_three_steps
 
 DIFFERENTIABLE_ONCE = (
     b"srft_kernels is differentiable once: its gradients are constants to autograd, and a second derivative of the "
@@ -186,7 +186,7 @@ def one_pass(
                 loss = token_losses(call.objective, stats, tokens)
             parts.append(stats)
             losses.append(loss)
-    loss = weighted_sum(torch.cat(losses) if losses else batch.weight, batch.weight)
+    loss = weighted_sum(cat(losses) if losses else batch.weight, batch.weight)
     return loss, _joined(parts, batch.weight), gradients, scale
 
 
@@ -207,15 +207,11 @@ def first_pass(tensors: Tensors, call: Call) -> tuple[TokenStats, Normalizer]:
             normalizers.append(normalizer)
     if not parts:
         return _joined(parts, batch.weight, call.head.smooth is not None), Normalizer(*[batch.weight] * 3)
-    return _joined(parts, batch.weight), Normalizer(*(torch.cat(fields) for fields in zip(*normalizers)))
+    return _joined(parts, batch.weight), Normalizer(*map(cat, zip(*normalizers)))
 
 
 def second_pass(
-    tensors: Tensors,
-    needs_grad: Sequence[bool],
-    call: Call,
-    normalizer: Normalizer,
-    coefs: tuple[Tensor | None, ...],  # (n,) each
+    tensors: Tensors, needs_grad: Sequence[bool], call: Call, normalizer: Normalizer, coefs: Coefs
 ) -> Gradients:
     """Gradients to x, W and b, from those to the rows' statistics: the logits are made again."""
     input, weight, _ = tensors
@@ -350,9 +346,7 @@ def _joined(parts: list[TokenStats], like: Tensor, smooth: bool = False) -> Toke
     return TokenStats.cat(parts)
 
 
-def _rows_with_gradient(
-    coefs: tuple[Tensor | None, ...], call: Call, normalizer: Normalizer
-) -> tuple[tuple[Tensor | None, ...], Batch, Normalizer]:
+def _rows_with_gradient(coefs: Coefs, call: Call, normalizer: Normalizer) -> tuple[Coefs, Batch, Normalizer]:
     """(coefs, batch, normalizer) of the rows where any coefficient is not zero; of all where counting would stall."""
     batch = call.batch
     if (live := batch.live) is not None:  # what a dead row's annotations hold may have made 0 · ∞

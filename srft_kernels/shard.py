@@ -31,7 +31,7 @@ from .extras import ExtrasBuffer
 from .head import Head
 from .objectives.objective import Objective, Tokens, TokenStats
 from .plan import Plan
-from .rows import Normalizer, RowOps, in_three_steps
+from .rows import Coefs, Normalizer, RowOps, in_three_steps
 
 
 @dataclass(frozen=True)
@@ -203,12 +203,8 @@ class ShardedRows:
     shard: Shard
 
     def statistics(
-        self,
-        logits: Tensor,  # (n, V_r)
-        target: Tensor,  # (n,)
-        head: Head,
-        extras: ExtrasBuffer | None = None,  # always None: a rank has no logits but its own
-    ) -> tuple[TokenStats, Normalizer]:
+        self, logits: Tensor, target: Tensor, head: Head, extras: ExtrasBuffer | None = None
+    ) -> tuple[TokenStats, Normalizer]:  # (n, V_r), (n,)
         shift, log_total, mean, at_target, *smooth = self.shard.gather(self._part(logits, target, head)).unbind(1)
         m = shift.amax(0)
         fall = shift - m  # (K, n)
@@ -227,26 +223,14 @@ class ShardedRows:
         return stats, Normalizer(m, log_total, mean)
 
     def loss_and_gradient(
-        self,
-        logits: Tensor,  # (n, V_r)
-        tokens: Tokens,
-        weight: Tensor,  # (n,)
-        objective: Objective,
-        head: Head,
-        dtype: torch.dtype,
+        self, logits: Tensor, tokens: Tokens, weight: Tensor, objective: Objective, head: Head, dtype: torch.dtype,
         extras: ExtrasBuffer | None = None,
-    ) -> tuple[TokenStats, Tensor, Tensor]:
+    ) -> tuple[TokenStats, Tensor, Tensor]:  # (n, V_r), (n,)  # fmt: skip
         return in_three_steps(self, logits, tokens, weight, objective, head, dtype)
 
     def gradient(
-        self,
-        logits: Tensor,  # (n, V_r)
-        target: Tensor,  # (n,)
-        normalizer: Normalizer,
-        coefs: tuple[Tensor | None, ...],
-        head: Head,
-        dtype: torch.dtype,
-    ) -> Tensor:
+        self, logits: Tensor, target: Tensor, normalizer: Normalizer, coefs: Coefs, head: Head, dtype: torch.dtype
+    ) -> Tensor:  # (n, V_r), (n,)
         if logits.shape[1] == 0:
             return logits.to(dtype)
         g, h, k, u = (*coefs, None)[:4]

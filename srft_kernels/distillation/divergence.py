@@ -23,13 +23,7 @@ class DivergenceRows(Protocol):
     """The row operation of distillation, in PyTorch (torch_rows.py) and in Triton (triton_rows.py)."""
 
     def divergence_and_gradient(
-        self,
-        student: Tensor,  # (n, V) raw logits, overwritten
-        teacher: Tensor,  # (n, V) raw logits, overwritten
-        weight: Tensor,  # (n,)
-        divergence: Divergence,
-        head: Head,
-        teacher_head: Head,
-        dtype: torch.dtype | None,
-    ) -> tuple[Tensor, Tensor | None]:
+        self, student: Tensor, teacher: Tensor, weight: Tensor, divergence: Divergence, head: Head,
+        teacher_head: Head, dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor | None]:  # (n, V), (n, V), (n,)  # fmt: skip
         """(divergences (n,), ∂(Σ weight·divergence)/∂(raw student logits) (n, V) as `dtype`; without one, None)."""

@@ -19,15 +19,9 @@ class TorchDivergenceRows:
     block_rows: int
 
     def divergence_and_gradient(
-        self,
-        student: Tensor,  # (n, V)
-        teacher: Tensor,  # (n, V)
-        weight: Tensor,  # (n,)
-        divergence: Divergence,
-        head: Head,
-        teacher_head: Head,
-        dtype: torch.dtype | None,
-    ) -> tuple[Tensor, Tensor | None]:
+        self, student: Tensor, teacher: Tensor, weight: Tensor, divergence: Divergence, head: Head,
+        teacher_head: Head, dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor | None]:  # (n, V), (n, V), (n,)  # fmt: skip
         divergences = []
         for rows, scratch in blocks(student, self.block_rows):
             ds, dt = student[rows], teacher[rows]

@@ -68,9 +68,7 @@ def _distillation_kernel(
     weight_ptr,  # (n,) fp32 token weights
     bias_ptr, teacher_bias_ptr,  # (V,) fp32 or None
     out_ptr,  # (n,) fp32
-    vocab, stride, dstride,
-    head, teacher_head,  # Numbers of each
-    beta,
+    vocab, stride, dstride, head, teacher_head, beta,
     KIND: tl.constexpr, ORDER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # row · stride passes 2³¹
@@ -145,15 +143,9 @@ class TritonDivergenceRows:
     student's."""
 
     def divergence_and_gradient(
-        self,
-        student: Tensor,  # (n, V)
-        teacher: Tensor,  # (n, V)
-        weight: Tensor,  # (n,)
-        divergence: Divergence,
-        head: Head,
-        teacher_head: Head,
-        dtype: torch.dtype | None,
-    ) -> tuple[Tensor, Tensor | None]:
+        self, student: Tensor, teacher: Tensor, weight: Tensor, divergence: Divergence, head: Head,
+        teacher_head: Head, dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor | None]:  # (n, V), (n, V), (n,)  # fmt: skip
         n, vocab = student.shape
         out = student.new_empty(n)
         dlogits = None if dtype is None else over(student, dtype)

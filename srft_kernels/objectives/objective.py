@@ -12,7 +12,7 @@ A advantage; sg = stop-gradient.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar
 
@@ -67,7 +67,12 @@ class TokenStats:
 
     @classmethod
     def cat(cls, parts: list[TokenStats]) -> TokenStats:
-        return cls(*(torch.cat(fields) for fields in zip(*(part.fields() for part in parts))))
+        return cls(*map(cat, zip(*(part.fields() for part in parts))))
+
+
+def cat(parts: Sequence[Tensor]) -> Tensor:
+    """Parts of a column (n,) in memory of its own; they are often one, which then is as it is."""
+    return parts[0] if len(parts) == 1 and not parts[0]._is_view() else torch.cat(parts)
 
 
 class Tokens:
@@ -183,6 +188,10 @@ class Objective:
 BUILT_IN: dict[str, type[Objective]] = {}  # by name: those with a twin, which compiled calls hold as constants
 
 
+# What a caller's own may have of an Objective.
+ANSWERS = ("token_local", *(name for name in vars(Objective) if not name.startswith("_") and name != "twin"))
+
+
 class Formula(Objective):
     """A caller's own function or object as an Objective: what it has of those attributes counts.
 
@@ -193,8 +202,7 @@ class Formula(Objective):
 
     def __init__(self, function: Callable[[TokenStats, Tokens], Tensor]):
         self.function = function
-        for name in ("reads_live", "crosses", "requires", "inactive", "metrics", "learns_from", "label_smoothing",
-                     "scope", "token_local", "needs_of_step", "weight_entropy", "entropy_weights"):  # fmt: skip
+        for name in ANSWERS:
             if hasattr(function, name):
                 setattr(self, name, getattr(function, name))
         self.reads = ANNOTATIONS if hasattr(function, "requires") else None

@@ -3,6 +3,6 @@
 Importing it defines the operators, which a process that loads an exported program needs.
 """
 
-from . import distillation, loss
+from . import definitions
 
-__all__ = ["distillation", "loss"]
+__all__ = ["definitions"]

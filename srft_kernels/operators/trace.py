@@ -21,9 +21,8 @@ from ..extras import TokenExtras
 from ..objectives.cross_entropy import CrossEntropy
 from ..objectives.objective import Tokens, TokenStats, check_annotations
 from ..output import LossOutput
-from . import distillation  # noqa: F401  defines the operator
 from .constants import CompiledCall, encoded
-from .loss import STATISTICS, in_one_pass, metric_names, result_names
+from .definitions import STATISTICS, in_one_pass, metric_names, result_names
 
 
 def linear_loss(a: Arguments) -> LossOutput:

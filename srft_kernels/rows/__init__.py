@@ -27,6 +27,9 @@ class Normalizer(NamedTuple):
     mean: Tensor
 
 
+Coefs = tuple[Tensor | None, ...]  # ∂L/∂(each statistic), (n,) or None where there is none: g, h, k and, smoothed, u
+
+
 class RowOps(Protocol):
     """Of n rows of raw logits a = x Wᵀ (n, V), fp32 or fp64, at aligned addresses (see `Call.logits_buffer`).
 
@@ -35,48 +38,27 @@ class RowOps(Protocol):
     """
 
     def statistics(
-        self,
-        logits: Tensor,  # (n, V), left as they are
-        target: Tensor,  # (n,) int64
-        head: Head,
-        extras: ExtrasBuffer | None = None,
-    ) -> tuple[TokenStats, Normalizer]:
-        """Statistics of the tokens, and what the second pass needs of them. A target out of range makes a row NaN."""
+        self, logits: Tensor, target: Tensor, head: Head, extras: ExtrasBuffer | None = None
+    ) -> tuple[TokenStats, Normalizer]:  # (n, V), (n,)
+        """Statistics of the tokens, and what the second pass needs of them; the logits stay. NaN for a target that is
+        out of range."""
 
     def loss_and_gradient(
-        self,
-        logits: Tensor,  # (n, V), overwritten
-        tokens: Tokens,
-        weight: Tensor,  # (n,)
-        objective: Objective,
-        head: Head,
-        dtype: torch.dtype,
+        self, logits: Tensor, tokens: Tokens, weight: Tensor, objective: Objective, head: Head, dtype: torch.dtype,
         extras: ExtrasBuffer | None = None,
-    ) -> tuple[TokenStats, Tensor, Tensor]:
+    ) -> tuple[TokenStats, Tensor, Tensor]:  # (n, V), (n,)  # fmt: skip
         """One pass: (statistics, losses (n,), ∂(Σ weight·loss)/∂a (n, V)) of an objective that is token-local."""
 
     def gradient(
-        self,
-        logits: Tensor,  # (n, V), overwritten
-        target: Tensor,  # (n,) int64
-        normalizer: Normalizer,
-        coefs: tuple[Tensor | None, ...],  # (n,) each
-        head: Head,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """Second pass: ∂L/∂a (n, V) from logits made again and ∂L/∂(each statistic), None where there is none."""
+        self, logits: Tensor, target: Tensor, normalizer: Normalizer, coefs: Coefs, head: Head, dtype: torch.dtype
+    ) -> Tensor:  # (n, V), (n,)
+        """Second pass: ∂L/∂a (n, V) from logits made again."""
 
 
 def in_three_steps(
-    rows: RowOps,
-    logits: Tensor,  # (n, V), overwritten
-    tokens: Tokens,
-    weight: Tensor,  # (n,)
-    objective: Objective,
-    head: Head,
-    dtype: torch.dtype,
+    rows: RowOps, logits: Tensor, tokens: Tokens, weight: Tensor, objective: Objective, head: Head, dtype: torch.dtype,
     extras: ExtrasBuffer | None = None,
-) -> tuple[TokenStats, Tensor, Tensor]:
+) -> tuple[TokenStats, Tensor, Tensor]:  # (n, V), (n,)  # fmt: skip
     """`loss_and_gradient` made of the other two, with the objective between them, which is shown all rows at once."""
     stats, normalizer = rows.statistics(logits, tokens.target, head, extras)
     loss, coefs = differentiate(objective, stats, tokens, weight)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..extras import ExtrasBuffer
 from ..head import Head
-from ..objectives.objective import Objective, Tokens, TokenStats, differentiate
-from . import Normalizer
+from ..objectives.objective import Objective, Tokens, TokenStats, cat, differentiate
+from . import Coefs, Normalizer
 
 # Far below where e^d becomes exactly 0 (−104; −746 in fp64), so flooring d changes nothing but 0 · (−inf) into 0. Not
 # lower: a derivative times d must stay finite to be silenced.
@@ -32,12 +32,8 @@ class TorchRows:
     block_rows: int
 
     def statistics(
-        self,
-        logits: Tensor,  # (n, V)
-        target: Tensor,  # (n,)
-        head: Head,
-        extras: ExtrasBuffer | None = None,
-    ) -> tuple[TokenStats, Normalizer]:
+        self, logits: Tensor, target: Tensor, head: Head, extras: ExtrasBuffer | None = None
+    ) -> tuple[TokenStats, Normalizer]:  # (n, V), (n,)
         stats, normalizers = [], []
         copy = logits.new_empty(min(self.block_rows, len(logits)), logits.shape[1])
         for rows, exp in blocks(logits, self.block_rows):
@@ -45,18 +41,12 @@ class TorchRows:
             block_stats, normalizer, _, _ = _statistics(block, exp, target[rows], head[rows], extras and extras[rows])
             stats.append(block_stats)
             normalizers.append(normalizer)
-        return TokenStats.cat(stats), Normalizer(*(torch.cat(fields) for fields in zip(*normalizers)))
+        return TokenStats.cat(stats), Normalizer(*map(cat, zip(*normalizers)))
 
     def loss_and_gradient(
-        self,
-        logits: Tensor,  # (n, V)
-        tokens: Tokens,
-        weight: Tensor,  # (n,)
-        objective: Objective,
-        head: Head,
-        dtype: torch.dtype,
+        self, logits: Tensor, tokens: Tokens, weight: Tensor, objective: Objective, head: Head, dtype: torch.dtype,
         extras: ExtrasBuffer | None = None,
-    ) -> tuple[TokenStats, Tensor, Tensor]:
+    ) -> tuple[TokenStats, Tensor, Tensor]:  # (n, V), (n,)  # fmt: skip
         parts, losses = [], []
         for rows, exp in blocks(logits, self.block_rows):
             d, block_tokens, block_head = logits[rows], tokens[rows], head[rows]
@@ -67,17 +57,11 @@ class TorchRows:
             _gradient_(d, exp, total, normalizer.mean, block_tokens.target, coefs, block_head, cap_slope)
             parts.append(stats)
             losses.append(loss)
-        return TokenStats.cat(parts), torch.cat(losses), logits.to(dtype)
+        return TokenStats.cat(parts), cat(losses), logits.to(dtype)
 
     def gradient(
-        self,
-        logits: Tensor,  # (n, V)
-        target: Tensor,  # (n,)
-        normalizer: Normalizer,
-        coefs: tuple[Tensor | None, ...],
-        head: Head,
-        dtype: torch.dtype,
-    ) -> Tensor:
+        self, logits: Tensor, target: Tensor, normalizer: Normalizer, coefs: Coefs, head: Head, dtype: torch.dtype
+    ) -> Tensor:  # (n, V), (n,)
         for rows, exp in blocks(logits, self.block_rows):
             d, block_head = logits[rows], head[rows]
             _, cap_slope = shifted_(d, block_head, normalizer.shift[rows, None], with_slope=True)
@@ -159,15 +143,9 @@ def _statistics(
 
 
 def _gradient_(
-    d: Tensor,  # (b, V)
-    exp: Tensor,  # (b, V)
-    total: Tensor,  # (b,)
-    mean: Tensor,  # (b,)
-    target: Tensor,  # (b,)
-    coefs: tuple[Tensor | None, ...],  # (b,) each
-    head: Head,
-    cap_slope: Tensor | None,  # (b, V)
-) -> None:
+    d: Tensor, exp: Tensor, total: Tensor, mean: Tensor, target: Tensor, coefs: Coefs, head: Head,
+    cap_slope: Tensor | None,
+) -> None:  # (b, V), (b, V), (b,), (b,), (b,), (b, V)  # fmt: skip
     """Overwrite d with ∂L/∂(raw logits), from p_v = e^d / total and log p_v + H = d − mean.
 
     ∂L/∂z_v = g(1[v=y] − p_v) − h p_v(log p_v + H) + k p_v + u(ω_v − Σω · p_v) = e^d (α + β d) + g 1[v=y] + u ω_v

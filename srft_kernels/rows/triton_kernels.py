@@ -1,7 +1,8 @@
 """The row kernels in Triton: one program per row of logits (or walking over several), statistics and gradients.
 
 Logits are fp32; a gradient is written over them, a 16-bit one into the front of its own row. Device code alone: what
-launches it, and how rows lie in memory, is in triton_rows.py. A kernel is compiled once for any number of rows.
+launches it, and how rows lie in memory, is in triton_rows.py. A kernel is compiled once for any number of rows. `head`
+has the numbers that logits are scored with (head.Numbers), None for what changes nothing.
 """
 
 from __future__ import annotations
@@ -300,9 +301,7 @@ def _statistics_kernel(
     out_ptr,  # (7, n) fp32: ℓ, H, lse, smooth, max, log Σ e^d, Σ p·d
     rank_ptr, argmax_ptr,  # (n,) int64 or None
     temperature_ptr,  # (n,) fp32, or None
-    rows, vocab, stride,
-    head,  # Numbers of the head
-    LANES: tl.constexpr, BLOCK: tl.constexpr, WALK: tl.constexpr,
+    rows, vocab, stride, head, LANES: tl.constexpr, BLOCK: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
     for row in tl.range(tl.program_id(0), _stop(rows, WALK), _step(WALK), disable_licm=True):
         target = tl.load(target_ptr + row)
@@ -332,8 +331,7 @@ def _gradient_kernel(
     g_ptr, h_ptr, k_ptr, u_ptr,  # (n,) fp32 or None
     bias_ptr, smooth_ptr, smooth_total_ptr,  # (V,), (V,), () fp32 or None
     temperature_ptr,  # (n,) fp32, or None
-    rows, vocab, stride, dstride,
-    head,  # Numbers of the head
+    rows, vocab, stride, dstride, head,
     ORDER: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
     for row in tl.range(tl.program_id(0), _stop(rows, WALK), _step(WALK), disable_licm=True):
@@ -370,8 +368,7 @@ def _loss_gradient_kernel(
     normalizer_ptr,  # (2, n) fp32: max, log Σ e^d; or None
     rank_ptr, argmax_ptr,  # (n,) int64 or None
     temperature_ptr,  # (n,) fp32, or None
-    rows, vocab, stride, dstride,
-    head,  # Numbers of the head
+    rows, vocab, stride, dstride, head,
     FORMULA: tl.constexpr, OBJECTIVE: tl.constexpr,
     ORDER: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
@@ -412,9 +409,7 @@ def _loss_gradient_kernel(
 def _scored_kernel(
     a_ptr,  # (n, k) fp32, a + b of some entries of n rows
     temperature_ptr,  # (n,) fp32, or None
-    count, k,
-    head,  # Numbers of the head
-    BLOCK: tl.constexpr,
+    count, k, head, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """z in the place of a + b."""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -28,6 +28,7 @@ from ..objectives.objective import Objective, Terms, Tokens
 from ..objectives.ratios import LOG_RATIO_LIMIT, Correction
 
 LIMIT = tl.constexpr(LOG_RATIO_LIMIT)
+NO_CORRECTION = Correction()  # whose options are there, and compiled out
 
 
 class Structure(NamedTuple):
@@ -64,7 +65,7 @@ def twin(objective: Objective, given: Collection[str] = ()) -> Twin | None:
 @lru_cache(maxsize=64)  # a call asks once per chunk, while its products wait
 def _twin(objective: Terms) -> Twin:
     options = _options(objective)
-    options |= _options(objective.correction or Correction(), "correction_")
+    options |= _options(objective.correction or NO_CORRECTION, "correction_")
     numeric = {name for name, (value, is_number) in options.items() if is_number}
     structure = {
         # a number leaves only its presence: None, zero or not

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..extras import ExtrasBuffer
 from ..head import Head
 from ..objectives.objective import Objective, Tokens, TokenStats
-from . import Normalizer, in_three_steps, tuning
+from . import Coefs, Normalizer, in_three_steps, tuning
 from .triton_kernels import _gradient_kernel, _loss_gradient_kernel, _scale_kernel, _scored_kernel, _statistics_kernel
 from .triton_objectives import columns, twin
 
@@ -36,12 +36,8 @@ class TritonRows:
     """RowOps (see rows/) on fp32 logits whose rows are padded (see Call.logits_buffer)."""
 
     def statistics(
-        self,
-        logits: Tensor,  # (n, V)
-        target: Tensor,  # (n,)
-        head: Head,
-        extras: ExtrasBuffer | None = None,
-    ) -> tuple[TokenStats, Normalizer]:
+        self, logits: Tensor, target: Tensor, head: Head, extras: ExtrasBuffer | None = None
+    ) -> tuple[TokenStats, Normalizer]:  # (n, V), (n,)
         out = logits.new_empty(7, len(logits))
         grid, options = _launch("statistics", logits)
         with device_of(logits):
@@ -56,15 +52,9 @@ class TritonRows:
         return TokenStats(out[0], out[1], out[2], smooth), Normalizer(out[4], out[5], out[6])
 
     def loss_and_gradient(
-        self,
-        logits: Tensor,  # (n, V)
-        tokens: Tokens,
-        weight: Tensor,  # (n,)
-        objective: Objective,
-        head: Head,
-        dtype: torch.dtype,
+        self, logits: Tensor, tokens: Tokens, weight: Tensor, objective: Objective, head: Head, dtype: torch.dtype,
         extras: ExtrasBuffer | None = None,
-    ) -> tuple[TokenStats, Tensor, Tensor]:
+    ) -> tuple[TokenStats, Tensor, Tensor]:  # (n, V), (n,)  # fmt: skip
         if (code := twin(objective, tokens)) is None:
             return in_three_steps(self, logits, tokens, weight, objective, head, dtype, extras)
         out, dlogits = logits.new_empty(4, len(logits)), over(logits, dtype)
@@ -86,14 +76,8 @@ class TritonRows:
         return TokenStats(out[1], out[2], out[3]), out[0], dlogits
 
     def gradient(
-        self,
-        logits: Tensor,  # (n, V)
-        target: Tensor,  # (n,)
-        normalizer: Normalizer,
-        coefs: tuple[Tensor | None, ...],
-        head: Head,
-        dtype: torch.dtype,
-    ) -> Tensor:
+        self, logits: Tensor, target: Tensor, normalizer: Normalizer, coefs: Coefs, head: Head, dtype: torch.dtype
+    ) -> Tensor:  # (n, V), (n,)
         dlogits = over(logits, dtype)
         g, h, k, u = (None if coef is None else coef.contiguous() for coef in (*coefs, None)[:4])
         grid, options = _launch("gradient", logits)

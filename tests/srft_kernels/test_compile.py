@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import srft_kernels as sk
 from srft_kernels import engine
 from srft_kernels.call import Arguments
-from srft_kernels.operators import loss as operators
+from srft_kernels.operators import definitions as operators
 from srft_kernels.operators import trace
 
 from .compiling import assert_bitwise, compiled, fresh, gradients  # noqa: F401
@@ -255,9 +255,9 @@ def test_the_backward_may_run_in_another_autocast(name, monkeypatch):
 
 
 def test_what_wants_no_gradient_is_not_made(monkeypatch):
-    wanted, one_pass = [], operators.one_pass
+    wanted, one_pass = [], engine.one_pass
     monkeypatch.setattr(
-        operators, "one_pass", lambda tensors, wants, call: wanted.append(wants) or one_pass(tensors, wants, call)
+        engine, "one_pass", lambda tensors, wants, call: wanted.append(wants) or one_pass(tensors, wants, call)
     )
     x, w, b, target, _ = inputs()
     graph = compiled(lambda x, w, b: sk.linear_cross_entropy(x, w, target, linear_bias=b))

@@ -123,8 +123,8 @@ def test_exact(kind, divergence):
 @pytest.mark.parametrize("kind", [kind for kind in cases.KINDS if kind != "softcap_saturated"])
 def test_exact_in_triton(kind, divergence):
     # of a few tokens the largest error, ours or eager's, is chance: which one is larger depends on the BLAS at hand
-    check(pair(kind, "gaussian", tokens=48), divergence, "triton", chunks=(64,))
-    check(pair("random", kind, tokens=24), divergence, "triton", chunks=(64,))
+    check(pair(kind, "gaussian", tokens=12), divergence, "triton", chunks=(64,))
+    check(pair("random", kind, tokens=6), divergence, "triton", chunks=(64,))
 
 
 @divergences
