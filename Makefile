@@ -1,7 +1,7 @@
 # One command each: an environment is made on first use, then the command runs in it; gpu and tune install nothing and
 # run in the Python that PYTHON= names (python3), which has torch.
 #   make train   SRFT on the embedded SmolLM2-135M, CPU or CUDA     make bench   speed, memory and error
-#   make test    every test                                         make lint    ruff
+#   make test    every test                                         make lint    ruff, and which room imports which
 #   make oldest-test  the kernels under Triton 3.6.0
 #   make peers-test   bench/peers.py and docs/migrate.md against the peers' packages, in an environment on top of this one
 #   make gpu     tests, bench and profiles on a GPU, in 9 minutes
@@ -90,6 +90,7 @@ oldest-test: $(OLDEST)/.ready
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 $(READY): setup.py Makefile
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("srft-kernels needs Python 3.10 or newer; name one with make PYTHON=python3.12")'

@@ -21,7 +21,7 @@ TENSORBOARD = ["tensorboard>=2.15"]
 TEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.5", "hypothesis>=6.100", "psutil>=5.9", "numpy>=1.26"]
 # What bench/peers.py compares with and pip can have beside the rest; verl wants an older transformers: --no-deps.
 PEERS = ["liger-kernel>=0.8.5", "cut-cross-entropy>=25.1", "trl>=1.14", "quack-kernels>=0.6"]
-LINT = ["ruff==0.15.0"]
+LINT = ["ruff==0.15.0", "import-linter>=2.1"]
 
 setup(
     name="srft-kernels",

@@ -330,9 +330,9 @@ class Call:
         return products.weight.new_empty(rows, aligned_size(self.vocab), dtype=products.dtype)[:, : self.vocab]
 
 
-def passes(plan: Plan, objective: Objective, given: Collection[str]) -> int | None:
+def passes(plan: Plan, objective: Objective, names: Collection[str]) -> int | None:
     """1 or 2; None where that depends on where the sequences lie."""
-    scope = objective.scope(given)
+    scope = objective.scope(names)
     if plan.passes == 1 and scope == "batch":
         raise ValueError(f"Plan(passes=1), but a token's loss depends on other tokens in {objective}: use passes=None")
     return plan.passes or {"token": 1, "sequence": None, "batch": 2}[scope]

@@ -85,9 +85,9 @@ class Shard:
     def of_target(self, vector: Tensor, target: Tensor) -> Tensor:
         """The number that each target has in a vector divided like W's rows; 0 for a target out of range."""
         mine, place = self.local(target)
-        found = torch.where(mine, vector[place], 0)
-        self.add_(found).wait()
-        return found
+        values = torch.where(mine, vector[place], 0)
+        self.add_(values).wait()
+        return values
 
     def smoothing(self, smooth: Tensor) -> Shard:
         """With the class weights ω of the entries here."""
@@ -164,10 +164,10 @@ def _compared(everyone: list[dict[str, Any]], refused: Exception | None) -> list
         if "error" in facts:
             raise refused or ValueError(f"rank {rank} of group refused its arguments: {facts['error']}")
     for name in everyone[0]:
-        found = [facts[name] for facts in everyone]
-        if name != "rows" and len(set(found)) > 1:
+        values = [facts[name] for facts in everyone]
+        if name != "rows" and len(set(values)) > 1:
             raise ValueError(
-                f"the ranks of group were called differently: {name} is {found}; all of them must get the same "
+                f"the ranks of group were called differently: {name} is {values}; all of them must get the same "
                 "hidden states, targets and options, and their own rows of the head"
             )
     return [facts["rows"] for facts in everyone]

@@ -123,7 +123,7 @@ class Tokens:
 
 
 class Objective:
-    """What an objective is asked, with the answer of one that says nothing. `given`: names of the annotations passed.
+    """What an objective is asked, with the answer of one that says nothing. `names`: of the annotations passed.
 
     twin         where its device code is, "module:function" (see rows/triton_objectives.py); None: it has none. It
                  belongs to the class that names it and not to its subclasses, whose formula may be another
@@ -155,15 +155,15 @@ class Objective:
         """Losses (n,)."""
         raise NotImplementedError
 
-    def scope(self, given: Collection[str]) -> str:
+    def scope(self, names: Collection[str]) -> str:
         """Which tokens a token's loss depends on: itself, a "token"; those of its "sequence"; or the "batch"."""
         return "token"
 
-    def requires(self, given: Collection[str]) -> tuple[str, ...]:
+    def requires(self, names: Collection[str]) -> tuple[str, ...]:
         """Annotations that it cannot do without."""
         return ()
 
-    def needs_of_step(self, given: Collection[str]) -> tuple[str, ...]:
+    def needs_of_step(self, names: Collection[str]) -> tuple[str, ...]:
         """Annotations that only all tokens of an optimisation step together can tell."""
         return ()
 
@@ -208,8 +208,8 @@ class Formula(Objective):
         self.reads = ANNOTATIONS if hasattr(function, "requires") else None
         self.has_metrics = hasattr(function, "metrics")
 
-    def scope(self, given: Collection[str]) -> str:
-        local = self.token_local(given) if callable(self.token_local) else self.token_local
+    def scope(self, names: Collection[str]) -> str:
+        local = self.token_local(names) if callable(self.token_local) else self.token_local
         return "token" if local else "batch"
 
     def __call__(self, stats: TokenStats, tokens: Tokens) -> Tensor:
@@ -233,9 +233,9 @@ def objective_of(value: Any) -> Objective:
     return Formula(value)
 
 
-def check_annotations(objective: Objective, given: Collection[str], options: Collection[str]) -> None:
+def check_annotations(objective: Objective, names: Collection[str], options: Collection[str]) -> None:
     """Raise for names that cannot be an annotation's, slips of known ones or of a call's options, and missing ones."""
-    for name in given:
+    for name in names:
         if name in ("live", "counted"):
             raise ValueError(f"an annotation cannot be called {name}, which tells the tokens that take part: rename it")
         if hasattr(Tokens, name):
@@ -247,18 +247,17 @@ def check_annotations(objective: Objective, given: Collection[str], options: Col
         if objective.twin is not None:
             known = ", ".join(objective.reads)
             raise TypeError(f"unknown annotation {name}: {type(objective).__name__} reads none but {known}")
-    missing = [name for name in objective.requires(given) if name not in given]
+    missing = [name for name in objective.requires(names) if name not in names]
     if missing:
-        names = ", ".join(f"{name}=" for name in missing)
         raise ValueError(
-            f"{objective} needs the annotation{'s' * (len(missing) > 1)} {names.replace('=', '')}: "
-            f"pass {names}... shaped like target"
+            f"{objective} needs the annotation{'s' * (len(missing) > 1)} {', '.join(missing)}: "
+            f"pass {'=, '.join(missing)}=... shaped like target"
         )
 
 
-def couples(objective: Objective, given: Collection[str]) -> bool:
+def couples(objective: Objective, names: Collection[str]) -> bool:
     """Whether a token's loss may have a gradient to another token's statistics."""
-    return objective.crosses and objective.scope(given) != "token"
+    return objective.crosses and objective.scope(names) != "token"
 
 
 def token_losses(objective: Objective, stats: TokenStats, tokens: Tokens) -> Tensor:
@@ -350,7 +349,7 @@ class Terms(Objective):
     def _own_metrics(self, stats: TokenStats, tokens: Tokens) -> dict[str, Tensor]:
         return {}
 
-    def _scopes(self, given: Collection[str]) -> set[str]:
+    def _scopes(self, names: Collection[str]) -> set[str]:
         """The scopes of the parts of the loss."""
         return {"sequence" if self.correction is not None and self.correction.level != "token" else "token"}
 
@@ -364,14 +363,14 @@ class Terms(Objective):
 
     # What follows from them.
 
-    def scope(self, given: Collection[str]) -> str:
-        return max(self._scopes(given), key=SCOPES.index)
+    def scope(self, names: Collection[str]) -> str:
+        return max(self._scopes(names), key=SCOPES.index)
 
-    def requires(self, given: Collection[str]) -> tuple[str, ...]:
+    def requires(self, names: Collection[str]) -> tuple[str, ...]:
         return (
             *(("ref_logprobs",) if self.kl_coef else ()),
             *(("sampler_logprobs",) if self.correction is not None else ()),
-            *(("sequence_ids",) if "sequence" in self._scopes(given) else ()),
+            *(("sequence_ids",) if "sequence" in self._scopes(names) else ()),
         )
 
     def __call__(self, stats: TokenStats, tokens: Tokens) -> Tensor:

@@ -78,12 +78,12 @@ class PolicyGradient(Terms, twin="srft_kernels.rows.triton_objectives:policy_gra
     def _sequence_ratio(self) -> bool:
         return self.ratio_level == "sequence" and self.surrogate != "reinforce"
 
-    def _scopes(self, given: Collection[str]) -> set[str]:
-        sequence = self._sequence_ratio and "old_logprobs" in given  # r = 1 on fresh data, at any level
-        return super()._scopes(given) | ({"sequence"} if sequence else set())
+    def _scopes(self, names: Collection[str]) -> set[str]:
+        sequence = self._sequence_ratio and "old_logprobs" in names  # r = 1 on fresh data, at any level
+        return super()._scopes(names) | ({"sequence"} if sequence else set())
 
-    def requires(self, given: Collection[str]) -> tuple[str, ...]:
-        return ("advantages", *super().requires(given))
+    def requires(self, names: Collection[str]) -> tuple[str, ...]:
+        return ("advantages", *super().requires(names))
 
     def inactive(self, tokens: Tokens) -> Tensor | None:
         return None if self.kl_coef or self.entropy_coef else tokens.advantages == 0

@@ -90,6 +90,9 @@ class Correction:
         return (ratio >= self.low) & (ratio <= self.high)
 
 
+NO_CORRECTION = Correction()  # whose options device code has, compiled out
+
+
 # Shapes of a ratio u, which change how much the unlikely count (arXiv 2504.14945 and its code).
 SHAPES = ("p/(p+c)", "p^c", "c*log p", "p+c*log p")
 

@@ -95,14 +95,14 @@ class SRFT(PolicyGradient, twin="srft_kernels.rows.triton_objectives:srft"):
     def _demonstrated(self, tokens: Tokens) -> Tensor:
         return tokens.is_demo.bool()
 
-    def _scopes(self, given: Collection[str]) -> set[str]:
-        return super()._scopes(given) | (
-            {self.level} if self.reads_entropy and "weight_entropy" not in given else set()
+    def _scopes(self, names: Collection[str]) -> set[str]:
+        return super()._scopes(names) | (
+            {self.level} if self.reads_entropy and "weight_entropy" not in names else set()
         )
 
-    def requires(self, given: Collection[str]) -> tuple[str, ...]:
+    def requires(self, names: Collection[str]) -> tuple[str, ...]:
         rewards = ("rewards",) if self.positive == "reward" else ()
-        return ("is_demo", *super().requires(given), *rewards)
+        return ("is_demo", *super().requires(names), *rewards)
 
     def inactive(self, tokens: Tokens) -> Tensor | None:
         if self.entropy_coef or self.kl_coef:
@@ -122,13 +122,13 @@ class SRFT(PolicyGradient, twin="srft_kernels.rows.triton_objectives:srft"):
         # an advantage of 0 says nothing either way; a reward always does
         return sign if self.positive == "reward" else torch.where(tokens.advantages == 0, 0.0, sign)
 
-    def needs_of_step(self, given: Collection[str]) -> tuple[str, ...]:
-        return ("weight_entropy",) if "batch" in self._scopes(given) else ()
+    def needs_of_step(self, names: Collection[str]) -> tuple[str, ...]:
+        return ("weight_entropy",) if "batch" in self._scopes(names) else ()
 
     def weight_entropy(self, stats: TokenStats, tokens: Tokens) -> Tensor:
-        given, entropy = tokens.get("weight_entropy"), stats.entropy.detach()
-        if given is not None:
-            return given
+        passed, entropy = tokens.get("weight_entropy"), stats.entropy.detach()
+        if passed is not None:
+            return passed
         if self.level == "sequence":
             return over_sequences(entropy, tokens.sequence_ids, tokens.averaged())
         if self.level == "batch":

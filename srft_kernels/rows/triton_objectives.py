@@ -25,10 +25,9 @@ import triton
 import triton.language as tl
 
 from ..objectives.objective import Objective, Terms, Tokens
-from ..objectives.ratios import LOG_RATIO_LIMIT, Correction
+from ..objectives.ratios import LOG_RATIO_LIMIT, NO_CORRECTION
 
 LIMIT = tl.constexpr(LOG_RATIO_LIMIT)
-NO_CORRECTION = Correction()  # whose options are there, and compiled out
 
 
 class Structure(NamedTuple):
@@ -55,9 +54,9 @@ class Twin(NamedTuple):
     numbers: tuple[float, ...]
 
 
-def twin(objective: Objective, given: Collection[str] = ()) -> Twin | None:
+def twin(objective: Objective, names: Collection[str] = ()) -> Twin | None:
     """That of an objective which has one and, with these annotations, needs one token alone."""
-    if objective.twin is None or objective.scope(given) != "token":
+    if objective.twin is None or objective.scope(names) != "token":
         return None
     return _twin(objective)
 
@@ -105,11 +104,11 @@ def column_names(objective: Objective) -> tuple[str, ...]:
 def columns(objective: Objective, tokens: Tokens) -> tuple[torch.Tensor | None, ...]:
     """Them by name, (n,) fp32 (is_demo: bytes), contiguous; None where not given."""
     names = column_names(objective)
-    given = (tokens.get(name) for name in names)
+    values = (tokens.get(name) for name in names)
     return _names("Columns", names)(
         *(
             c if c is None else c.contiguous().view(torch.uint8) if c.dtype == torch.bool else c.float().contiguous()
-            for c in given
+            for c in values
         )
     )
 

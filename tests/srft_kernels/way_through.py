@@ -14,9 +14,9 @@ from typing import Any
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
 
-import torch  # noqa: E402
+import torch
 
-import srft_kernels as sk  # noqa: E402
+import srft_kernels as sk
 
 PACKAGE = Path(sk.__file__).parent
 DEVICE_CODE = ("rows/triton_kernels.py",)
