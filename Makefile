@@ -84,8 +84,8 @@ aot: $(AOT_VENV)/.ready
 # The kernels under the oldest Triton that is supported: compiled, and run in its interpreter.
 OLDEST = .venv-triton-3.6.0
 oldest-test: $(OLDEST)/.ready
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/srft_kernels/test_triton_aot.py -n auto \
-		tests/srft_kernels/test_device_formulas.py tests/srft_kernels/test_triton_rows.py -k "sm_90 or not compiles"
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/srft_kernels/test_triton_kernels_aot.py -n auto \
+		tests/srft_kernels/test_triton_objectives.py tests/srft_kernels/test_triton_rows.py -k "sm_90 or not compiles"
 
 lint: $(READY)
 	$(BIN)/ruff check .

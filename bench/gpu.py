@@ -56,7 +56,7 @@ from .tune import write
 
 DEVICE_TESTS = (
     "tests/srft_kernels/test_on_device.py",
-    "tests/srft_kernels/test_cuda_graphs.py",
+    "tests/srft_kernels/test_engine_cuda_graphs.py",
     "tests/bench/test_memory.py",
 )
 TUNED_TEST = "tests/srft_kernels/test_on_device.py::test_a_vocabulary_of_many_blocks"

@@ -1,6 +1,6 @@
 """One test for each bug that other loss heads shipped and that this one could have.
 
-Two of them take several processes, and are in test_token_parallel.py: a loss called on the unwrapped module under DDP,
+Two of them take several processes, and are in test_averages_ranks.py: a loss called on the unwrapped module under DDP,
 whose gradients nobody reduced (TRL 1.14), in test_called_in_the_forward_of_a_wrapped_module; and FSDP2's full_tensor()
 outside of the module that owns the weight, which lost part of the gradient (NeMo Automodel), in
 test_a_sharded_weight_outside_of_its_module.

@@ -61,7 +61,7 @@ def test_exact(kind, objective, passes, launch):
         cases.assert_exact(cases.ours(problem, objective, plan, **columns), eager, truth)
 
 
-# Each with several derivatives at a time: that options mean what they should is in test_device_formulas.py.
+# Each with several derivatives at a time: that options mean what they should is in test_triton_objectives.py.
 OBJECTIVES = [
     sk.dft(entropy_coef=0.1),
     sk.CrossEntropy(z_loss=1e-2, kl_coef=0.1),

@@ -24,7 +24,7 @@ PRESETS |= {
     "corrected": sk.grpo(kl_coef=0.1, correction=sk.Correction()),
     "corrected_sequences": sk.srft_official(correction=sk.Correction("mask", "sequence")),
 }
-# Triton's interpreter takes its time, and test_device_formulas.py has every option with these extremes
+# Triton's interpreter takes its time, and test_triton_objectives.py has every option with these extremes
 EVERYWHERE = [(name, "torch") for name in PRESETS] + [
     (name, "triton") for name in ("sft", "dft", "cispo", "dual_clip", "luffy", "srft_paper", "corrected")
 ]

@@ -1,7 +1,7 @@
 """The loss among PyTorch's own means: autocast, inference mode, checkpointing, accumulation, threads, copies.
 
-torch.compile has a file of its own; DDP, FSDP2 and pipelines are in test_token_parallel.py, a divided head in
-test_vocab_parallel.py.
+torch.compile has a file of its own; DDP, FSDP2 and pipelines are in test_averages_ranks.py, a divided head in
+test_shard.py.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ triton = pytest.importorskip("triton")
 
 from srft_kernels.rows.triton_objectives import twin  # noqa: E402
 
-from .a_new_objective import Unlikelihood  # noqa: E402
+from .new_objective import Unlikelihood  # noqa: E402
 
 OBJECTIVES = [Unlikelihood(), Unlikelihood(floor=0.5, kl_coef=0.2, entropy_coef=0.1)]
 

@@ -16,7 +16,7 @@ from srft_kernels import checks
 
 from .cases import Problem, problem
 from .test_exactness import everything
-from .test_vocab_parallel import part, plan_of
+from .test_shard import part, plan_of
 
 
 def alone(change: str, p: Problem) -> tuple[Problem, dict]:

@@ -16,7 +16,7 @@ from srft_kernels.objectives.ratios import silenced
 
 
 @dataclass(frozen=True, repr=False)
-class Unlikelihood(Terms, twin="tests.srft_kernels.a_new_objective:unlikelihood"):
+class Unlikelihood(Terms, twin="tests.srft_kernels.new_objective:unlikelihood"):
     """−A·ℓ where A ≥ 0, and A·log(1 − p + floor)·trust elsewhere; annotations `advantages` and, new, `trust`."""
 
     floor: float = 0.1
