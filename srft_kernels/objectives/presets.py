@@ -66,27 +66,34 @@ def sapo(**options: Any) -> PolicyGradient:
 
 
 def srft_paper(**options: Any) -> SRFT:
-    """SRFT as the paper states it (Eq 8–13): e^{−H} on demonstrations, e^{+H} on rewarded rollouts, no clip."""
+    """SRFT as the paper states it (arXiv 2506.19767, Eq 8–13). What it leaves open is chosen here:
+
+    1. H is each token's own (`level="token"`)
+    2. the averages: token_weight, by default over all tokens alike
+    """
     return SRFT(**{"positive": "reward", **options})
 
 
 def srft_official(**options: Any) -> SRFT:
-    """SRFT as the authors' training code is reported to compute it: e^{+H} on demonstrations, LUFFY's shaping, ratios.
+    """SRFT as the authors' training code is reported to compute it. What differs from the paper:
 
-    Use with advantages that are not divided by their deviation, and constant_length.
+    1. demonstrations are weighed by e^{+H} (Eq 8: e^{−H})
+    2. their RL term is −A·p/(p + 0.1), LUFFY's shape (Eq 9–10: −A·p)
+    3. rollouts have −A·r with ratios, unclipped (Eq 11–12: ∓ℓ by the sign of the reward)
+    4. A > 0 makes a rollout positive (Eq 12: the reward)
+    5. an entropy bonus of 0.001
+    6. for the caller: advantages not divided by their deviation (Eq 7: divided), average constant_length
     """
-    changes = {
-        "entropy_sign": 1,
-        "demo_shaping": 0.1,
-        "rollout_signal": "advantage",
-        "entropy_coef": 0.001,
-        **UNCLIPPED,
-    }
-    return SRFT(**{**changes, **options})
+    changes = {"entropy_sign": 1, "demo_shaping": 0.1, "rollout_signal": "advantage", "entropy_coef": 0.001}
+    return SRFT(**{**changes, **UNCLIPPED, **options})
 
 
 def srft_hpt(**options: Any) -> SRFT:
-    """SRFT as re-implemented for the HPT paper (arXiv 2509.04419): the paper's signs, mean H of each sequence."""
+    """SRFT as re-implemented for the HPT paper (arXiv 2509.04419). What differs from SRFT's own:
+
+    1. H in the weights is the mean over each sequence
+    2. the RL term of demonstrations is −A·p/(p + 0.1), LUFFY's shape (Eq 9–10: −A·p)
+    """
     return SRFT(**{"level": "sequence", "demo_shaping": 0.1, "positive": "reward", **options})
 
 
