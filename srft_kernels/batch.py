@@ -99,20 +99,12 @@ class Batch:
 
 
 def select(
-    tokens: Tokens,  # N of them
-    live: Tensor | None,  # (N,) boolean
-    weight: Tensor | None,  # (N,)
-    objective: Objective,
-    dtype: torch.dtype,
-    *,
-    shape: torch.Size,
-    compact: bool,
-    live_tokens: int | None = None,
-    multiple: int = 1,
-) -> Batch:
-    """The batch of a call.
+    tokens: Tokens, live: Tensor | None, weight: Tensor | None, objective: Objective, dtype: torch.dtype, *,
+    shape: torch.Size, compact: bool, live_tokens: int | None = None, multiple: int = 1,
+) -> Batch:  # (N,), (N,)  # fmt: skip
+    """The batch of a call with N tokens.
 
-    live         None: all are
+    live         boolean; None: all are
     weight       token weights; None: 1 / (number of live tokens)
     shape        of the input's tokens
     live_tokens  no more tokens than this are live; with more of them every result is NaN

@@ -41,17 +41,10 @@ class LossOutput:
 
     @classmethod
     def of(
-        cls,
-        loss: Tensor,
-        stats: TokenStats,
-        tokens: Tokens,
-        objective: Objective,
-        spread: Callable[[Tensor], Tensor],
-        filtered: Tensor | None = None,
-        extras: TokenExtras | None = None,
-        weight: Tensor | None = None,
-    ) -> LossOutput:
-        """From the statistics of the tokens that were worked through; `spread` gives a field target's shape."""
+        cls, loss: Tensor, stats: TokenStats, tokens: Tokens, objective: Objective, spread: Callable[[Tensor], Tensor],
+        filtered: Tensor | None = None, extras: TokenExtras | None = None, weight: Tensor | None = None,
+    ) -> LossOutput:  # (), (4,), (n,)  # fmt: skip
+        """From the statistics of the n tokens that were worked through; `spread` gives a field target's shape."""
         stats = stats.map(Tensor.detach)
         argmax = extras and extras.argmax
         return cls(
@@ -65,13 +58,9 @@ class LossOutput:
 
 
 def metrics(
-    objective: Objective,
-    stats: TokenStats,
-    tokens: Tokens,
-    filtered: Tensor | None,
-    argmax: Tensor | None,
+    objective: Objective, stats: TokenStats, tokens: Tokens, filtered: Tensor | None, argmax: Tensor | None,
     weight: Tensor | None = None,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # (4,), (n,), (n,)  # fmt: skip
     """The objective's own over live tokens of `weight` (n,) ≠ 0, top-1 accuracy, and what a filtered backward drops."""
     live = tokens.get("live")
     if weight is not None and objective.reads_live:

@@ -271,11 +271,8 @@ def token_losses(objective: Objective, stats: TokenStats, tokens: Tokens) -> Ten
 
 
 def differentiate(
-    objective: Objective,
-    stats: TokenStats,
-    tokens: Tokens,
-    weight: Tensor,  # (n,)
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    objective: Objective, stats: TokenStats, tokens: Tokens, weight: Tensor
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:  # (n,)
     """(losses (n,), derivatives (n,) of Σ weight·loss to each statistic), by autograd on n-long vectors.
 
     This is all that a backward pass needs to know of an objective (g, h, k of the derivation; the last one, of

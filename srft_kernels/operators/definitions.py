@@ -84,13 +84,9 @@ def metric_names(constants: str) -> tuple[str, ...]:
 
 
 def call_of(
-    input: Tensor,
-    linear_weight: Tensor,
-    linear_bias: Tensor | None,
-    others: Sequence[Tensor],
-    live_tokens: int | None,
-    constants: str,
-) -> CompiledCall:
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, others: Sequence[Tensor],
+    live_tokens: int | None, constants: str,
+) -> CompiledCall:  # fmt: skip
     leaves = [tensor.detach() for tensor in (input, linear_weight, linear_bias) if tensor is not None]
     return restored(constants, [*leaves, *others], live_tokens)
 

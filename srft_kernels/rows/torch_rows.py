@@ -82,14 +82,10 @@ def blocks(logits: Tensor, block_rows: int) -> Iterator[tuple[slice, Tensor]]:
 
 
 def shifted_(
-    a: Tensor,  # (b, V)
-    head: Head,
-    shift: Tensor | None = None,  # (b, 1)
-    with_slope: bool = False,
-    extras: ExtrasBuffer | None = None,
-    target: Tensor | None = None,  # (b,), for extras
-) -> tuple[Tensor, Tensor | None]:
-    """Raw logits → d = z − shift in place, the shift by default the row's maximum.
+    a: Tensor, head: Head, shift: Tensor | None = None, with_slope: bool = False, extras: ExtrasBuffer | None = None,
+    target: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # (b, V), (b, 1), (b,)  # fmt: skip
+    """Raw logits → d = z − shift in place, the shift by default the row's maximum. The target is for extras.
 
     Returns the shift (b, 1) and, if asked for, the slope of the cap (b, V). Extras are taken from a + b on the way.
     """
@@ -112,14 +108,9 @@ def _at_target(d: Tensor, target: Tensor) -> Tensor:  # (b, V), (b,)
 
 
 def _statistics(
-    a: Tensor,  # (b, V) raw logits
-    exp: Tensor,  # (b, V) scratch
-    target: Tensor,  # (b,)
-    head: Head,
-    extras: ExtrasBuffer | None,
-    with_slope: bool = False,
-) -> tuple[TokenStats, Normalizer, Tensor, Tensor | None]:
-    """(statistics, normalizer, Σ e^d (b,), slope of the soft cap if asked for) of a block.
+    a: Tensor, exp: Tensor, target: Tensor, head: Head, extras: ExtrasBuffer | None, with_slope: bool = False
+) -> tuple[TokenStats, Normalizer, Tensor, Tensor | None]:  # (b, V), (b, V), (b,)
+    """(statistics, normalizer, Σ e^d (b,), slope of the soft cap if asked for) of a block of raw logits.
 
     Leaves e^d in `exp`, and d in place of the raw logits, without −inf where that matters.
     """
