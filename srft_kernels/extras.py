@@ -53,6 +53,13 @@ class Extras:
                 f"Extras(candidates=...) must be a tensor (..., C) of token ids, found {type(self.candidates).__name__}"
             )
 
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """What is asked for, by its name in TokenExtras: the sizes that follow those of target."""
+        sizes = {"rank": ()} if self.rank else {}
+        sizes |= {"argmax": ()} if self.argmax else {}
+        sizes |= dict.fromkeys(("top_logprobs", "top_ids"), (self.top_k,)) if self.top_k else {}
+        return sizes if self.candidates is None else {**sizes, "candidate_logprobs": self.candidates.shape[-1:]}
+
     def check(self, target: Tensor, live: Tensor | None, vocab: int) -> None:  # (...), (...)
         """Raise for what does not fit a call's tokens and its V entries."""
         if self.top_k > vocab:
@@ -99,19 +106,9 @@ class TokenExtras:
     @classmethod
     def empty(cls, extras: Extras, like: Tensor) -> TokenExtras:  # (...)
         """Room for what was asked for of tokens shaped like `like`, log-probs in its type."""
-
-        def room(needed: Any, *more: int, dtype: torch.dtype = like.dtype) -> Tensor | None:
-            return like.new_empty((*like.shape, *more), dtype=dtype) if needed else None
-
-        k, ids = extras.top_k, torch.int64
-        candidates = None if extras.candidates is None else room(True, extras.candidates.shape[-1])
-        return cls(
-            rank=room(extras.rank, dtype=ids),
-            argmax=room(extras.argmax, dtype=ids),
-            top_logprobs=room(k, k),
-            top_ids=room(k, k, dtype=ids),
-            candidate_logprobs=candidates,
-        )
+        types = {name: like.dtype if name.endswith("logprobs") else torch.int64 for name in extras.sizes()}
+        sizes = extras.sizes().items()
+        return cls(**{name: like.new_empty((*like.shape, *more), dtype=types[name]) for name, more in sizes})
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TokenExtras:
         return TokenExtras(**{name: function(value) for name, value in self.present().items()})

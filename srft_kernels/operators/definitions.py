@@ -32,7 +32,7 @@ from ..head import accumulation_dtype
 from ..objectives.objective import Objective, Tokens, TokenStats, token_losses
 from ..plan import Plan
 from ..rows import Normalizer
-from .constants import ANY, CompiledCall, decoded, restored
+from .constants import CompiledCall, decoded, restored
 
 # What each operator takes of a call: the tensors that are differentiated, those that are not, what may change.
 SCHEMA = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor[] others, SymInt? live_tokens, str constants"
@@ -59,7 +59,7 @@ def result_names(constants: str, in_one_pass: bool) -> tuple[str, ...]:
     call = decoded(constants)
     a = call.arguments
     result = () if call.result == "statistics" else (call.result,)
-    extras = () if a.extras is None else tuple(TokenExtras.empty(a.extras, ANY).present())
+    extras = () if a.extras is None else tuple(a.extras.sizes())
     filtered = ("filtered",) * (a.plan is not None and a.plan.filter is not None and call.result == "loss")
     gradients = tuple(name for name, needed in zip(GRADIENTS, call.needs_grad) if needed)
     last = ("scale", *gradients) if in_one_pass else ("kept",) * any(call.needs_grad)
