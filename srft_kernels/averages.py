@@ -36,7 +36,7 @@ def sequence_mean(mask: Tensor, sequence_ids: Tensor, *, token_group: ProcessGro
 
 def constant_length(
     mask: Tensor, sequence_ids: Tensor, length: float, *, token_group: ProcessGroup | None = None
-) -> Tensor:
+) -> Tensor:  # (...), (...)
     """Every token counts 1 / (sequences with a live token · length), whatever its sequence's own length. (Dr. GRPO)
 
     `length` is in tokens, usually the longest completion allowed.
@@ -56,7 +56,7 @@ def hpt_switch(
     mask: Tensor | None = None,
     *,
     token_group: ProcessGroup | None = None,
-) -> Tensor:
+) -> Tensor:  # (...) each
     """Tokens that learn under HPT's switch (arXiv 2509.04419), boolean, shaped like is_demo.
 
     Where the share of a prompt's rollouts with a reward > 0 exceeds `threshold` (γ), its rollouts; elsewhere, and where
@@ -78,7 +78,7 @@ def hpt_switch(
     prompt, sequence = groups(prompt_ids), groups(sequence_ids)
     zeros = torch.zeros(len(demo), device=demo.device, dtype=torch.float64)
 
-    def per_prompt(tokens: Tensor) -> Tensor:
+    def per_prompt(tokens: Tensor) -> Tensor:  # (n,)
         """Sequences among `tokens`, counted per prompt: each of its n tokens is worth 1/n."""
         rollout = tokens.double()
         length = zeros.index_add(0, sequence, (live & ~demo).double()).clamp(min=1)
@@ -89,7 +89,7 @@ def hpt_switch(
     return (live & (demo != succeeds))[own].view(shape)
 
 
-def _boolean(mask: Tensor) -> Tensor:
+def _boolean(mask: Tensor) -> Tensor:  # (...)
     if mask.is_floating_point():
         raise TypeError(f"mask must be boolean, found {mask.dtype}; write mask > 0")
     return mask.bool()
@@ -97,7 +97,7 @@ def _boolean(mask: Tensor) -> Tensor:
 
 def _sequence_lengths(
     mask: Tensor, sequence_ids: Tensor, token_group: ProcessGroup | None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # (...), (...)
     """(mask as fp32, live tokens of each token's sequence, sequences with one); neither count is under 1."""
     if sequence_ids.shape != mask.shape:
         raise ValueError(
@@ -113,7 +113,7 @@ def _sequence_lengths(
 # ---- tokens divided over ranks
 
 
-def summed(value: Tensor, token_group: ProcessGroup | None) -> Tensor:
+def summed(value: Tensor, token_group: ProcessGroup | None) -> Tensor:  # any shape
     """The sum over the ranks, if there is a group."""
     if token_group is not None:
         checks.group("token_group", token_group)

@@ -171,7 +171,7 @@ class Arguments(HeadArguments):
             self.plan.check(self.input, compute)
         return Checked(compute, vocab, None, target, live)
 
-    def _check_extras(self, target: Tensor, live: Tensor | None, vocab: int) -> None:
+    def _check_extras(self, target: Tensor, live: Tensor | None, vocab: int) -> None:  # (...), (...)
         if (extras := self.extras) is None:
             return
         checks.instance("extras", extras, Extras, "extras=Extras(rank=True, top_k=8), say")
@@ -357,7 +357,7 @@ def _with_sequences(
     return replace(plan, passes=1 if chunks is not None else 2), chunks
 
 
-def _constant(value: Tensor) -> Tensor:
+def _constant(value: Tensor) -> Tensor:  # any shape
     """Detached, and fit to be kept for a backward, as what torch.inference_mode made is not."""
     return value.clone() if value.is_inference() and not torch.is_inference_mode_enabled() else value.detach()
 

@@ -64,7 +64,7 @@ def head(
     return input.dtype
 
 
-def vocabulary(linear_weight: Tensor, vocab_size: int | None) -> int:
+def vocabulary(linear_weight: Tensor, vocab_size: int | None) -> int:  # (V, H)
     """The number of entries that exist."""
     rows = linear_weight.shape[0]
     if vocab_size is None:
@@ -91,7 +91,7 @@ def ignore_index(value: Any) -> None:
         raise TypeError(f"ignore_index must be an integer or None, found {value!r}")
 
 
-def temperature(value: Any, target: Tensor, live: Tensor | None) -> None:
+def temperature(value: Any, target: Tensor, live: Tensor | None) -> None:  # (...), (...)
     """A positive number, or one of each live token; of the latter silent on accelerators, like `target_range`."""
     if not isinstance(value, Tensor):
         return positive("temperature", value)
@@ -113,7 +113,7 @@ def live_tokens(value: Any) -> None:
         raise TypeError(f"live_tokens must be a number of tokens on the host, an int ≥ 0, found {value!r}")
 
 
-def weight_grad(value: Any, linear_weight: Tensor, compute: torch.dtype) -> None:
+def weight_grad(value: Any, linear_weight: Tensor, compute: torch.dtype) -> None:  # (V, H)
     if value is None:
         return
     tensor("weight_grad", value)
@@ -129,7 +129,7 @@ def weight_grad(value: Any, linear_weight: Tensor, compute: torch.dtype) -> None
         raise TypeError("weight_grad cannot take fp16 gradients, which are scaled until the backward: use bf16")
 
 
-def at_most_live(live_tokens: int | None, target: Tensor, live: Tensor | None) -> None:
+def at_most_live(live_tokens: int | None, target: Tensor, live: Tensor | None) -> None:  # (...), (...)
     """Raise for more live tokens than the caller said there are. Silent on accelerators, like `target_range`."""
     if live_tokens is None or not may_look(target):
         return
@@ -179,7 +179,7 @@ def reduction(value: Any) -> None:
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', found {value!r}")
 
 
-def shaped_like_target(name: str, value: Any, target: Tensor) -> Tensor:
+def shaped_like_target(name: str, value: Any, target: Tensor) -> Tensor:  # (...)
     """An annotation, detached: the loss is differentiated to input, linear_weight and linear_bias alone."""
     if not isinstance(value, Tensor):
         raise TypeError(
@@ -211,7 +211,7 @@ def per_token(name: str, value: Any, input: Tensor) -> None:  # (..., H)
         raise ValueError(f"{name} is on {value.device} but input is on {input.device}: move it there")
 
 
-def class_weight(weight: Tensor, vocab: int, input: Tensor) -> None:
+def class_weight(weight: Tensor, vocab: int, input: Tensor) -> None:  # (V,), (..., H)
     tensor("weight", weight)
     if tuple(weight.shape) != (vocab,):
         raise ValueError(f"weight must hold one number per class, ({vocab},), found shape {tuple(weight.shape)}")
@@ -219,7 +219,7 @@ def class_weight(weight: Tensor, vocab: int, input: Tensor) -> None:
         raise ValueError(f"weight is on {weight.device} but input is on {input.device}: move it there")
 
 
-def target_range(target: Tensor, live: Tensor | None, vocab: int) -> None:
+def target_range(target: Tensor, live: Tensor | None, vocab: int) -> None:  # (...), (...)
     """Raise for a live target outside [0, vocab). Silent on accelerators, where looking would stall the stream."""
     if not may_look(target):
         return
@@ -234,7 +234,7 @@ def target_range(target: Tensor, live: Tensor | None, vocab: int) -> None:
         )
 
 
-def may_look(tensor: Tensor) -> bool:
+def may_look(tensor: Tensor) -> bool:  # any shape
     """Whether there are data to look at, and nothing would have to wait for them."""
     if isinstance(tensor, FakeTensor):
         return False

@@ -92,7 +92,7 @@ def once_differentiable(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
     return wrapped
 
 
-def _raising(gradient: Tensor) -> Tensor:
+def _raising(gradient: Tensor) -> Tensor:  # any shape
     return torch._C._functions.DelayedError(DIFFERENTIABLE_ONCE, 1)(gradient.detach().requires_grad_())
 
 
@@ -100,7 +100,7 @@ class OnePass(torch.autograd.Function):
     """(loss, ℓ (n,), H (n,), lse (n,)) with the gradients of the loss to x, W and b made on the way."""
 
     @staticmethod
-    def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None, call: Call):
+    def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None, call: Call):  # (N, H), (V, H), (V,)
         loss, stats, gradients, scale = one_pass((input, weight, bias), ctx.needs_input_grad, call)
         ctx.gradients = gradients.finish(rounded=scale is None)  # scaled sums over tokens may not fit into fp16
         ctx.scale, ctx.dtypes, ctx.in_place = scale, gradients.dtypes, gradients.in_place
@@ -111,7 +111,7 @@ class OnePass(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss: Tensor | None, *_):
+    def backward(ctx, grad_loss: Tensor | None, *_):  # ()
         if grad_loss is None:
             return (None,) * 4
         if ctx.gradients is None:
@@ -135,7 +135,7 @@ class Statistics(torch.autograd.Function):
     """ℓ, H, lse (and the smoothing statistic where the head has class weights) of the packed rows, each (n,)."""
 
     @staticmethod
-    def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None, call: Call):
+    def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None, call: Call):  # (N, H), (V, H), (V,)
         stats, normalizer = first_pass((input, weight, bias), call)
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -144,7 +144,7 @@ class Statistics(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *coefs: Tensor | None):
+    def backward(ctx, *coefs: Tensor | None):  # (n,) each
         if all(coef is None for coef in coefs):
             return (None,) * 4
         *tensors, shift, log_total, mean = ctx.saved_tensors
@@ -340,7 +340,7 @@ def chunks_of(call: Call) -> Iterator[slice]:
         yield slice(chunk.start + active, chunk.stop + active)
 
 
-def _joined(parts: list[TokenStats], like: Tensor, smooth: bool = False) -> TokenStats:
+def _joined(parts: list[TokenStats], like: Tensor, smooth: bool = False) -> TokenStats:  # (n,)
     if not parts:
         return TokenStats(*(torch.empty_like(like) for _ in range(4 if smooth else 3)))
     return TokenStats.cat(parts)
@@ -361,7 +361,7 @@ def _rows_with_gradient(coefs: Coefs, call: Call, normalizer: Normalizer) -> tup
     return coefs, batch[keep], Normalizer(*(field[keep] for field in normalizer))
 
 
-def plain_matmul(input: Tensor):
+def plain_matmul(input: Tensor):  # (..., H)
     """Autocast off: operands already have the type they should be multiplied in."""
     try:
         return torch.autocast(input.device.type, enabled=False)
@@ -369,14 +369,14 @@ def plain_matmul(input: Tensor):
         return contextlib.nullcontext()
 
 
-def fp16_scale(token_weight: Tensor) -> Tensor:
+def fp16_scale(token_weight: Tensor) -> Tensor:  # (n,)
     """A power of two near 1 / (largest token weight)."""
     if len(token_weight) == 0:
         return token_weight.new_ones(())
     return torch.exp2(-token_weight.abs().amax().clamp(min=2.0**-60, max=2.0**60).log2().floor())
 
 
-def _assert_one(factor: Tensor) -> None:
+def _assert_one(factor: Tensor) -> None:  # ()
     """What was added to `weight_grad` in the forward cannot be scaled any more. On an accelerator nothing waits."""
     message = "linear_loss(weight_grad=...) was scaled after the call: put every factor of the loss into token_weight"
     if factor.device.type != "cpu":
@@ -385,7 +385,7 @@ def _assert_one(factor: Tensor) -> None:
         raise RuntimeError(f"{message} (found a factor of {factor.item():g})")
 
 
-def _scaled_(gradient: Tensor, factor: Tensor) -> Tensor:
+def _scaled_(gradient: Tensor, factor: Tensor) -> Tensor:  # any shape, ()
     """gradient · factor, in place; in most training factor is exactly 1 and nothing is read or written."""
     if gradient.device.type == "cpu":
         return gradient if factor.item() == 1 else gradient.mul_(factor.item())

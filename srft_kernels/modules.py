@@ -18,7 +18,7 @@ from .output import LossOutput
 class _Loss(nn.Module):
     """A function's options, for all calls of it. Copies share the process groups among them, which cannot be saved."""
 
-    def __init__(self, options: dict[str, Any]):
+    def __init__(self, options: dict[str, Any]):  # (V,)
         super().__init__()
         self.options = options
 
@@ -44,14 +44,14 @@ class _Loss(nn.Module):
 class LinearCrossEntropyLoss(_Loss):
     """`linear_cross_entropy` with its options fixed: loss = module(input, linear_weight, target)."""
 
-    def __init__(self, weight: Tensor | None = None, **options: Any):
+    def __init__(self, weight: Tensor | None = None, **options: Any):  # (V,)
         checks.reduction(options.get("reduction", "mean"))
         super().__init__(options)
         self.register_buffer("weight", weight, persistent=False)
 
     def forward(
         self, input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None = None
-    ) -> Tensor:
+    ) -> Tensor:  # (..., H), (V, H), (...)
         return linear_cross_entropy(
             input, linear_weight, target, linear_bias=linear_bias, weight=self.weight, **self.options
         )
@@ -63,7 +63,7 @@ class SRFTLoss(_Loss):
     out = module(input, linear_weight, target, is_demo=..., advantages=..., rewards=...); see `linear_loss`.
     """
 
-    def __init__(self, objective: Any = None, **options: Any):
+    def __init__(self, objective: Any = None, **options: Any):  # (V,)
         super().__init__(options)
         self.objective = srft_paper() if objective is None else objective
         objective_of(self.objective)  # raises for what is none

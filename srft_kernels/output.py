@@ -47,14 +47,8 @@ class LossOutput:
         """From the statistics of the n tokens that were worked through; `spread` gives a field target's shape."""
         stats = stats.map(Tensor.detach)
         argmax = extras and extras.argmax
-        return cls(
-            loss,
-            spread(stats.logprobs),
-            spread(stats.entropy),
-            spread(stats.logsumexp),
-            extras and extras.map(spread),
-            cache(lambda: metrics(objective, stats, tokens, filtered, argmax, weight)),
-        )
+        told = cache(lambda: metrics(objective, stats, tokens, filtered, argmax, weight))
+        return cls(loss, *map(spread, stats.fields()[:3]), extras and extras.map(spread), told)
 
 
 def metrics(

@@ -153,7 +153,7 @@ class Plan:
             workspace_bytes=rows * row_bytes + scratch + accumulator + widened + gathered,
         )
 
-    def check(self, input: torch.Tensor, compute: torch.dtype) -> None:
+    def check(self, input: torch.Tensor, compute: torch.dtype) -> None:  # (..., H)
         """A plan made by hand may ask for Triton where it cannot run."""
         if self.backend != "triton":
             return

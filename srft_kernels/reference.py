@@ -46,7 +46,7 @@ def token_stats(z: Tensor, target: Tensor) -> TokenStats:  # (n, V), (n,)
     return TokenStats(logp.gather(1, target[:, None])[:, 0], entropy, lse, logp.mean(-1))
 
 
-def linear_logprobs(input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> TokenStats:
+def linear_logprobs(input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> TokenStats:  # see there
     """`srft_kernels.linear_logprobs` with full logits; of its options those of the head and of the targets."""
     a = _arguments(input=input, linear_weight=linear_weight, target=target, **options)
     target, live = _target_and_live(a)

@@ -66,7 +66,7 @@ class Shard:
         """Rows of the largest part, after which all ranks choose the same plan."""
         return max(self.sizes)
 
-    def local(self, target: Tensor) -> tuple[Tensor, Tensor]:
+    def local(self, target: Tensor) -> tuple[Tensor, Tensor]:  # (...)
         """(whether a target lies on this rank, its place among the entries here, or 0), each shaped like target."""
         place = target - self.offset
         mine = (place >= 0) & (place < self.size)
@@ -78,31 +78,26 @@ class Shard:
         dist.all_gather(list(parts.unbind()), part.contiguous(), group=self.group)
         return parts
 
-    def add_(self, part: Tensor) -> dist.Work:
+    def add_(self, part: Tensor) -> dist.Work:  # any shape
         """Begin to add up the ranks' parts, in place."""
         return dist.all_reduce(part, group=self.group, async_op=True)
 
-    def of_target(self, vector: Tensor, target: Tensor) -> Tensor:
+    def of_target(self, vector: Tensor, target: Tensor) -> Tensor:  # (V_r,), (...)
         """The number that each target has in a vector divided like W's rows; 0 for a target out of range."""
         mine, place = self.local(target)
         values = torch.where(mine, vector[place], 0)
         self.add_(values).wait()
         return values
 
-    def smoothing(self, smooth: Tensor) -> Shard:
+    def smoothing(self, smooth: Tensor) -> Shard:  # (V_r,)
         """With the class weights ω of the entries here."""
         return replace(self, smooth=self.gather(smooth.sum()))
 
     @classmethod
     def agreed(
-        cls,
-        group: dist.ProcessGroup,
-        like: Tensor,
-        linear_weight: Tensor,
-        vocab_size: int | None,
-        facts: Callable[[], dict[str, Any]],
-        refused: Exception | None = None,
-    ) -> Shard:
+        cls, group: dist.ProcessGroup, like: Tensor, linear_weight: Tensor, vocab_size: int | None,
+        facts: Callable[[], dict[str, Any]], refused: Exception | None = None,
+    ) -> Shard:  # any shape, (V_r, H)  # fmt: skip
         """This rank's part of a call's head, as all ranks of the group understand it.
 
         Where a rank has refused its arguments it raises why, and all others a ValueError that says so; where `facts`
@@ -182,7 +177,7 @@ def checksum(value: Tensor, live: Tensor | None) -> int:
     return int((sums * places if live is None else sums * places * live.reshape(-1)).sum())
 
 
-def supported(plan: Plan | None, input: Tensor, vocab_size: int | None) -> None:
+def supported(plan: Plan | None, input: Tensor, vocab_size: int | None) -> None:  # (..., H)
     """Raise for what a divided head cannot do."""
     if not (vocab_size is None or (isinstance(vocab_size, int) and vocab_size >= 1)):
         raise ValueError(f"vocab_size must be a positive integer, the whole vocabulary of group, found {vocab_size!r}")

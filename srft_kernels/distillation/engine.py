@@ -169,7 +169,7 @@ class DistillationPass(OnePass):
     """(loss, divergences (n,)) with the gradients of the loss to the student's x, W and b made on the way."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, call: Call):
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, call: Call):  # (N, H), (V, H), (V,)
         loss, divergences, gradients, scale = distillation_pass((input, weight, bias), ctx.needs_input_grad, call)
         ctx.gradients = gradients.finish(rounded=scale is None)
         ctx.scale, ctx.dtypes, ctx.in_place = scale, gradients.dtypes, False
@@ -230,7 +230,7 @@ def _row_ops(plan: Plan) -> DivergenceRows:
     return TritonDivergenceRows()
 
 
-def _vocabulary(linear_weight: Tensor, teacher_weight: Tensor, vocab_size: int | None) -> int:
+def _vocabulary(linear_weight: Tensor, teacher_weight: Tensor, vocab_size: int | None) -> int:  # (V, H), (V, H)
     students, teachers = len(linear_weight), len(teacher_weight)
     if vocab_size is None and students != teachers:
         raise ValueError(

@@ -82,7 +82,7 @@ class Tokens:
     `live` and `counted` tell which tokens take part, where not all do: see the table in batch.py.
     """
 
-    def __init__(self, target: Tensor, **annotations: Tensor | None):
+    def __init__(self, target: Tensor, **annotations: Tensor | None):  # (n,) each
         self._columns = {"target": target, **{k: v for k, v in annotations.items() if v is not None}}
 
     def __getattr__(self, name: str) -> Tensor:
@@ -295,7 +295,8 @@ def differentiate(
 
 @dataclass(frozen=True, kw_only=True)
 class Terms(Objective):
-    """Terms that any objective can have; a family adds `_policy`, its own loss of each token.
+    """Terms that any objective can have; a family adds `_policy`, its own loss of each token, and overrides the four
+    methods after it where it has more to say.
 
         correction · policy  +  kl_coef · KL  −  entropy_coef · H
 
@@ -338,8 +339,6 @@ class Terms(Objective):
         ]
         return f"{type(self).__name__}({', '.join(changed)})"
 
-    # A family's own: `_policy`, and where it needs them the others.
-
     def _policy(self, stats: TokenStats, tokens: Tokens) -> Tensor:
         raise NotImplementedError
 
@@ -357,8 +356,6 @@ class Terms(Objective):
     def _meaningful(self, tokens: Tokens) -> Tokens:
         """Annotations without what means nothing where it stands."""
         return tokens
-
-    # What follows from them.
 
     def scope(self, names: Collection[str]) -> str:
         return max(self._scopes(names), key=SCOPES.index)

@@ -91,7 +91,7 @@ class PolicyGradient(Terms, twin="srft_kernels.rows.triton_objectives:policy_gra
     def _policy(self, stats: TokenStats, tokens: Tokens) -> Tensor:
         return self._surrogate(stats, tokens, tokens.advantages)
 
-    def _surrogate(self, stats: TokenStats, tokens: Tokens, signal: Tensor) -> Tensor:
+    def _surrogate(self, stats: TokenStats, tokens: Tokens, signal: Tensor) -> Tensor:  # (n,)
         """The loss of sampled tokens that should become likelier (signal > 0) or rarer (< 0): A, as a rule."""
         if self.surrogate == "reinforce":
             return silenced(-signal, stats.logprobs)
@@ -130,7 +130,7 @@ class PolicyGradient(Terms, twin="srft_kernels.rows.triton_objectives:policy_gra
         drift = {} if self.surrogate == "reinforce" else self._drift(stats, tokens, tokens.advantages)
         return {"entropy": mean(tokens, stats.entropy), **drift}
 
-    def _drift(self, stats: TokenStats, tokens: Tokens, signal: Tensor) -> dict[str, Tensor]:
+    def _drift(self, stats: TokenStats, tokens: Tokens, signal: Tensor) -> dict[str, Tensor]:  # (n,)
         """Distance to the policy that sampled: share of tokens beyond the clip, and KL(old ‖ new) ≈ r − 1 − log r."""
         change, (low, high) = self._log_ratio(stats, tokens), self.clip_bounds
         ratio, demonstrated = self._ratio(stats, tokens), self._demonstrated(tokens)

@@ -48,12 +48,8 @@ class Correction:
             raise ValueError(f"Correction(low={self.low!r}, high={self.high!r}): expected 0 ≤ low ≤ high and high > 0")
 
     def __call__(
-        self,
-        logprobs: Tensor,
-        sampler_logprobs: Tensor,
-        sequence_ids: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
+        self, logprobs: Tensor, sampler_logprobs: Tensor, sequence_ids: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:  # (...) each
         """Weights (...) of tokens with log-probs (...) under the trainer and under the sampler; no gradient.
 
         `sequence_ids` (...) integers ≥ 0, above the token level; `mask` (...) boolean: tokens where it does not hold
@@ -68,7 +64,7 @@ class Correction:
 
     def ratio(
         self, logprobs: Tensor, sampler_logprobs: Tensor, sequence_ids: Tensor | None, mask: Tensor | None
-    ) -> Tensor:
+    ) -> Tensor:  # (...) each
         """ρ at the level asked for, not yet bounded."""
         change = log_ratio(logprobs.detach(), sampler_logprobs)
         if self.level != "token":
@@ -77,7 +73,7 @@ class Correction:
             change = over_sequences(change, sequence_ids, mask, mean=self.level == "geometric")
         return change.clamp(max=LOG_RATIO_LIMIT).exp()
 
-    def bounded(self, ratio: Tensor, mask: Tensor | None = None) -> Tensor:
+    def bounded(self, ratio: Tensor, mask: Tensor | None = None) -> Tensor:  # (...), (...)
         """Weights from ρ."""
         inside = self.inside(ratio)
         if self.outside == "truncate":
@@ -86,7 +82,7 @@ class Correction:
             weights = torch.where(inside, ratio if self.outside == "mask" else torch.ones_like(ratio), 0)
         return weights if mask is None else torch.where(mask, weights, 0)
 
-    def inside(self, ratio: Tensor) -> Tensor:
+    def inside(self, ratio: Tensor) -> Tensor:  # (...)
         return (ratio >= self.low) & (ratio <= self.high)
 
 
@@ -97,7 +93,7 @@ NO_CORRECTION = Correction()  # whose options device code has, compiled out
 SHAPES = ("p/(p+c)", "p^c", "c*log p", "p+c*log p")
 
 
-def shape(log_u: Tensor, kind: str, c: float | None) -> Tensor:
+def shape(log_u: Tensor, kind: str, c: float | None) -> Tensor:  # (n,)
     """u where c is None, else the shape of it."""
     if c is None:
         return log_u.exp()
@@ -118,7 +114,7 @@ def check_shape(owner: object, of: str) -> None:
         raise ValueError(f"{type(owner).__name__}({kind}={getattr(owner, kind)!r}) needs its number c: pass {c}=c > 0")
 
 
-def silenced(weight: Tensor, values: Tensor) -> Tensor:
+def silenced(weight: Tensor, values: Tensor) -> Tensor:  # (n,), (n,)
     """weight · values, and 0 where the weight is, though the value be infinite: log-probs can be −inf."""
     return torch.where(weight == 0, 0, weight * values)
 
@@ -138,13 +134,13 @@ class _Slope(torch.autograd.Function):
         return gradient
 
 
-def log_ratio(logprobs: Tensor, others: Tensor) -> Tensor:
+def log_ratio(logprobs: Tensor, others: Tensor) -> Tensor:  # (n,), (n,)
     """log of p / p_other: −inf where p is 0, a large number where only p_other is."""
     return logprobs - others.clamp(min=LOWEST_LOGPROB)
 
 
 def over_sequences(values: Tensor, sequence_ids: Tensor, mask: Tensor | None = None, mean: bool = True) -> Tensor:
-    """Sum or mean of `values` over the tokens (of the mask) that share an id, given back to each token."""
+    """Sum or mean of `values` (...) over the tokens (of the mask) that share an id, given back to each token."""
     flat, index = values.flatten(), groups(sequence_ids.flatten())
     counted = torch.ones_like(flat) if mask is None else mask.flatten().to(flat.dtype)
     total = torch.zeros_like(flat).index_add(0, index, torch.where(counted > 0, flat, 0))

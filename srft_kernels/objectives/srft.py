@@ -115,7 +115,7 @@ class SRFT(PolicyGradient, twin="srft_kernels.rows.triton_objectives:srft"):
     def _positive(self, tokens: Tokens) -> Tensor:
         return (tokens.rewards if self.positive == "reward" else tokens.advantages) > 0
 
-    def _signal(self, tokens: Tokens, positive: Tensor) -> Tensor:
+    def _signal(self, tokens: Tokens, positive: Tensor) -> Tensor:  # (n,)
         if self.rollout_signal == "advantage":
             return tokens.advantages
         sign = torch.where(positive, 1.0, -1.0)
@@ -139,7 +139,7 @@ class SRFT(PolicyGradient, twin="srft_kernels.rows.triton_objectives:srft"):
         entropy = self.weight_entropy(stats, tokens)
         return torch.exp(self.entropy_sign * entropy), torch.exp(entropy)
 
-    def _weights(self, stats: TokenStats, tokens: Tokens, positive: Tensor) -> tuple[Tensor, Tensor]:
+    def _weights(self, stats: TokenStats, tokens: Tokens, positive: Tensor) -> tuple[Tensor, Tensor]:  # (n,)
         """Stop-gradient weights (w of the demonstration's SFT term, v of the rollout term), coefficients included."""
         entropy = self.weight_entropy(stats, tokens) if self.reads_entropy else stats.entropy.detach()
         p = stats.logprobs.detach().exp()

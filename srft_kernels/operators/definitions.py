@@ -350,12 +350,8 @@ def _for_logging(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.mark_non_differentiable(output)
 
 
-define(
-    f"metrics(Tensor[] statistics, Tensor? argmax, Tensor? filtered, {SCHEMA}) -> Tensor",
-    _metrics,
-    _fake_metrics,
-    _for_logging,
-)
+OF_METRICS = f"metrics(Tensor[] statistics, Tensor? argmax, Tensor? filtered, {SCHEMA}) -> Tensor"
+define(OF_METRICS, _metrics, _fake_metrics, _for_logging)
 
 
 # ---- distillation

@@ -72,7 +72,7 @@ class TorchRows:
         return logits.to(dtype)
 
 
-def blocks(logits: Tensor, block_rows: int) -> Iterator[tuple[slice, Tensor]]:
+def blocks(logits: Tensor, block_rows: int) -> Iterator[tuple[slice, Tensor]]:  # (n, V)
     """Slices of rows, each with a scratch tensor of its shape."""
     n, vocab = logits.shape
     scratch = logits.new_empty(min(block_rows, n), vocab)

@@ -125,7 +125,7 @@ def _of_extras(extras: ExtrasBuffer | None) -> dict[str, Tensor | None]:
     return {"rank_ptr": results and results.rank, "argmax_ptr": results and results.argmax}
 
 
-def _of_rows(logits: Tensor, dlogits: Tensor | None = None) -> dict[str, object]:
+def _of_rows(logits: Tensor, dlogits: Tensor | None = None) -> dict[str, object]:  # (n, V), (n, V)
     """Where the rows lie, and the gradient's over them."""
     n, vocab = logits.shape
     rows = {"rows": n, "vocab": vocab, "stride": logits.stride(0)}
@@ -169,6 +169,6 @@ def _total(head: Head) -> Tensor | None:
     return None if head.smooth is None else head.smooth.sum()
 
 
-def device_of(x: Tensor):
+def device_of(x: Tensor):  # any shape
     """Triton launches on the current device, which need not be the tensors'."""
     return contextlib.nullcontext() if x.device.type == "cpu" else torch.get_device_module(x.device).device(x.device)
