@@ -4,17 +4,16 @@ Ignored tokens should cost nothing, and leaving them out takes their number on t
 accelerator asking for it would stall the stream, so there the tokens left out are those that the caller counted
 (`live_tokens`), and what stays of the ignored ones is a dead row.
 
-What a token of the input can be, in `Batch` and in the annotations that an objective sees:
+What a token of the input can be, here and in the annotations that an objective sees:
 
-    state     means                                        in the batch           its row
-    ignored   its target is ignore_index                   left out, or dead      none, or a dead one
-    dead      ignored but worked through, or padding       live is False          zeros in, weight 0, results replaced
-    live      any other                                    live is True or None
-    counted   live and of token weight ≠ 0                 tokens.counted         in averages and metrics, which others
-                                                                                  are not
-    idle      live, and the objective's `inactive`, or     after the active ones  the first product and not the other
-              of weight 0 where tokens are independent                            two
-    active    any other that is live                       the first `active`     all three products
+    ignored     its target is ignore_index             left out, or dead: without loss and gradient either way
+    dead        ignored but kept, or padding           `live` is False; hidden states 0, weight 0, results replaced by 0
+    live        any other                              `live` is True, or None where all are
+      counted   of token weight ≠ 0                    `tokens.counted`; averages and metrics are over these
+      idle      that surely has no gradient            after the active ones; the first product and not the other two
+      active    not idle                               the first `active` of the batch; all three products
+
+Idle is what an objective's `inactive` says, and a token of weight 0 on which no other token's loss depends.
 """
 
 from __future__ import annotations

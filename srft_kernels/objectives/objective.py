@@ -147,6 +147,8 @@ class Objective:
 
     def __init_subclass__(cls, twin: str | None = None, **options: Any):
         super().__init_subclass__(**options)
+        if "token_local" in vars(cls):
+            raise TypeError(f"{cls.__name__}.token_local: an Objective says over which tokens by `scope(names)`")
         cls.twin = twin
         if twin is not None:
             BUILT_IN[cls.__name__] = cls
@@ -198,15 +200,14 @@ class Formula(Objective):
     `token_local = False` (or a method of the annotations) may stand for `scope`: "batch".
     """
 
-    token_local: bool | Callable[[Collection[str]], bool] = True
-
     def __init__(self, function: Callable[[TokenStats, Tokens], Tensor]):
-        self.function = function
-        for name in ANSWERS:
-            if hasattr(function, name):
-                setattr(self, name, getattr(function, name))
-        self.reads = ANNOTATIONS if hasattr(function, "requires") else None
-        self.has_metrics = hasattr(function, "metrics")
+        self.function, self.token_local = function, True
+        answers = {name: getattr(function, name, None) for name in ANSWERS}
+        for name, answer in answers.items():
+            if answer is not None:
+                setattr(self, name, answer)
+        self.reads = ANNOTATIONS if answers["requires"] else None
+        self.has_metrics = answers["metrics"] is not None
 
     def scope(self, names: Collection[str]) -> str:
         local = self.token_local(names) if callable(self.token_local) else self.token_local

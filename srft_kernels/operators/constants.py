@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -69,7 +69,7 @@ def encoded(value: Any, name: str, kind: str, tensors: list[Tensor]) -> str:
         items = [f"{key!r}: {encoded(item, key, 'Tensor', tensors)}" for key, item in value.items()]
         return f"{{{', '.join(items)}}}"
     known = CLASSES if type(value).__name__ in CLASSES else BUILT_IN
-    if type(value).__name__ in known and is_dataclass(value):  # Dynamo cannot ask the latter of a number of NumPy
+    if type(value).__name__ in known and known[type(value).__name__] is type(value):
         items = [
             f"{field.name!r}: {encoded(getattr(value, field.name), field.name, field.type, tensors)}"
             for field in fields(value)
