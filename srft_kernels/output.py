@@ -62,7 +62,7 @@ def metrics(
     if live is not None and not objective.reads_live:  # where this waits for an accelerator
         stats, tokens = stats.map(lambda field: field[live]), tokens[live]
         argmax, live = argmax if argmax is None else argmax[live], None
-    result = dict(objective.metrics(stats, tokens)) if len(stats.logprobs) else {}
+    result = dict(objective.metrics(stats, tokens) or {}) if len(stats.logprobs) else {}
     if argmax is not None and len(argmax):
         right = (argmax == tokens.target).to(stats.logprobs.dtype)
         result["accuracy"] = right.mean() if live is None else (right * live).sum() / live.sum()

@@ -131,7 +131,7 @@ class Objective:
     reads_live   True where a loss of several tokens averages over `tokens.averaged()` alone, and so do `metrics`; else
                  tokens that are not live are taken out first, for which the host waits for an accelerator
     crosses      False where no token's loss has a gradient to another token's statistics, which it reads as constants;
-                 else a token of weight 0 may have a gradient where losses depend on other tokens
+                 True where one may have, and then so may a token of weight 0; None: where losses depend on other tokens
     has_metrics  whether `metrics` tells anything
     learns_from  which tokens it has a loss for: "demonstrations", "rollouts"
     label_smoothing  not 0 where it reads `stats.smooth`
@@ -140,7 +140,7 @@ class Objective:
     twin: ClassVar[str | None] = None
     reads: ClassVar[tuple[str, ...] | None] = None
     reads_live = False
-    crosses = True
+    crosses: bool | None = None
     has_metrics = False
     learns_from: tuple[str, ...] = ("demonstrations", "rollouts")
     label_smoothing = 0.0
@@ -202,12 +202,12 @@ class Formula(Objective):
 
     def __init__(self, function: Callable[[TokenStats, Tokens], Tensor]):
         self.function, self.token_local = function, True
-        answers = {name: getattr(function, name, None) for name in ANSWERS}
-        for name, answer in answers.items():
-            if answer is not None:
+        for name in ANSWERS:
+            answer = getattr(function, name, self)
+            if answer is not self and not (answer is None and callable(getattr(self, name))):  # no method is None
                 setattr(self, name, answer)
-        self.reads = ANNOTATIONS if answers["requires"] else None
-        self.has_metrics = answers["metrics"] is not None
+        self.reads = ANNOTATIONS if getattr(function, "requires", None) is not None else None
+        self.has_metrics = getattr(function, "metrics", None) is not None
 
     def scope(self, names: Collection[str]) -> str:
         local = self.token_local(names) if callable(self.token_local) else self.token_local
@@ -258,7 +258,7 @@ def check_annotations(objective: Objective, names: Collection[str], options: Col
 
 def couples(objective: Objective, names: Collection[str]) -> bool:
     """Whether a token's loss may have a gradient to another token's statistics."""
-    return objective.crosses and objective.scope(names) != "token"
+    return objective.scope(names) != "token" if objective.crosses is None else bool(objective.crosses)
 
 
 def token_losses(objective: Objective, stats: TokenStats, tokens: Tokens) -> Tensor:

@@ -119,6 +119,9 @@ def _traced_loss(a: Arguments) -> LossOutput:
 
 def _operands(a: Arguments | DistillationArguments, result: str) -> tuple[Any, ...]:
     """What an operator takes of a call."""
+    for name, tensor in zip(("input", "linear_weight", "linear_bias"), a.tensors):
+        if tensor is not None or name != "linear_bias":
+            checks.tensor(name, tensor)
     grad, device = torch.is_grad_enabled(), a.input.device.type
     autocast = None
     if _has_autocast(device) and torch.is_autocast_enabled(device):
