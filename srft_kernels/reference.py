@@ -5,12 +5,14 @@ Nothing here is chunked, fused or careful about memory. What the rest of the pac
 
 from __future__ import annotations
 
+import inspect
 from math import log
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import functional
 from .call import Arguments, HeadArguments
 from .distillation.engine import DistillationArguments, DistillationOutput
 from .objectives.objective import Tokens, TokenStats
@@ -48,6 +50,8 @@ def token_stats(z: Tensor, target: Tensor) -> TokenStats:  # (n, V), (n,)
 
 def linear_logprobs(input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> TokenStats:  # see there
     """`srft_kernels.linear_logprobs` with full logits; of its options those of the head and of the targets."""
+    for name in options.keys() - inspect.signature(functional.linear_logprobs).parameters:
+        raise TypeError(f"linear_logprobs() got an unexpected keyword argument {name!r}")
     a = _arguments(input=input, linear_weight=linear_weight, target=target, **options)
     target, live = _target_and_live(a)
     stats = token_stats(_logits(a, live, a.vocab_size), target[live])

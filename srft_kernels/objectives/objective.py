@@ -12,7 +12,7 @@ A advantage; sg = stop-gradient.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar
 
@@ -104,6 +104,15 @@ class Tokens:
         """The same annotations for some of the tokens."""
         return self.map(lambda column: column[rows])
 
+    rows = __getitem__
+
+    def __iter__(self) -> Iterator[str]:
+        """Their names, not the tokens: what `scope` and `requires` are asked about."""
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
     def get(self, name: str) -> Tensor | None:
         return self._columns.get(name)
 
@@ -147,7 +156,7 @@ class Objective:
 
     def __init_subclass__(cls, twin: str | None = None, **options: Any):
         super().__init_subclass__(**options)
-        if "token_local" in vars(cls):
+        if hasattr(cls, "token_local"):
             raise TypeError(f"{cls.__name__}.token_local: an Objective says over which tokens by `scope(names)`")
         cls.twin = twin
         if twin is not None:
@@ -190,8 +199,8 @@ class Objective:
 BUILT_IN: dict[str, type[Objective]] = {}  # by name: those with a twin, which compiled calls hold as constants
 
 
-# What a caller's own may have of an Objective.
-ANSWERS = ("token_local", *(name for name in vars(Objective) if not name.startswith("_") and name != "twin"))
+# What a caller's own may have of an Objective; the others follow from these, or are for built-in ones.
+ANSWERS = "token_local", *(n for n in vars(Objective) if n[0] != "_" and n not in ("twin", "reads", "has_metrics"))
 
 
 class Formula(Objective):

@@ -131,8 +131,9 @@ class SRFT(PolicyGradient, twin="srft_kernels.rows.triton_objectives:srft"):
             return passed
         if self.level == "sequence":
             return over_sequences(entropy, tokens.sequence_ids, tokens.averaged())
-        if self.level == "batch":
-            return over_sequences(entropy, tokens.is_demo.long(), tokens.averaged())
+        if self.level == "batch":  # sums in a fixed order, on a GPU too
+            demo = self._demonstrated(tokens)
+            return torch.where(demo, mean(tokens, entropy, demo), mean(tokens, entropy, ~demo))
         return entropy
 
     def entropy_weights(self, stats: TokenStats, tokens: Tokens) -> tuple[Tensor, Tensor]:

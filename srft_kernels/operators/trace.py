@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import checks, engine
 from ..batch import select
-from ..call import Arguments
+from ..call import OPTIONS, Arguments
 from ..distillation.engine import DistillationArguments, DistillationOutput
 from ..engine import weighted_loss
 from ..extras import TokenExtras
@@ -88,7 +88,7 @@ _loss_apart, _statistics_apart, _cross_entropy_apart = map(
 
 def _traced_loss(a: Arguments) -> LossOutput:
     """An objective of the caller's, traced on all tokens, ignored ones with weight 0: in two passes."""
-    check_annotations(a.objective, a.annotations, ())
+    check_annotations(a.objective, a.annotations, OPTIONS)
     smoothing = a.objective.label_smoothing
     statistics = CrossEntropy(label_smoothing=smoothing) if smoothing else None
     results = _run(_operands(replace(a, objective=statistics, annotations={}, token_weight=None), "statistics"))
@@ -129,7 +129,7 @@ def _operands(a: Arguments | DistillationArguments, result: str) -> tuple[Any, .
     needs_grad = tuple([grad and tensor is not None and tensor.requires_grad for tensor in a.tensors])
     tensors: list[Tensor] = []
     constants = encoded(CompiledCall(a, result, needs_grad, autocast), "the call", "CompiledCall", tensors)
-    others = tensors[len([tensor for tensor in a.tensors if tensor is not None]) :]
+    others = tensors[sum(tensor is not None for tensor in a.tensors) :]  # x, W and b are the first fields
     return *a.tensors, others, a.live_tokens if isinstance(a, Arguments) else None, constants
 
 

@@ -70,7 +70,7 @@ LOSS = [
     ({"objective": None}, TypeError, "objective must be CrossEntropy.*found None"),
     ({"objective": sk.grpo()}, ValueError, r"PolicyGradient\(.*needs the annotation advantages"),
     ({"objective": sk.grpo(), "old_logprob": torch.ones(6)}, TypeError, r"old_logprob: did you mean old_logprobs\?"),
-    ({"map": torch.ones(6)}, ValueError, "an annotation cannot be called map, which is a method of Tokens"),
+    ({"rows": torch.ones(6)}, ValueError, "an annotation cannot be called rows, which is a method of Tokens"),
     ({"logprobs_old": torch.ones(6)}, TypeError, "logprobs_old: CrossEntropy reads none but advantages, old_"),
     ({"class_weight": torch.ones(6)}, TypeError, "unknown annotation class_weight: CrossEntropy reads none but"),
     ({"sequence_ids": torch.ones(6)}, TypeError, "sequence_ids must hold integers, found torch.float32, which would"),

@@ -336,3 +336,13 @@ def test_training_follows_the_reference(objective, passes):
     ours, reference = train(sk.linear_loss, plan=plan), train(sk.reference.linear_loss)
     torch.testing.assert_close(ours, reference, rtol=1e-4, atol=0)
     assert ours[-1] < ours[0] - 0.1
+
+
+def test_the_specification_refuses_what_it_does_not_compute():
+    x, w, y = torch.randn(4, 8), torch.randn(20, 8), torch.arange(4)
+    with pytest.raises(TypeError, match=r"linear_logprobs\(\) got an unexpected keyword argument 'tempreature'"):
+        sk.reference.linear_logprobs(x, w, y, tempreature=2.0)
+    with pytest.raises(ValueError, match=r"srft_kernels\.reference does not compute extras: leave it out"):
+        sk.reference.linear_logprobs(x, w, y, extras=sk.Extras(rank=True))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'soft_cap'"):
+        sk.reference.linear_distillation(x, w, x, w, soft_cap=2.0)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from srft_kernels.call import Arguments
+from srft_kernels.call import NUMBERS, Arguments
 
 from .way_through import PACKAGE, entered
 
@@ -48,6 +48,22 @@ def test_every_tensor_of_a_call_has_its_shape_beside_it():
     for field in fields(Arguments):
         if field.type.startswith("Tensor"):
             assert "(" in lines[field.name], field.name
+
+
+def test_kinds_of_options():
+    """They are told apart by the text of their types: what compiled calls pass as tensors, what ranks compare."""
+    assert NUMBERS == (
+        "temperature",
+        "softcap",
+        "logit_scale",
+        "ignore_index",
+        "vocab_size",
+        "live_tokens",
+        "reduction",
+    )
+    tensors = [field.name for field in fields(Arguments) if "Tensor" in field.type]
+    assert tensors == ["input", "linear_weight", "linear_bias", "temperature", "target", "token_weight", "annotations",
+                       "weight", "weight_grad"]  # fmt: skip
 
 
 def test_the_page_names_every_room():

@@ -53,6 +53,51 @@ def test_callable_sees_slices_or_everything():
     assert_same((out.loss, *gradients), (loss, *reference), torch.float64)
 
 
+def centred(stats, tokens):
+    return -((stats.logprobs - stats.logprobs.mean()) ** 2)
+
+
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("answers", [
+    {"token_local": False}, {"token_local": None}, {"token_local": lambda names: False},
+    {"scope": lambda names: "batch"}, {"token_local": lambda names: not any(name == "advantages" for name in names)},
+], ids=["no", "None", "method", "scope", "by names"])  # fmt: skip
+def test_any_way_to_say_that_tokens_depend_on_each_other(answers, compact):
+    """Live tokens alone are seen, all of them at once, also through a token of weight 0."""
+    p, columns = batch("torch")
+    function = lambda stats, tokens: centred(stats, tokens)  # noqa: E731
+    vars(function).update(answers)
+    weight = torch.where(torch.arange(24) % 3 == 0, 0.0, torch.ones(24, dtype=torch.float64))
+    plan = sk.Plan(chunk_rows=4, block_rows=2, compact=compact)
+    out, gradients = found(p, columns, function, token_weight=weight, plan=plan)
+    loss, reference, _ = expected(p, columns, lambda t: -((t.l - t.l.mean()) ** 2), weight)
+    assert_same((out.loss, *gradients), (loss, *reference), torch.float64)
+
+
+def test_what_answers_nothing():
+    p, columns = batch("torch")
+    function = lambda stats, tokens: -stats.logprobs * tokens.advantages  # noqa: E731
+    out, gradients = found(p, columns, function)
+    vars(function).update(dict.fromkeys(("scope", "requires", "inactive", "metrics", "label_smoothing", "reads_live")))
+    again, others = found(p, columns, function)
+    assert out.loss == again.loss and all(map(torch.equal, gradients, others)) and again.metrics == {}
+
+
+def test_an_objective_that_is_one_says_it_by_its_scope():
+    class Wish:
+        token_local = False
+
+    with pytest.raises(TypeError, match=r"Mine.token_local: an Objective says over which tokens by `scope\(names\)`"):
+        type("Mine", (Wish, sk.PolicyGradient), {})
+
+
+def test_tokens_are_a_collection_of_names():
+    tokens = sk.Tokens(torch.arange(5), advantages=torch.ones(5), ref_logprobs=None)
+    assert list(tokens) == ["target", "advantages"] and len(tokens) == 2 and "ref_logprobs" not in tokens
+    for rows in (tokens[1:3], tokens.rows(slice(1, 3))):
+        assert rows.target.tolist() == [1, 2]
+
+
 def test_weight_zero_still_matters_to_other_tokens():
     """token_local=False: a token of weight 0 can carry gradient through the losses of others."""
     p, columns = batch("torch")

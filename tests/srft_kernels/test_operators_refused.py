@@ -119,3 +119,24 @@ def test_numbers_of_numpy(name):
     number = np.float64(30)
     with pytest.raises(Exception, match=f"{name} must be a constant of Python in a compiled call, found"):
         compiled(lambda: sk.linear_cross_entropy(x, w, target, **{name: number}))()
+
+
+def test_slips_are_told_as_in_eager_calls():
+    """A misspelt option would be an annotation that nobody reads."""
+
+    def objective(stats, tokens):
+        return -stats.logprobs * tokens.advantages
+
+    objective.requires = lambda names: ("advantages",)
+    x, w, ones = torch.randn(4, 8), torch.randn(20, 8), torch.ones(4)
+    call = lambda: sk.linear_loss(x, w, torch.arange(4), objective, advantages=ones, token_weigth=ones).loss  # noqa: E731
+    for function in (call, torch.compile(call, backend="eager")):
+        with pytest.raises(Exception, match="unknown annotation token_weigth: did you mean token_weight"):
+            function()
+
+
+@pytest.mark.parametrize("name", ["input", "linear_weight", "target"])
+def test_what_is_no_tensor_is_told_first(name):
+    tensors = {"input": torch.randn(4, 8), "linear_weight": torch.randn(20, 8), "target": torch.arange(4)}
+    with pytest.raises(Exception, match=f"{name} must be a tensor, found str"):
+        torch.compile(lambda: sk.linear_cross_entropy(**{**tensors, name: "a"}), backend="eager")()
