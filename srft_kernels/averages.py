@@ -48,15 +48,9 @@ def constant_length(
 
 
 def hpt_switch(
-    is_demo: Tensor,
-    rewards: Tensor,
-    prompt_ids: Tensor,
-    sequence_ids: Tensor,
-    threshold: float = 0.0,
-    mask: Tensor | None = None,
-    *,
-    token_group: ProcessGroup | None = None,
-) -> Tensor:  # (...) each
+    is_demo: Tensor, rewards: Tensor, prompt_ids: Tensor, sequence_ids: Tensor, threshold: float = 0.0,
+    mask: Tensor | None = None, *, token_group: ProcessGroup | None = None,
+) -> Tensor:  # (...) each  # fmt: skip
     """Tokens that learn under HPT's switch (arXiv 2509.04419), boolean, shaped like is_demo.
 
     Where the share of a prompt's rollouts with a reward > 0 exceeds `threshold` (γ), its rollouts; elsewhere, and where

@@ -220,17 +220,12 @@ class Arguments(HeadArguments):
         tokens = self._tokens(checked, dtype)
         weight = self._token_weight(live, tokens.get("class_weight"), dtype)
         plan = self._plan(checked, objective, tokens)
+        live = None if live is None else live.reshape(-1)
+        weight = None if weight is None else weight.reshape(-1).contiguous()
         batch = select(
-            tokens,
-            None if live is None else live.reshape(-1),
-            None if weight is None else weight.reshape(-1).contiguous(),
-            objective,
-            dtype,
-            shape=target.shape,
-            compact=plan.compact,
-            live_tokens=self.live_tokens,
-            multiple=plan.chunk_rows if plan.batch_invariant else 1,
-        )
+            tokens, live, weight, objective, dtype, shape=target.shape, compact=plan.compact,
+            live_tokens=self.live_tokens, multiple=plan.chunk_rows if plan.batch_invariant else 1,
+        )  # fmt: skip
         plan, chunks = _with_sequences(plan, objective, batch, tokens, whole=shard is None)
         here = shard.size if shard else vocab  # entries on this rank
         smooth = None
@@ -238,19 +233,11 @@ class Arguments(HeadArguments):
             omega = self.input.new_ones(here) if self.weight is None else self.weight.detach()[:here]
             smooth = aligned(omega.to(dtype) / vocab, dtype)
             shard = shard and shard.smoothing(smooth)
+        filtered = None if plan.filter is None else self.input.new_zeros(4, dtype=dtype)
         call = Call(
-            here,
-            self.head(here, dtype, smooth),
-            batch,
-            objective,
-            plan,
-            compute,
-            self.weight_grad,
-            None if plan.filter is None else self.input.new_zeros(4, dtype=dtype),
-            shard,
-            chunks,
-            _extras_buffer(self.extras, batch),
-        )
+            here, self.head(here, dtype, smooth), batch, objective, plan, compute, self.weight_grad, filtered, shard,
+            chunks, _extras_buffer(self.extras, batch),
+        )  # fmt: skip
         return (self.input.reshape(-1, self.input.shape[-1]), self.linear_weight, self.linear_bias), call
 
     def _tokens(self, checked: Checked, dtype: torch.dtype) -> Tokens:

@@ -114,14 +114,9 @@ class DistillationArguments(HeadArguments):
         )
         batch = select(
             Tokens(torch.zeros(shape.numel(), dtype=torch.int64, device=device)),  # there are no targets
-            mask,
-            None if token_weight is None else token_weight.to(dtype),
-            Objective(),
-            dtype,
-            shape=shape,
-            compact=compact,
-            multiple=plan.chunk_rows if plan.batch_invariant else 1,
-        )
+            mask, None if token_weight is None else token_weight.to(dtype), Objective(), dtype,
+            shape=shape, compact=compact, multiple=plan.chunk_rows if plan.batch_invariant else 1,
+        )  # fmt: skip
         teacher = Teacher(
             self.teacher.input.detach().reshape(-1, self.teacher.input.shape[-1]),
             self.teacher.linear_weight.detach()[:vocab],
@@ -206,12 +201,8 @@ def distillation_pass(
             part, dlogits = row_ops.divergence_and_gradient(
                 products.logits(x, buffer[: len(x)]),
                 teacher_products.logits(teacher_x, teacher_buffer[: len(x)]),
-                token_weight[chunk],
-                divergence,
-                call.head,
-                teacher.head,
-                products.compute if active else None,
-            )
+                token_weight[chunk], divergence, call.head, teacher.head, products.compute if active else None,
+            )  # fmt: skip
             if active:
                 gradients.add(dlogits, x, chunk)
             parts.append(part)

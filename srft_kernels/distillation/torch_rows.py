@@ -60,13 +60,28 @@ def _reverse_kl(ds: Tensor, dt: Tensor, es: Tensor, et: Tensor, _: float) -> tup
 
 
 def _jensen_shannon(ds: Tensor, dt: Tensor, es: Tensor, et: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """With M = (1 − β) p + β q: every ratio to it is bounded, so its logarithm needs no logits."""
+    """With M = (1 − β) p + β q: every ratio to it is bounded, so its logarithm needs no logits.
+
+    Of v = log p/M, up to a constant, the gradient is (1 − β) p (v − Σ p v). As it stands v would be rounded in every
+    column, and its mean once more. So v is taken less what it is where q = c p, fitted by least squares: near to that,
+    as is every column that matters of a peaked row, v is as exact as it is small.
+    """
     p, q = es.div_(es.sum(-1, keepdim=True)), et.div_(et.sum(-1, keepdim=True))
-    mixture = torch.mul(p, 1 - beta, out=ds).add_(q, alpha=beta).clamp_(min=torch.finfo(p.dtype).tiny)
-    of_teacher = torch.div(q, mixture, out=dt).log_()
-    of_student = torch.div(p, mixture, out=mixture).log_()
-    student, teacher = _sum(p, of_student), _sum(q, of_teacher)
-    return (1 - beta) * student + beta * teacher, of_student.sub_(student[:, None]).mul_(p).mul_(1 - beta)
+    mixture = torch.mul(p, 1 - beta, out=ds).add_(q, alpha=beta)
+    teacher = torch.linalg.vecdot(q, _log_ratio(torch.sub(q, p, out=dt).mul_(1 - beta), torch.minimum(q, mixture)))
+    c = torch.linalg.vecdot(p, q) / torch.linalg.vecdot(p, p)
+    level = beta * c + (1 - beta)  # M / p where q = c p
+    least = torch.minimum(p * level[:, None], mixture)
+    v = _log_ratio(torch.addcmul(q, p, c[:, None], value=-1, out=mixture).mul_(-beta), least)
+    mean = torch.linalg.vecdot(p, v)
+    student = mean + _log_ratio(beta * (1 - c), level.clamp(max=1))
+    return (1 - beta) * student + beta * teacher, v.sub_(mean[:, None]).mul_(p).mul_(1 - beta)
+
+
+def _log_ratio(difference: Tensor, least: Tensor) -> Tensor:
+    """log a/b from a − b and the lesser of both: of a ratio near to 1, as exact as a − b is."""
+    x = difference.abs().div_(least.clamp_(min=torch.finfo(least.dtype).tiny))
+    return x.log1p_().copysign_(difference)
 
 
 KINDS = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jensen_shannon": _jensen_shannon}

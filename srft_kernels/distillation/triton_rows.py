@@ -27,37 +27,52 @@ ELEMENTS_PER_WARP = 256
 
 @triton.jit
 def _grown(m, s, z):
-    """Online over blocks: a row's maximum so far and Σ e^{z − maximum}, with one more block of z."""
+    """Online over blocks: a row's maximum so far and Σ e^{z − maximum}, with one more block of z; and by what sums so
+    far shrink, and the block's e^{z − maximum}."""
     top = tl.maximum(m, tl.max(z, 0))
     finite_top = tl.where(top == -float("inf"), 0.0, top)  # −inf − (−inf) is not a number
     shrunk = tl.where(m == -float("inf"), 0.0, tl.exp(m - finite_top))
     e = tl.exp(z - finite_top)
-    return top, shrunk * s + tl.sum(e, 0), e
+    return top, shrunk * s + tl.sum(e, 0), shrunk, e
+
+
+@triton.jit
+def _log_ratio(difference, least):
+    """log a/b of a, b in [0, 1] from a − b and the lesser of both: of a ratio near to 1, as exact as a − b is."""
+    x = tl.abs(difference) / tl.maximum(least, 1.1754944e-38)  # what so small a number is multiplied by is no larger
+    y = 1 + x
+    log = tl.log(y) + tl.where(x < 1, x - (y - 1), 0.0)  # with what 1 + x has rounded away
+    return tl.where(difference < 0, -log, log)
 
 
 @triton.jit
 def _compared(zs, zt, ms, mt, ss, st, guess, beta, KIND: tl.constexpr):
     """Of some columns: (p, the divergence's terms, v) for the gradient p (v − Σ p v).
 
-    Jensen–Shannon: the ratios to the mixture are bounded, so their logarithms need no logits.
     Forward KL: the gradient is p − q, and v is q.
     Reverse KL: v is log p − log q less a guess of its mean, whose rounding error would be in every column, most of all
     in a peaked one. So are the terms; and p and the terms are still to be divided by `ss`.
+    Jensen–Shannon: v is log p/m less what it is where q = guess · p: near to that it is as exact as it is small. It is
+    still to be multiplied by 1 − β. The terms are the teacher's, q log q/m. Ratios to the mixture are bounded, so their
+    logarithms need no logits.
     """
     ds, dt = zs - ms, zt - mt
-    p, q = tl.exp(ds), tl.exp(dt) / st
+    p, q = tl.exp(ds), tl.exp(dt)
     if KIND == "reverse_kl":
         v = tl.where(p == 0, 0.0, ds - dt - guess)
         terms = p * v
     elif KIND == "forward_kl":
+        q = q / st
         p = p / ss
         v = q
         terms = tl.where(q == 0, 0.0, q * (dt - ds + tl.log(ss / st)))
     else:
-        p = p / ss
-        mixture = tl.maximum((1 - beta) * p + beta * q, 1.1754944e-38)
-        v = tl.where(p == 0, 0.0, (1 - beta) * tl.log(p / mixture))
-        terms = p * v + tl.where(q == 0, 0.0, beta * q * tl.log(q / mixture))
+        p *= 1 / ss
+        q *= 1 / st
+        share = 1 - beta  # 0 if β is rounded to 1: so is the gradient then
+        mixture = share * p + beta * q
+        v = _log_ratio(beta * (guess * p - q), tl.minimum((share + beta * guess) * p, mixture))
+        terms = q * _log_ratio(share * (q - p), tl.minimum(q, mixture))
     return p, terms, v
 
 
@@ -77,19 +92,26 @@ def _distillation_kernel(
     weight = tl.load(weight_ptr + row)
     zero = weight * 0.0
     ms, mt, ss, st = zero - float("inf"), zero - float("inf"), zero, zero
-    guess = zero  # reverse KL: Σ e^{zs − ms} ((zs − ms) − (zt − mt)) so far
+    guess = zero  # reverse KL: Σ e^{zs − ms} ((zs − ms) − (zt − mt)) so far; Jensen–Shannon: Σ e^{zs − ms} e^{zt − mt}
+    square = zero  # Jensen–Shannon: Σ e^{2 (zs − ms)} so far
     for start in range(0, vocab, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         zs, _ = _logits(student_ptr, bias_ptr, columns, vocab, stride, head, head.temperature)
         zt, _ = _logits(teacher_ptr, teacher_bias_ptr, columns, vocab, stride, teacher_head, teacher_head.temperature)
-        top_s, grown_s, e = _grown(ms, ss, zs)
-        top_t, st, _ = _grown(mt, st, zt)
+        top_s, grown_s, shrunk_s, e = _grown(ms, ss, zs)
+        top_t, st, shrunk_t, f = _grown(mt, st, zt)
         if KIND == "reverse_kl":
             guess = tl.exp(ms - top_s) * (guess + ss * ((ms - top_s) - (mt - top_t)))
             guess = tl.where(tl.abs(guess) < float("inf"), guess, 0.0)  # no maximum yet, or nothing to guess at
             guess += tl.sum(tl.where(e == 0, 0.0, e * ((zs - top_s) - (zt - top_t))), 0)
+        if KIND == "jensen_shannon":
+            guess = shrunk_s * shrunk_t * guess + tl.sum(e * f, 0)
+            square = shrunk_s * shrunk_s * square + tl.sum(e * e, 0)
         ms, mt, ss = top_s, top_t, grown_s
-    guess = tl.where(tl.abs(guess) < float("inf"), guess / ss, 0.0)
+    if KIND == "reverse_kl":
+        guess = tl.where(tl.abs(guess) < float("inf"), guess / ss, 0.0)
+    if KIND == "jensen_shannon":
+        guess = tl.div_rn(guess, square) * tl.div_rn(ss, st)  # c of q ≈ c p, fitted by least squares
 
     value, mean = zero, zero
     if KIND != "forward_kl" or dlogits_ptr is None:  # else the next loop does it
@@ -108,6 +130,11 @@ def _distillation_kernel(
         mean = value / ss
         value = mean + guess - tl.log(ss / st)
         slope = slope / ss
+    if KIND == "jensen_shannon":
+        share = 1 - beta
+        at_guess = _log_ratio(beta * (1 - guess), tl.minimum(share + beta * guess, 1.0))
+        value = share * (mean + at_guess) + beta * value
+        slope = share * slope
 
     if dlogits_ptr is not None:
         dlogits_ptr += row * dstride

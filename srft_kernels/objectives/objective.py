@@ -197,8 +197,6 @@ class Objective:
 
 
 BUILT_IN: dict[str, type[Objective]] = {}  # by name: those with a twin, which compiled calls hold as constants
-
-
 # What a caller's own may have of an Objective; the others follow from these, or are for built-in ones.
 ANSWERS = "token_local", *(n for n in vars(Objective) if n[0] != "_" and n not in ("twin", "reads", "has_metrics"))
 

@@ -96,9 +96,8 @@ class SRFT(PolicyGradient, twin="srft_kernels.rows.triton_objectives:srft"):
         return tokens.is_demo.bool()
 
     def _scopes(self, names: Collection[str]) -> set[str]:
-        return super()._scopes(names) | (
-            {self.level} if self.reads_entropy and "weight_entropy" not in names else set()
-        )
+        of_entropy = {self.level} if self.reads_entropy and "weight_entropy" not in names else set()
+        return super()._scopes(names) | of_entropy
 
     def requires(self, names: Collection[str]) -> tuple[str, ...]:
         rewards = ("rewards",) if self.positive == "reward" else ()

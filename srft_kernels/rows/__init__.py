@@ -40,8 +40,7 @@ class RowOps(Protocol):
     def statistics(
         self, logits: Tensor, target: Tensor, head: Head, extras: ExtrasBuffer | None = None
     ) -> tuple[TokenStats, Normalizer]:  # (n, V), (n,)
-        """Statistics of the tokens, and what the second pass needs of them; the logits stay. NaN for a target that is
-        out of range."""
+        """Statistics, NaN for a target out of range, and what the second pass needs of them; the logits stay."""
 
     def loss_and_gradient(
         self, logits: Tensor, tokens: Tokens, weight: Tensor, objective: Objective, head: Head, dtype: torch.dtype,
