@@ -104,9 +104,6 @@ def _sequence_lengths(
     return live[own].view(mask.shape), of_token, (lengths > 0).sum().clamp(min=1)
 
 
-# ---- tokens divided over ranks
-
-
 def summed(value: Tensor, token_group: ProcessGroup | None) -> Tensor:  # any shape
     """The sum over the ranks, if there is a group."""
     if token_group is not None:

@@ -21,7 +21,7 @@ from .batch import Batch, select, sequence_chunks
 from .extras import Extras, ExtrasBuffer, TokenExtras
 from .head import Head, HeadProducts, accumulation_dtype, aligned, aligned_size
 from .objectives.cross_entropy import CrossEntropy
-from .objectives.objective import Objective, Tokens, check_annotations, objective_of
+from .objectives.objective import Objective, Tokens, TokenStats, check_annotations, objective_of
 from .plan import Plan
 from .rows import RowOps
 from .shard import Shard, ShardedRows, checksum, supported
@@ -310,6 +310,10 @@ class Call:
         """The head of some of the rows: with their temperatures, where each token has its own."""
         temperature = self.batch.tokens.get("temperature")
         return self.head if temperature is None else replace(self.head, temperature=temperature[chunk])
+
+    def token_extras(self, stats: TokenStats) -> TokenExtras | None:
+        """Of the batch's rows, once the row operations have filled them; None where none are asked for."""
+        return self.extras and self.extras.finished(stats.logprobs, stats.logsumexp)
 
     def logits_buffer(self, products: HeadProducts) -> Tensor:
         """Room for one chunk's logits (chunk_rows, V), its rows at aligned addresses."""

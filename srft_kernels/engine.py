@@ -38,15 +38,15 @@ DIFFERENTIABLE_ONCE = (
 def linear_loss(arguments: Arguments) -> LossOutput:
     tensors, call = arguments.prepared()
     loss, stats = _loss_and_statistics(tensors, call)
-    batch, extras = call.batch, call.extras and call.extras.finished(stats.logprobs, stats.logsumexp)
+    batch, extras = call.batch, call.token_extras(stats)
     return LossOutput.of(loss, stats, batch.tokens, call.objective, batch.spread, call.filtered, extras, batch.weight)
 
 
 def linear_logprobs(arguments: Arguments) -> TokenStats:
     tensors, call = arguments.prepared()
     stats, spread = _statistics(tensors, call), call.batch.spread
-    extras = call.extras and call.extras.finished(stats.logprobs, stats.logsumexp).map(spread)
-    return replace(stats.map(spread), extras=extras)
+    extras = call.token_extras(stats)
+    return replace(stats.map(spread), extras=extras and extras.map(spread))
 
 
 def linear_cross_entropy(arguments: Arguments) -> Tensor:

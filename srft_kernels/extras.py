@@ -106,9 +106,10 @@ class TokenExtras:
     @classmethod
     def empty(cls, extras: Extras, like: Tensor) -> TokenExtras:  # (...)
         """Room for what was asked for of tokens shaped like `like`, log-probs in its type."""
-        types = {name: like.dtype if name.endswith("logprobs") else torch.int64 for name in extras.sizes()}
-        sizes = extras.sizes().items()
-        return cls(**{name: like.new_empty((*like.shape, *more), dtype=types[name]) for name, more in sizes})
+        return cls(**{
+            name: like.new_empty((*like.shape, *size), dtype=like.dtype if name.endswith("logprobs") else torch.int64)
+            for name, size in extras.sizes().items()
+        })  # fmt: skip
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TokenExtras:
         return TokenExtras(**{name: function(value) for name, value in self.present().items()})

@@ -159,8 +159,8 @@ def _per_token(call: Call, stats: TokenStats) -> dict[str, Tensor]:
     """What is told of each token, by name."""
     batch = call.batch
     results = dict(zip(STATISTICS, stats.map(batch.spread).fields()))
-    if call.extras is not None:
-        results |= call.extras.finished(stats.logprobs, stats.logsumexp).map(batch.spread).present()
+    if (extras := call.token_extras(stats)) is not None:
+        results |= extras.map(batch.spread).present()
     return results if call.filtered is None else {**results, "filtered": call.filtered}
 
 
