@@ -32,7 +32,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["srft_kernels", "srft_kernels.*", "srft", "srft.*"]),
-    package_data={"srft": ["*.html", "configs/*.toml"], "srft_kernels": ["py.typed"], "srft_kernels.rows": ["*.json"]},
+    package_data={"srft": ["*.html", "recipes/*.toml"], "srft_kernels": ["py.typed"], "srft_kernels.rows": ["*.json"]},
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={
         "train": TRAIN,

@@ -81,13 +81,18 @@ class Recorded:
             self.seconds = timing.seconds(sample, self.device)
         return self.memory[key]
 
+    def refresh(self, weights: Any) -> None:
+        """It answers as before."""
+
+    def release(self) -> None:
+        """It keeps nothing."""
+
 
 def trainers(device: str) -> tuple[Callable[..., Any], Any]:
     """(what makes a trainer from model, loss function, engine and token budget; the model as all of them start)."""
     from srft.config import Config, DataConfig, RolloutConfig, TrainConfig
-    from srft.data import Example
+    from srft.data import Example, build_prompter
     from srft.model import LoadedModel
-    from srft.prompts import build_prompter
     from srft.rewards import Scorer
     from srft.rollout import build_engine
     from srft.trainer import Trainer
@@ -110,7 +115,7 @@ def trainers(device: str) -> tuple[Callable[..., Any], Any]:
         )
         loaded = LoadedModel(model, byte_tokenizer(), torch.device(device), model.dtype, {0}, 0)
         prompter = build_prompter(loaded.tokenizer, DataConfig(system_prompt=""))
-        engine = engine or Recorded(build_engine(rollout.engine, loaded, rollout.batch_size), device)
+        engine = engine or Recorded(build_engine(rollout.engine, loaded), device)
         scorer = Scorer("bench", reward)
         return Trainer(config, loaded, prompter, scorer, examples, engine=engine, loss_function=loss_function)
 

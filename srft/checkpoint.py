@@ -36,7 +36,7 @@ def save(
             shutil.rmtree(partial, ignore_errors=True)  # the left-over of an interrupted save
             partial.mkdir(parents=True)
             loaded.tokenizer.save_pretrained(partial)
-        weights = ranks.weights(loaded)
+        weights = ranks.state_dict(loaded)
         if ranks.main:
             loaded.model.save_pretrained(partial, state_dict=weights)
         if state is not None:

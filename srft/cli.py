@@ -8,9 +8,9 @@ import importlib.metadata
 import sys
 from pathlib import Path
 
-from srft.config import help_text, load
 from srft.errors import UserError, nearest
 from srft.ranks import Ranks, join
+from srft.settings import help_text, load
 
 HELP = """\
 srft: single-stage supervised + reinforcement fine-tuning of language models
@@ -143,7 +143,7 @@ def train(arguments: list[str], ranks: Ranks) -> None:
         resumed = resumable(resumed)
         path = str(resumed.parent / "config.toml")
     config = load(path, overrides)
-    from srft.trainer import run
+    from srft.run import run
 
     run(config, ranks, resumed)
 

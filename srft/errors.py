@@ -21,3 +21,8 @@ def nearest(name: str, known: Iterable[str], count: int = 1) -> str:
     """`"; did you mean 'x'?"` with the `count` known names closest to `name`, or nothing when none is close."""
     close = difflib.get_close_matches(name, list(known), count, cutoff=0.55)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, to be quoted; the error's type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from srft.config import Config, EvalConfig
-from srft.data import Example, load_examples
+from srft.data import Example, Prompter, build_prompter, load_examples
 from srft.errors import UserError
-from srft.metrics import finite, mean
+from srft.metrics import mean
 from srft.model import EMBEDDED, load_model
-from srft.prompts import Prompter, build_prompter
 from srft.rewards import Scorer, build_reward, check_answers
 from srft.rollout import Engine, build_engine
+from srft.rundir import finite
 
 SOLVED = 1 - 1e-6  # a completion is correct from this reward on: scorers give parts of a point for parts of an answer
 
@@ -75,7 +75,9 @@ def evaluate(
         temperature=config.temperature,
         top_p=config.top_p,
         seed=config.seed,
+        batch_size=config.batch_size,
     )
+    engine.release()
     texts = [prompter.decode(rollout.tokens) for group in groups for rollout in group]
     rewards = iter(scorer([example for example in examples for _ in range(config.samples)], texts))
     generations = []
@@ -153,7 +155,7 @@ def main_eval(config: Config, checkpoint: str | None = None) -> Evaluation:
     check_answers(scorer, config.data, examples)
     loaded = load_model(model, "--checkpoint" if checkpoint else "model.path")
     prompter = build_prompter(loaded.tokenizer, config.data)
-    engine = build_engine(config.rollout.engine, loaded, config.eval.batch_size)
+    engine = build_engine(config.rollout.engine, loaded)
     evaluation = evaluate(engine, examples, prompter, scorer, config.eval, config.rollout.max_new_tokens)
     print(table(evaluation))
     scores = {name: value for name, value in evaluation.as_dict().items() if name != "generations"}

@@ -1,25 +1,10 @@
-"""The run directory, and what a run writes into it while it goes: everything is flushed as soon as it is known.
+"""The metrics of a step: what each is, and the sums that they are made with."""
 
-config.toml         the resolved configuration
-metrics.jsonl       one line per step; every key is explained in DESCRIPTIONS
-samples.jsonl       some generations of each step
-evaluation.jsonl    one line per evaluation, all of its generations included
-checkpoint-N, final, interrupted-N, report.html, tensorboard/
-"""
-
-import json
 import math
 import resource
 import sys
-import tempfile
-import time
-from pathlib import Path
-from typing import Any
 
 import torch
-
-from srft.config import RunConfig
-from srft.errors import UserError, missing
 
 DESCRIPTIONS = {
     "step": "step, from 1",
@@ -53,142 +38,6 @@ DESCRIPTIONS = {
     "tokens_per_second": "completion tokens generated and trained on, per second of the step",
     "peak_memory_mb": "peak memory so far: of the process on a CPU, of torch on a GPU (MB)",
 }
-OURS = ("config.toml", "*.jsonl", "report.html", "checkpoint-*", "final", "interrupted-*", "tensorboard")
-
-
-def create_run_dir(config: RunConfig) -> Path:
-    """Make `run.dir` and return it; {time} becomes the time now.
-
-    A directory with something in it is refused, unless `run.overwrite`: then what an earlier run wrote there moves to
-    `previous-1` (or the next free number) inside of it. Nothing is ever deleted.
-    """
-    path = Path(config.dir.replace("{time}", time.strftime("%Y-%m-%dT%H-%M-%S"))).expanduser()
-    if "{time}" in config.dir:  # two runs may start in the same second
-        base, number = path, 2
-        while path.exists():
-            path, number = base.with_name(f"{base.name}-{number}"), number + 1
-    if path.exists() and not path.is_dir():
-        raise UserError(f"run.dir: {path} is a file; name a directory")
-    try:
-        if path.is_dir() and any(path.iterdir()):
-            if not config.overwrite:
-                raise UserError(
-                    f"run.dir: {path} exists and is not empty; name another directory, or pass --run.overwrite true "
-                    "to move what an earlier run wrote there into a subdirectory"
-                )
-            _move_aside(path)
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()  # it may be there and not be ours to write into
-    except OSError as error:
-        raise UserError(f"run.dir: cannot write into {path}: {error.strerror}; name another directory") from error
-    return path
-
-
-def rewind_run_dir(path: Path, step: int, config: str) -> None:
-    """Make `path` what it was after `step`, where its run goes on; what was written later moves to `previous-N`.
-
-    So does config.toml if it is to become another one, `config`.
-    """
-    later = [*path.glob("interrupted-*"), *path.glob("final")]
-    later += [file for file in path.glob("config.toml") if file.read_text(encoding="utf-8") != config]
-    later += [each for each in path.glob("checkpoint-*") if (n := each.name[11:]).isdecimal() and int(n) > step]
-    kept = {}
-    for name in ("metrics.jsonl", "samples.jsonl", "evaluation.jsonl"):
-        rows = read_jsonl(path / name)
-        up_to = [row for row in rows if row["step"] <= step]
-        whole = not (path / name).exists() or (path / name).read_bytes().endswith(b"\n")
-        if len(up_to) < len(rows) or not whole:
-            kept[path / name] = path / f".{name}.partial"
-            kept[path / name].write_text("".join(map(_line, up_to)), encoding="utf-8")
-    _set_aside(path, [*later, *kept])
-    for file, partial in kept.items():
-        partial.rename(file)
-
-
-def _move_aside(path: Path) -> None:
-    _set_aside(path, [entry for pattern in OURS for entry in path.glob(pattern)])
-
-
-def _set_aside(path: Path, entries: list[Path]) -> None:
-    if entries:
-        number = next(n for n in range(1, 1_000_000) if not (path / f"previous-{n}").exists())
-        (aside := path / f"previous-{number}").mkdir()
-        for entry in entries:
-            entry.rename(aside / entry.name)
-
-
-class RunLog:
-    """Appends to the run's files, one flushed line at a time; TensorBoard too where it was asked for.
-
-    done: the step after which a run goes on.   silent: writes nothing (a rank that is not the first).
-    """
-
-    def __init__(self, directory: Path, tensorboard: bool = False, *, done: int = 0, silent: bool = False):
-        self.directory, self.silent = directory, silent
-        self.board = None
-        if tensorboard and not silent:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise missing("tensorboard", "run.tensorboard", extra="tensorboard") from error
-            self.board = SummaryWriter(directory / "tensorboard", purge_step=done + 1 if done else None)
-
-    def metrics(self, values: dict[str, float]) -> None:
-        self._append("metrics.jsonl", values)
-        for name, value in values.items():
-            if self.board and name != "step" and math.isfinite(value):
-                self.board.add_scalar(name, value, values["step"])
-        if self.board:
-            self.board.flush()
-
-    def samples(self, rows: list[dict[str, Any]]) -> None:
-        for row in rows:
-            self._append("samples.jsonl", row)
-
-    def evaluation(self, step: int, evaluation: Any) -> None:
-        self._append("evaluation.jsonl", {"step": step, **evaluation.as_dict()})
-        if self.board:
-            self.board.add_scalar("eval/reward", evaluation.reward, step)
-
-    def evaluations(self) -> list[dict[str, Any]]:
-        """Those that an earlier part of the run made."""
-        return read_jsonl(self.directory / "evaluation.jsonl")
-
-    def _append(self, name: str, row: dict[str, Any]) -> None:
-        if self.silent:
-            return
-        with (self.directory / name).open("a", encoding="utf-8") as file:
-            file.write(_line(row))
-
-    def close(self) -> None:
-        if self.board:
-            self.board.close()
-
-
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(finite(row), ensure_ascii=False) + "\n"
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that `RunLog` wrote; [] if there is none. A line that was cut off is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_bytes().split(b"\n"):  # str.splitlines would also cut at U+2028, which JSON allows in a text
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # not JSON, or cut within a character
-            continue
-    return rows
-
-
-def finite(value: Any) -> Any:
-    """NaN and infinities are not JSON: null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: finite(each) for key, each in value.items()}
-    return value
 
 
 def peak_memory_mb(device: torch.device) -> float:

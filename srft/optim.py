@@ -24,6 +24,9 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr * (1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2)
 
 
+OPTIMIZERS = {"adamw": torch.optim.AdamW}  # by the names of train.optimizer
+
+
 class Optimizer:
     """AdamW over the trainable weights of `model`. Weight decay leaves vectors (norms, biases) alone."""
 
@@ -33,7 +36,7 @@ class Optimizer:
         self.masters = [p if p.dtype.itemsize >= 4 else self._master(p) for p in self.weights]
         decayed = [p for p in self.masters if p.ndim >= 2]
         others = [p for p in self.masters if p.ndim < 2]
-        self.adamw = torch.optim.AdamW(
+        self.adamw = OPTIMIZERS[config.optimizer](
             [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
             lr=config.lr,
             weight_decay=config.weight_decay,

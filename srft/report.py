@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from srft.errors import UserError, missing
-from srft.metrics import DESCRIPTIONS, read_jsonl
+from srft.metrics import DESCRIPTIONS
+from srft.rundir import read_jsonl
 
 # Title, the keys drawn in it, and what the y axis shows. Keys that a run does not have are left out.
 CURVES = [

@@ -22,6 +22,7 @@ from typing import Any
 
 from srft.config import DataConfig, RewardConfig
 from srft.data import Example
+from srft.data.tasks import make
 from srft.errors import UserError, missing, nearest
 
 RewardFunction = Callable[..., list[float | None]]
@@ -241,13 +242,11 @@ def task_reward(task_args: dict[str, Any]) -> RewardFunction:
     Where the answer is a number a completion is right (1) or wrong (0): the scorers there give part of the reward to a
     wrong number that contains the right digits.
     """
-    from srft import tasks
-
     scorers: dict[str, Any] = {}
 
     def one(question: Any, completion: str, answer: str | None, task: str, metadata: Any) -> float:
         if task not in scorers:
-            scorers[task] = tasks.make(task, task_args, seed=0, size=1)
+            scorers[task] = make(task, task_args, seed=0, size=1)
         numeric = number(answer) is not None
         given = final_answer(completion, numeric)
         if numeric and number(given) == number(answer):

@@ -14,18 +14,17 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from srft.model import LoadedModel
-from srft.rollout import Rollout
+from srft.rollout.engine import Engine, Rollout
 
 
-class TransformersEngine:
+class TransformersEngine(Engine):
     """Samples with the very model that is being trained; no weights are copied."""
 
-    def __init__(self, loaded: LoadedModel, batch_size: int):
+    def __init__(self, loaded: LoadedModel):
         self.model = loaded.model
         self.device = loaded.device
         self.eos_ids = loaded.eos_ids
         self.pad_id = loaded.pad_id
-        self.batch_size = batch_size
 
     @torch.no_grad()
     def generate(
@@ -37,9 +36,10 @@ class TransformersEngine:
         temperature: float,
         top_p: float,
         seed: int,
+        batch_size: int,
         numbers: Sequence[int] | None = None,
     ) -> list[list[Rollout]]:
-        """See `srft.rollout.Engine.generate`."""
+        """See `Engine.generate`."""
         generation = GenerationConfig(
             max_new_tokens=max_new_tokens,
             eos_token_id=sorted(self.eos_ids) or None,
@@ -55,8 +55,8 @@ class TransformersEngine:
         )
         completions: list[list[Rollout]] = [[] for _ in prompts]
         with self._plain_sampling():
-            for start in range(0, len(rows), self.batch_size):
-                batch = rows[start : start + self.batch_size]
+            for start in range(0, len(rows), batch_size):
+                batch = rows[start : start + batch_size]
                 owners = [index for index, _ in batch]
                 names = [f"{seed}/{numbers[index] if numbers else index}/{sample}" for index, sample in batch]
                 noise = [GumbelNoise(names, self.device)] if temperature else []

@@ -143,6 +143,8 @@ class Objective:
                  True where one may have, and then so may a token of weight 0; None: where losses depend on other tokens
     has_metrics  whether `metrics` tells anything
     learns_from  which tokens it has a loss for: "demonstrations", "rollouts"
+    switches     True where a prompt teaches by its rollouts or by its demonstration, never by both: whoever makes the
+                 batch has to choose (`hpt_switch`)
     label_smoothing  not 0 where it reads `stats.smooth`
     """
 
@@ -152,6 +154,7 @@ class Objective:
     crosses: bool | None = None
     has_metrics = False
     learns_from: tuple[str, ...] = ("demonstrations", "rollouts")
+    switches = False
     label_smoothing = 0.0
 
     def __init_subclass__(cls, twin: str | None = None, **options: Any):

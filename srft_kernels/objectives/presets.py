@@ -9,7 +9,7 @@ from typing import Any
 
 from .cross_entropy import CrossEntropy
 from .policy_gradient import PolicyGradient
-from .srft import SRFT
+from .srft import HPT, SRFT
 
 # Rollouts of objectives with demonstrations: a policy gradient by advantages, with plain or clipped ratios.
 ROLLOUTS = {"rollout_coef": 1.0, "rollout_weight": "constant", "rollout_signal": "advantage"}
@@ -129,4 +129,4 @@ def chord(mu: float = 0.5, token_weighted: bool = False, **options: Any) -> SRFT
 def hpt(**options: Any) -> SRFT:
     """HPT (arXiv 2509.04419): −ℓ on demonstrations, Dr. GRPO on rollouts; `hpt_switch` makes the prompts' choice."""
     changes = {"demo_sft_coef": 1.0, "demo_weight": "constant", "demo_rl_coef": 0.0}
-    return SRFT(**{**ROLLOUTS, **CLIPPED, **changes, **options})
+    return HPT(**{**ROLLOUTS, **CLIPPED, **changes, **options})

@@ -195,3 +195,9 @@ class SRFT(PolicyGradient, twin="srft_kernels.rows.triton_objectives:srft"):
             "rollout_weight": mean(tokens, rollout_weight, ~demo & positive),
             **self._drift(stats, tokens, self._signal(tokens, positive)),
         }
+
+
+class HPT(SRFT, twin="srft_kernels.rows.triton_objectives:srft"):
+    """SRFT's terms for batches in which a prompt teaches by its rollouts or its demonstration (arXiv 2509.04419)."""
+
+    switches = True

@@ -20,7 +20,7 @@ pytest.importorskip("jsonargparse")
 def rooms(monkeypatch):
     """What the commands would call, recorded."""
     calls = []
-    for module, name in [("trainer", "run"), ("evaluate", "main_eval"), ("report", "build")]:
+    for module, name in [("run", "run"), ("evaluate", "main_eval"), ("report", "build")]:
         called = type("module", (), {name: staticmethod(lambda *given, name=name: calls.append((name, *given)))})
         monkeypatch.setitem(sys.modules, f"srft.{module}", called)
     return calls

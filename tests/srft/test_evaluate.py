@@ -4,13 +4,13 @@ import math
 
 import pytest
 
-from srft.config import DataConfig, EvalConfig, load
-from srft.data import Example
+from srft.config import DataConfig, EvalConfig
+from srft.data import Example, build_prompter
 from srft.errors import UserError
 from srft.evaluate import evaluate, main_eval, pass_at_k, table
-from srft.prompts import build_prompter
 from srft.rewards import Scorer
-from srft.rollout import Rollout
+from srft.rollout import Engine, Rollout
+from srft.settings import load
 
 
 @pytest.mark.parametrize("n, correct, k", [(4, 0, 2), (4, 1, 1), (5, 2, 3), (6, 6, 4), (6, 3, 6), (3, 1, 3)])
@@ -19,11 +19,11 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_correct_one(n, correct, k):
     assert pass_at_k(n, correct, k) == pytest.approx(sum(min(s) < correct for s in subsets) / len(subsets))
 
 
-class Scripted:
+class Scripted(Engine):
     """Says the sample's number; the prompts are answered in order."""
 
-    def generate(self, prompts, samples, *, seed, **settings):
-        self.seed, self.settings = seed, settings
+    def generate(self, prompts, samples, *, seed, batch_size, **settings):
+        self.seed, self.batch_size, self.settings = seed, batch_size, settings
         return [[Rollout([ord(str(i)) + 2 - 33, 0], True) for i in range(samples)] for _ in prompts]
 
 
@@ -36,6 +36,7 @@ def scores(tiny, tasks, rewards, samples=4):
     scorer = Scorer("test", lambda prompts, completions, **columns: rewards)
     engine = Scripted()
     result = evaluate(engine, problems(*tasks), prompter, scorer, EvalConfig(samples=samples, seed=5), 7)
+    assert engine.batch_size == EvalConfig().batch_size
     assert engine.seed == 5 and engine.settings == {"max_new_tokens": 7, "temperature": 1.0, "top_p": 1.0}
     return result
 

@@ -4,9 +4,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from srft.config import Config, to_toml
+from srft.config import Config
 from srft.errors import UserError
 from srft.report import build, svg
+from srft.settings import to_toml
 
 VOID = {"meta", "br", "img", "input", "link", "path", "use", "rect", "line"}
 

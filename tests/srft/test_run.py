@@ -7,12 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from srft import trainer as trainer_module
+from srft import run as run_module
 from srft.checkpoint import resumable
-from srft.config import Config, ModelConfig, load
+from srft.config import Config, ModelConfig
 from srft.errors import UserError
 from srft.model import load_model
-from srft.trainer import Trainer, run
+from srft.run import run
+from srft.settings import load
+from srft.trainer import Trainer
 
 
 def small_run(tiny_dir, directory, *overrides: str) -> Config:
@@ -97,7 +99,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(tiny_dir, tmp_path,
             raise KeyboardInterrupt
         return step(self, number)
 
-    monkeypatch.setattr(trainer_module.report, "build", lambda path: path / "report.html")  # takes the longest
+    monkeypatch.setattr(run_module.report, "build", lambda path: path / "report.html")  # takes the longest
     timed = ("seconds_rollout", "seconds_train", "tokens_per_second", "peak_memory_mb")
     more = ["--model.dtype", dtype, "--run.checkpoint_every", "2", "--eval.every", "3", "--train.steps", "5"]
     more += ["--train.lr", "1e-3", "--train.updates_per_rollout", "2"]
@@ -123,7 +125,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(tiny_dir, tmp_path,
 
 
 def test_a_run_goes_on_only_where_there_is_something_left_to_do(tiny_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer_module.report, "build", lambda path: path / "report.html")
+    monkeypatch.setattr(run_module.report, "build", lambda path: path / "report.html")
     directory = tmp_path / "run"
     result = run(small_run(tiny_dir, directory, "--run.checkpoint_every", "1"))
     config, last = load(str(directory / "config.toml"), []), resumable(str(directory))
@@ -149,8 +151,8 @@ def test_an_error_is_not_hidden_by_a_save_that_fails(tiny_dir, tmp_path, monkeyp
         raise OSError("No space left")
 
     monkeypatch.setattr(Trainer, "step", failing)
-    monkeypatch.setattr(trainer_module.checkpoint, "save", full)
-    monkeypatch.setattr(trainer_module.report, "build", full)
+    monkeypatch.setattr(run_module.checkpoint, "save", full)
+    monkeypatch.setattr(run_module.report, "build", full)
     with pytest.raises(RuntimeError, match="boom"):
         run(small_run(tiny_dir, tmp_path / "run"))
     assert ("the model could not be saved: No space left" in capsys.readouterr().err) == bool(done)

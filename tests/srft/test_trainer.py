@@ -7,15 +7,16 @@ import pytest
 import torch
 
 import srft_kernels as sk
-from srft import trainer as trainer_module
-from srft.config import DataConfig, load
-from srft.data import Example
+from srft.config import DataConfig
+from srft.data import Example, build_prompter
 from srft.errors import UserError
+from srft.learn.credit import advantages_of, reward_metrics
+from srft.learn.packing import Sequence, pack
+from srft.metrics import DESCRIPTIONS
 from srft.model import LoadedModel
-from srft.packing import Sequence, pack
-from srft.prompts import build_prompter
 from srft.rewards import Scorer
-from srft.rollout import Rollout
+from srft.rollout import Engine, Rollout
+from srft.settings import load
 from srft.trainer import Trainer
 from tests.srft.conftest import byte_tokenizer, tiny_model
 
@@ -126,22 +127,6 @@ def test_training_makes_demonstrations_likelier(tiny):
     assert trainer._statistics(demos)[0].mean() > before + 1
 
 
-@pytest.mark.parametrize(
-    ("rewards", "threshold", "demo"),
-    [
-        ([1, 0, 0, 0], 0.0, False),
-        ([0, 0, 0, 0], 0.0, True),
-        ([1, 0, 0, 0], 0.25, True),
-        ([1], 1.0, True),
-        ([], 0.0, True),
-    ],
-)
-def test_hpt_learns_from_rollouts_that_succeed_often_enough_else_from_the_demonstration(rewards, threshold, demo):
-    rollouts = [Sequence([1], [2], False, float(reward)) for reward in rewards]
-    chosen = trainer_module.chosen([*rollouts, Sequence([1], [3], True, 1.0)], threshold)
-    assert [sequence.is_demo for sequence in chosen] == ([True] if demo else [False] * len(rewards))
-
-
 def test_a_step_of_hpt_has_no_prompt_that_learns_from_both(tiny):
     never, always = (make(tiny, "--loss.preset=hpt", reward=reward) for reward in (nothing, everything))
     line = never.step(1)[0]
@@ -164,7 +149,7 @@ def test_a_step_reports_every_key_of_the_issue(tiny):
     rollout_entropy_weight reward_mean reward_std response_tokens clip_fraction approx_kl grad_norm learning_rate
     demo_tokens rollout_tokens seconds_rollout seconds_train tokens_per_second peak_memory_mb"""
     assert set(expected.split()) <= set(line)
-    assert set(line) <= set(trainer_module.report.DESCRIPTIONS)
+    assert set(line) <= set(DESCRIPTIONS)
     assert all(math.isfinite(line[name]) for name in expected.split())
     assert [set(s) for s in samples] == [
         {"step", "task", "prompt", "completion", "reward", "advantage", "finished"}
@@ -252,13 +237,15 @@ def test_prompts_without_a_demonstration_learn_from_their_rollouts(tiny):
 
 
 def test_the_end_of_sequence_is_trained_on_in_demonstrations_and_rollouts(tiny):
-    class Scripted:
+    class Scripted(Engine):
         def generate(self, prompts, samples, **_):
             return [[Rollout([70, 71, 0], True), Rollout([72, 73], False)] for _ in prompts]
 
     trainer = make(tiny, engine=Scripted())
     problems = trainer._draw(1)
-    sequences, _, metrics = trainer._score(problems, trainer._roll_out(problems, 1))
+    groups = trainer._score(problems, trainer._roll_out(problems, 1))
+    sequences = trainer._credit(groups, [advantages_of(group, trainer.config.loss) for group in groups])
+    metrics = reward_metrics(groups)
     (m,) = pack(sequences, token_budget=10_000)
     ends = m.target == 0
     assert ends.sum() == 2 * len(problems)  # one in each demonstration, one in each finished rollout
@@ -344,8 +331,8 @@ def test_the_loop_imports_with_torch_and_transformers_alone():
     optional = "reasoning_gym math_verify pyarrow tensorboard jsonargparse matplotlib gguf vllm"
     code = (
         f"import sys\nfor name in {optional.split()!r}: sys.modules[name] = None\n"
-        "import srft.config, srft.trainer, srft.packing, srft.advantages, srft.evaluate, srft.report\n"
-        "assert 'srft.distributed' not in sys.modules"
+        "import srft.config, srft.trainer, srft.learn.packing, srft.learn.credit, srft.evaluate, srft.report\n"
+        "assert 'srft.ranks.torchrun' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -1,0 +1,7 @@
+"""From files and generated tasks to examples, and from examples to token ids."""
+
+from srft.data.examples import Example
+from srft.data.load import load_examples
+from srft.data.prompts import Problem, Prompter, build_prompter
+
+__all__ = ["Example", "Problem", "Prompter", "build_prompter", "load_examples"]

@@ -1,0 +1,75 @@
+"""A model cut before its head, so that the loss never needs its logits.
+
+head = head_of(loaded.model)                            # what the functions of srft_kernels ask about a head
+hidden = hidden_states(loaded.model, ids, mask)         # (B, L, H)
+srft_kernels.linear_logprobs(hidden[:, :-1], target=ids[:, 1:], **head)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import srft_kernels as sk
+from srft.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def head_of(model: "PreTrainedModel") -> dict[str, Any]:
+    """The output layer as keyword arguments of `srft_kernels.linear_loss`.
+
+    linear_weight (V, H): the model's own Parameter, shared with the embedding where they are tied.
+    linear_bias (V,), or None.   softcap, logit_scale: found by the names that transformers' configs have for them.
+    vocab_size: the number of real entries where the weight is padded beyond it, else None.
+    """
+    layer, config = model.get_output_embeddings(), model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
+    scale *= getattr(config, "lm_head_multiplier", None) or 1.0  # Falcon-H1
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
+    softcap = getattr(config, "final_logit_softcapping", None) or None
+    vocab_size = config.vocab_size if config.vocab_size < layer.weight.shape[0] else None
+    return {
+        "linear_weight": layer.weight,
+        "linear_bias": getattr(layer, "bias", None),
+        "softcap": softcap,
+        "logit_scale": float(scale),
+        "vocab_size": vocab_size,
+    }
+
+
+def hidden_states(
+    model: "PreTrainedModel", input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
+) -> Tensor:
+    """The last hidden states (B, L, H), after the final norm, for ids (B, L); no logits are made.
+
+    attention_mask: (B, L), or (B, 1, L, L) bool, true where a query (row) sees a key (column).   position_ids: (B, L).
+    """
+    if attention_mask.ndim == 4:  # sdpa and eager attention both add a mask of the model's type
+        added = torch.zeros_like(attention_mask, dtype=model.dtype)
+        attention_mask = added.masked_fill_(~attention_mask, torch.finfo(model.dtype).min)
+    positions = {} if position_ids is None else {"position_ids": position_ids}  # not every backbone takes them
+    backbone = model.get_decoder()
+    return backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions).last_hidden_state
+
+
+@torch.no_grad()
+def check_head(model: "PreTrainedModel") -> None:
+    """Raise UserError unless `head_of` and `hidden_states` reproduce the model's own logits on a few tokens."""
+    training = model.training
+    model.eval()
+    try:
+        head = head_of(model)
+        weight = head["linear_weight"]
+        ids = torch.arange(4, device=weight.device)[None] % len(weight)
+        mask = torch.ones_like(ids)
+        logits = sk.reference.logits(hidden_states(model, ids, mask), **head).float()
+        expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()[..., : logits.shape[-1]]
+        error = (logits - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
+        reason = f"logits differ by {error:.1%} from those of its own forward" if not error < 0.02 else ""
+    except Exception as problem:
+        reason = first_line(problem)
+    model.train(training)
+    if reason:
+        raise UserError(f"{type(model).__name__}: its output layer works in a way that srft does not know: {reason}")

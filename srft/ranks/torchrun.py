@@ -1,0 +1,267 @@
+"""Ranks under torchrun: torch.distributed between them, and the model sharded over them by FSDP2.
+
+Collectives on the model's device (weights, gradients) are FSDP2's own; rollouts, rewards and metrics are small and go
+through gloo. Which rank failed is told through the store that torchrun's agent keeps, which outlives any of them.
+"""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from srft.config import ModelConfig
+from srft.data import Example
+from srft.errors import UserError
+from srft.model import LoadedModel
+from srft.ranks.ranks import Ranks
+from srft.rewards import Scorer
+from srft.rollout import Engine, Rollout
+
+T = TypeVar("T")
+PATIENCE = 3.0  # seconds in which every living rank answers once one of them has failed
+
+
+class TorchRanks(Ranks):
+    """The ranks of a torchrun, joined: one process group, and silence on all ranks but the first."""
+
+    def __init__(self, quiet: bool = True):
+        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.local = int(os.environ["LOCAL_RANK"])
+        if torch.cuda.is_available() and self.local < torch.cuda.device_count():
+            torch.cuda.set_device(self.local)
+        dist.init_process_group()  # gloo for what lies on the CPU, NCCL for GPUs
+        agent = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        self.store = dist.PrefixStore("srft", agent)
+        self.telling = threading.Lock()
+        self._listen()
+        if not self.main:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            sys.stderr = sys.stdout if quiet else sys.stderr
+
+    def check(self, config: ModelConfig) -> None:
+        if config.device.startswith("cuda:"):
+            raise UserError(f"model.device: {config.device!r} is one GPU for all ranks; give cuda: each takes its own")
+        count = torch.cuda.device_count()
+        if config.device != "cpu" and torch.cuda.is_available() and self.local >= count:
+            raise UserError(f"torchrun: more processes than GPUs on a node; lower --nproc_per_node to {count}")
+
+    def gather(self, value: T) -> list[T]:
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def concatenate(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        of_ranks = self.gather([part.cpu() for part in parts])  # a pickled GPU tensor would come back on that GPU
+        return tuple(torch.cat(each).to(parts[0].device) for each in zip(*of_ranks))
+
+    def add(self, tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor)
+        return tensor
+
+    def engine(self, engine: Engine) -> Engine:
+        return DividedEngine(engine, self)
+
+    def scorer(self, scorer: Scorer) -> Scorer:
+        return DividedScorer(scorer, self)
+
+    # The model
+
+    def shard(self, loaded: LoadedModel) -> None:
+        """Weights become fp32 DTensors, sharded in dimension 0; layers and the rest are gathered in the model's type.
+
+        One group per transformer block, and one for everything else (embedding, final norm, head), tied or not.
+        Gradients are summed in fp32: token weights are already those of the whole step.
+        """
+        model = loaded.model
+        mesh = init_device_mesh(loaded.device.type, (self.size,))
+        policy = MixedPrecisionPolicy(loaded.dtype, torch.float32, cast_forward_inputs=False)
+        names = model._no_split_modules or ()
+        blocks = [module for module in model.modules() if type(module).__name__ in names]
+        self.owner = Owner(model)
+        for module in [*reversed(blocks), self.owner]:
+            for weight in module.parameters():
+                if not isinstance(weight, DTensor):
+                    weight.data = weight.data.float()
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+
+    def forward(self, function: Callable[[], T]) -> T:
+        return self.owner(function)
+
+    @torch.no_grad()
+    def whole(self, function: Callable[[], T]) -> T:
+        """Gathers everything first: ranks that generate for different numbers of steps must not wait for each other."""
+        groups = [module for module in self.owner.modules() if isinstance(module, FSDPModule)]
+
+        def gathered() -> T:
+            for group in groups:
+                group.unshard()
+            return function()
+
+        self.owner.set_reshard_after_forward(False)
+        result = self.owner(gathered)
+        for group in groups:
+            group.set_reshard_after_forward(group is not self.owner, recurse=False)
+            group.reshard()
+        return result
+
+    def weights(self, loaded: LoadedModel) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in loaded.model.state_dict(keep_vars=True).items():
+            yield name, self._gathered(tensor, loaded.dtype)
+
+    def state_dict(self, loaded: LoadedModel) -> dict[str, Tensor] | None:
+        """One weight after the other is gathered; a tied one once, so that it is still known as such."""
+        state = loaded.model.state_dict(keep_vars=True)
+        whole = {}
+        for tensor in state.values():
+            if id(tensor) not in whole:
+                full = self._gathered(tensor, loaded.dtype)
+                whole[id(tensor)] = full.cpu() if self.main else None
+        return {name: whole[id(tensor)] for name, tensor in state.items()}
+
+    @staticmethod
+    def _gathered(weight: Tensor, dtype: torch.dtype) -> Tensor:
+        return weight.detach().full_tensor().to(dtype) if isinstance(weight, DTensor) else weight.detach()
+
+    # The end
+
+    def fail(self, message: str, code: int, error: BaseException | None = None) -> NoReturn:
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        self._end(code, self._name_the_lost if lost else lambda: self._tell(message))
+
+    def leave(self) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        dist.destroy_process_group()
+
+    def _end(self, code: int, tell: Callable[[], None]) -> NoReturn:
+        """Ends the process at once: on its way out it would wait for ranks that are gone."""
+        try:
+            tell()
+        except dist.DistError:
+            gone = f"srft: error: {os.environ['MASTER_ADDR']}, where the ranks meet, does not answer"
+            print(gone + self.last_words, file=sys.__stderr__, flush=True)
+        os._exit(code)
+
+    def _tell(self, message: str) -> None:
+        if self.store.add("told", 1) == 1:
+            bar = "\n" if self.last_words else ""  # of a run under way: the message must not be written behind it
+            print(bar + message + self.last_words, file=sys.__stderr__, flush=True)
+            self.store.set("said", "")
+        else:  # torchrun stops all ranks as soon as one ends: not before the message is out
+            self._wait(lambda: self.store.check(["said"]))
+
+    def _name_the_lost(self) -> None:
+        """A rank that failed has told why, or was killed: whoever answers in time is alive, the others are named."""
+        with self.telling:
+            self.store.set(f"alive/{self.rank}", "")
+            self._wait(lambda: self._told() or not self._silent())
+            silent = self._silent()
+            if self._told():
+                self._tell("")
+            elif self.rank == min(set(range(self.size)) - set(silent)):
+                names = " and ".join(f"rank {rank}" for rank in silent)
+                ended = f"{names} of {self.size} ended without a word (killed, out of memory, or its machine is gone)"
+                self._tell(f"srft: error: {ended if silent else 'stopped by a signal'}")
+
+    def _told(self) -> bool:
+        return self.store.add("told", 0) > 0
+
+    def _silent(self) -> list[int]:
+        return [rank for rank in range(self.size) if not self.store.check([f"alive/{rank}"])]
+
+    @staticmethod
+    def _wait(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline and not condition():
+            time.sleep(0.02)
+
+    def _listen(self) -> None:
+        """torchrun ends the other ranks by SIGTERM. A thread hears it, also while the main one waits for a GPU."""
+        reader, self.signals = socket.socketpair()
+        self.signals.setblocking(False)
+        signal.signal(signal.SIGTERM, lambda *_: None)  # a signal without a handler is not written anywhere
+        signal.set_wakeup_fd(self.signals.fileno(), warn_on_full_buffer=False)
+
+        def end() -> None:
+            while reader.recv(1) != bytes([signal.SIGTERM]):
+                pass
+            self._end(1, self._name_the_lost)
+
+        def forget() -> None:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+        os.register_at_fork(after_in_child=forget)  # a reward may run processes of its own
+        threading.Thread(target=end, daemon=True).start()
+
+
+class Owner(nn.Module):
+    """The module that owns every weight outside of the blocks; runs a function inside of its forward.
+
+    FSDP2 has a module's own weights whole, and reduces their gradients, only for what happens in its forward. So the
+    loss head is called there, with the very tensor that the embedding used where they are tied.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[[], T]) -> T:
+        return function()
+
+
+@dataclass(frozen=True)
+class DividedEngine(Engine):
+    """Rank r generates for prompts r, r + K, …: the samples are those of one process, which numbers prompts alike."""
+
+    alone: Engine
+    ranks: TorchRanks
+
+    def generate(self, prompts: list[list[int]], samples: int, **settings: Any) -> list[list[Rollout]]:
+        numbers = range(self.ranks.rank, len(prompts), self.ranks.size)
+        mine = [prompts[number] for number in numbers]
+        groups = self.ranks.whole(lambda: self.alone.generate(mine, samples, numbers=numbers, **settings))
+        merged: list[list[Rollout]] = [[] for _ in prompts]
+        for rank, part in enumerate(self.ranks.gather(groups)):
+            merged[rank :: self.ranks.size] = part
+        return merged
+
+    def refresh(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self.alone.refresh(weights)
+
+    def release(self) -> None:
+        self.alone.release()
+
+
+@dataclass(frozen=True)
+class DividedScorer:
+    """Calls the reward function on each rank, with the completions of every K-th example."""
+
+    alone: Scorer
+    ranks: TorchRanks
+
+    @property
+    def name(self) -> str:
+        return self.alone.name
+
+    def __call__(self, examples: list[Example], completions: list[str]) -> list[float | None]:
+        place: dict[int, int] = {}
+        for example in examples:
+            place.setdefault(id(example), len(place))
+        mine = [i for i, each in enumerate(examples) if place[id(each)] % self.ranks.size == self.ranks.rank]
+        scores = self.alone([examples[i] for i in mine], [completions[i] for i in mine])
+        merged = {i: score for part in self.ranks.gather(dict(zip(mine, scores))) for i, score in part.items()}
+        return [merged[i] for i in range(len(examples))]

@@ -1,0 +1,173 @@
+"""One run, `srft train`: evaluate, train, evaluate again, write the report, and lose nothing that was written."""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from srft import checkpoint, report
+from srft.config import Config
+from srft.data import build_prompter, load_examples
+from srft.errors import UserError
+from srft.evaluate import Evaluation, evaluate, table
+from srft.learn.objective import build_objective
+from srft.model import LoadedModel, load_model
+from srft.ranks import Ranks, broadcast
+from srft.rewards import build_reward, check_answers
+from srft.rundir import RunLog, create_run_dir, rewind_run_dir
+from srft.settings import to_toml
+from srft.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to. `before` and `after` are the same prompts and seed, one evaluation where no step was due."""
+
+    directory: Path
+    before: Evaluation
+    after: Evaluation
+    seconds: float
+    report: Path
+
+    def __str__(self) -> str:
+        before, after, minutes = self.before, self.after, int(self.seconds) // 60
+        reward, gain = f"{after.reward:.3f}", ""
+        if before is not after:
+            reward, gain = f"{before.reward:.3f} → {reward}", f"{100 * (after.reward - before.reward):+.1f} points; "
+        return (
+            f"held-out reward {reward} ({gain}{after.prompts} prompts × "
+            f"{after.samples} samples, seed {after.seed}) · {minutes} min {int(self.seconds) % 60} s · {self.report}"
+        )
+
+
+def run(config: Config, ranks: Ranks | None = None, resumed: Path | None = None) -> RunResult:
+    """Evaluate, train, evaluate again, write the report; prints the result as its last line.
+
+    Everything is written as soon as it is known, and an interruption or an error still saves the model as it is
+    (`interrupted-<step>`) and makes the report; of several ranks, the last checkpoint is what stays.
+    resumed: a checkpoint with the state of its run, which goes on from there in the same directory.
+    """
+    started = time.perf_counter()
+    ranks = ranks or Ranks()
+    ranks.check(config.model)
+    done = checkpoint.step_of(resumed) if resumed else 0
+    if done > config.train.steps:
+        raise UserError(f"--resume {resumed}: {done} steps are done; train.steps {config.train.steps} is fewer")
+    report.require_packages()  # a run of hours must not fail on its last page
+    objective = build_objective(config.loss)
+    scorer = ranks.scorer(alone := build_reward(config.reward, config.data))
+    needed = config.train.steps * config.train.prompts_per_step
+    examples = load_examples(config.data, "train", config.data.size)[:needed]
+    held_out = load_examples(config.data, "eval", config.eval.prompts)
+    check_answers(alone, config.data, held_out, examples if "rollouts" in objective.learns_from else [])
+    loaded = load_model(dataclasses.replace(config.model, path=str(resumed)) if resumed else config.model)
+    prompter = build_prompter(loaded.tokenizer, config.data)
+    trainer = Trainer(config, loaded, prompter, scorer, examples, objective, ranks=ranks)
+
+    if resumed:
+        directory = resumed.parent
+        checkpoint.read_state(trainer.optimizer.state(), resumed / checkpoint.STATE, ranks)
+        trainer.optimizer.refresh()
+        trainer.engine.refresh(ranks.weights(loaded))
+        broadcast(ranks, lambda: rewind_run_dir(directory, done, to_toml(config)))
+    else:
+        directory = broadcast(ranks, lambda: create_run_dir(config.run))
+    if ranks.main:
+        (directory / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    log = RunLog(directory, config.run.tensorboard, done=done, silent=not ranks.main)
+    on = f"{ranks.size} × {loaded.device}" if ranks.size > 1 else loaded.device
+    print(f"{parameters(loaded)} on {on}; {f'going on after step {done} in' if resumed else 'writing to'} {directory}")
+    last = f"; its last checkpoint is {{}}: srft train --resume {directory} goes on from it"
+    ranks.last_words = last.format(resumed) if resumed else f"; what was written is in {directory}, no checkpoint yet"
+    evaluations = {row["step"]: Evaluation.of(row) for row in broadcast(ranks, lambda: log.evaluations())}
+
+    def measure(step: int) -> None:
+        """Evaluate where that is due after `step`, and was not done before the run was resumed."""
+        every = config.eval.every
+        if step in evaluations or not (step in (0, config.train.steps) or (every and step % every == 0)):
+            return
+        if step == 0:
+            prompts = f"{len(held_out)} held-out prompts × {config.eval.samples} samples"
+            print(f"evaluating {prompts} …", flush=True)
+        result = evaluate(trainer.engine, held_out, prompter, scorer, config.eval, config.rollout.max_new_tokens)
+        evaluations[step] = result
+        log.evaluation(step, result)
+        when = f"held-out after {step} of {config.train.steps} steps\n" if config.train.steps else ""
+        tqdm.write(f"{when}{table(result)}")
+
+    try:
+        measure(done)
+        steps = steps_with_bar(trainer, log, config, done)
+        for done in steps:
+            if config.run.checkpoint_every and done % config.run.checkpoint_every == 0:
+                path = directory / f"checkpoint-{done}"
+                checkpoint.save(loaded, path, ranks, trainer.optimizer.state())
+                ranks.last_words = last.format(path)
+            measure(done)
+        checkpoint.save(loaded, directory / "final", ranks)
+        page = broadcast(ranks, lambda: report.build(directory))
+    except BaseException as error:
+        if ranks.size > 1:  # the others cannot be asked for their part of the model
+            raise
+        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped by an error"
+        print(f"{reason} after step {done} of {config.train.steps}; what was written stays:", file=sys.stderr)
+        for line in rescued(loaded, directory, done):
+            print(f"  {line}", file=sys.stderr)
+        raise
+    finally:
+        log.close()
+    before, after = evaluations[min(evaluations)], evaluations[config.train.steps]
+    result = RunResult(directory, before, after, time.perf_counter() - started, page)
+    print(result)
+    return result
+
+
+def rescued(loaded: LoadedModel, directory: Path, done: int) -> Iterator[str]:
+    """Save the model of an interrupted run and make its report, as far as that works; says what there is."""
+    model = directory / "final"
+    if done and not model.exists():
+        model = directory / f"interrupted-{done}"
+        try:
+            checkpoint.save(loaded, model)
+        except Exception as error:  # must not hide what stopped the run
+            yield f"the model could not be saved: {error}"
+    if model.exists():
+        yield f"the model in {model} (srft eval --checkpoint {model})"
+    try:
+        yield f"the report in {report.build(directory)}"
+    except Exception as error:
+        yield f"{directory} (no report: {error})"
+
+
+def steps_with_bar(trainer: Trainer, log: RunLog, config: Config, done: int = 0) -> Iterator[int]:
+    """Do the steps after `done`, log each, show the bar; yields the number of steps done.
+
+    UserError where no update can be taken.
+    """
+    steps = config.train.steps
+    skipped, patience = 0, min(5, steps)
+    with tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=not steps) as bar:
+        for number in range(done + 1, steps + 1):
+            metrics, samples = trainer.step(number)
+            log.metrics(metrics)
+            log.samples(samples)
+            shown = {"reward": "reward_mean", "entropy": "rollout_entropy", "loss": "loss"}
+            words = [f"{name} {metrics[key]:.3f}" for name, key in shown.items() if key in metrics]
+            bar.set_postfix_str(", ".join([*words, f"{metrics['tokens_per_second']:.0f} tokens/s"]), refresh=False)
+            bar.update()
+            skipped = skipped + 1 if metrics["skipped_updates"] == 1 else 0
+            if skipped == patience:
+                raise UserError(
+                    f"training diverged: in {skipped} steps in a row no gradient was finite, so no update was taken; "
+                    "lower train.lr, or take model.dtype float32"
+                )
+            yield number
+
+
+def parameters(loaded: LoadedModel) -> str:
+    count = sum(p.numel() for p in loaded.model.parameters())
+    return f"{type(loaded.model).__name__} with {count / 1e6:.1f} M parameters in {str(loaded.dtype).split('.')[-1]}"

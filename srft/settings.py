@@ -1,0 +1,215 @@
+"""Settings as users write them: TOML, and `--section.key value` over it, become one `Config`; and back into TOML.
+
+    config = load("my.toml", ["--train.lr", "1e-5", "--data.tasks", "chain_sum", "gsm_symbolic"])
+    config.train.lr                    # 1e-05
+    to_toml(config)                    # the resolved configuration, which `load` reads again
+
+Which settings there are is in config.py. `load` needs jsonargparse.
+"""
+
+import dataclasses
+import itertools
+import json
+import re
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from srft.config import Config, Section
+from srft.errors import UserError, missing, nearest
+
+SECTIONS: dict[str, type[Section]] = {each.name: each.default_factory for each in dataclasses.fields(Config)}
+
+
+def load(path: str | None = None, overrides: list[str] | None = None) -> Config:
+    """The defaults, changed by a TOML file, changed by `--section.key value` arguments.
+
+    Lists take several values (`--data.tasks chain_sum gsm_symbolic`), tables take dotted keys
+    (`--data.task_args.chain_sum.max_terms 4`), a flag alone is true. Raises UserError for a file that cannot be
+    read, an unknown section or key (naming the nearest known one), and a value of the wrong type or out of bounds.
+    """
+    tree = read_toml(path) if path else {}
+    where, of_file = f"{path}: ", set()
+    for section, values in tree.items():
+        if section not in SECTIONS and not isinstance(values, dict):
+            check_key(section, where)
+        if section not in SECTIONS:
+            known = f" (sections: {', '.join(SECTIONS)})"
+            raise UserError(f"{where}unknown section [{section}]{nearest(section, SECTIONS)}{known}")
+        if not isinstance(values, dict):
+            raise UserError(f"{where}{section}: expected a table [{section}], found {values!r}")
+        for key in values:
+            check_key(f"{section}.{key}", where)
+            of_file.add(f"{section}.{key}")
+    for key, values in pairs(overrides or []):
+        override(tree, key, values)
+        of_file.discard(".".join(key.split(".")[:2]))
+    try:
+        return build(tree)
+    except UserError as error:
+        key = str(error).partition(":")[0]
+        raise UserError(f"{where if key in of_file else ''}{error}") from error
+
+
+def toml_loads(text: str) -> dict[str, Any]:
+    """tomllib.loads, also on Python 3.10; raises ValueError for invalid TOML."""
+    try:
+        import tomllib
+    except ImportError:
+        try:
+            import tomli as tomllib
+        except ImportError as error:
+            raise missing("tomli", "reading TOML on Python 3.10") from error
+    return tomllib.loads(text)
+
+
+def read_toml(path: str) -> dict[str, Any]:
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a configuration: {error}") from error
+    try:
+        return toml_loads(text)
+    except ValueError as error:
+        line = re.search(r"line (\d+)", str(error))
+        raise UserError(f"{path}:{line[1] if line else len(text.splitlines())}: not valid TOML: {error}") from error
+
+
+def fields_of(section: str) -> dict[str, dataclasses.Field]:
+    return {each.name: each for each in dataclasses.fields(SECTIONS[section])} if section in SECTIONS else {}
+
+
+def default_of(each: dataclasses.Field) -> Any:
+    return each.default_factory() if each.default is dataclasses.MISSING else each.default
+
+
+def type_of(key: str) -> Any:
+    section, name = key.split(".")
+    return typing.get_type_hints(SECTIONS[section])[name]
+
+
+def check_key(key: str, where: str) -> None:
+    """Raise a UserError that names the nearest known key when `key` (section.name) is none."""
+    section, _, name = key.partition(".")
+    if name in fields_of(section):
+        return
+    everything = [f"{section}.{name}" for section in SECTIONS for name in fields_of(section)]
+    by_name = [known for known in everything if known.endswith(f".{name or section}")]
+    hint = f"; did you mean {' or '.join(map(repr, by_name))}?" if by_name else nearest(key, everything)
+    raise UserError(f"{where or 'command line: '}unknown key {key!r}{hint} (`srft train --help` lists all keys)")
+
+
+def pairs(arguments: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """`--a.b 1 2 --c.d=3` → ("a.b", ["1", "2"]), ("c.d", ["3"])."""
+    starts = [i for i, argument in enumerate(arguments) if argument.startswith("--")] + [len(arguments)]
+    if starts[0] > 0:
+        raise UserError(f"unexpected argument {arguments[0]!r}: settings are written --section.key value")
+    for start, end in itertools.pairwise(starts):
+        key, equals, value = arguments[start][2:].partition("=")
+        yield key, [value] * bool(equals) + arguments[start + 1 : end]
+
+
+def override(tree: dict[str, Any], key: str, values: list[str]) -> None:
+    """Put one command-line setting into the tree that came from TOML."""
+    section, name, *inner = [*key.split("."), ""][: max(2, key.count(".") + 1)]
+    check_key(f"{section}.{name}".strip("."), "")
+    kind, table = type_of(f"{section}.{name}"), tree.setdefault(section, {})
+    if kind is bool and not values:
+        values = ["true"]
+    if typing.get_origin(kind) is list:
+        table[name] = values[0] if values[:1] and values[0].startswith("[") else values
+        return
+    if len(values) != 1:
+        raise UserError(f"--{key}: expected one value, found {' '.join(values) or 'none'}")
+    if typing.get_origin(kind) is dict and inner:
+        table = table.setdefault(name, fields_of(section)[name].default_factory())
+        for name in inner[:-1]:
+            table = table.setdefault(name, {})
+            if not isinstance(table, dict):
+                raise UserError(f"--{key}: {name} already is the value {table!r}, not a table")
+        name = inner[-1]
+    elif inner:
+        raise UserError(f"--{key}: {section}.{name} is one value and has no keys of its own")
+    table[name] = literal(values[0]) if typing.get_origin(kind) is dict else values[0]
+
+
+def literal(text: str) -> Any:
+    """The value that `text` is in TOML, else the text itself."""
+    try:
+        return toml_loads(f"value = {text}")["value"]
+    except ValueError:
+        return text
+
+
+def build(tree: dict[str, Any]) -> Config:
+    """Check the types of a nested dictionary and make a Config of it; texts become numbers where those are expected."""
+    try:
+        from jsonargparse import ArgumentParser
+    except ImportError as error:
+        raise missing("jsonargparse", "reading a configuration") from error
+    from argparse import ArgumentError
+
+    parser = ArgumentParser(exit_on_error=False)
+    for section in SECTIONS:
+        for name, each in fields_of(section).items():
+            parser.add_argument(f"--{section}.{name}", type=type_of(f"{section}.{name}"), default=default_of(each))
+    try:
+        values = parser.parse_object(tree).as_dict()
+    except ArgumentError as error:
+        key = re.search(r'key "(\w+\.\w+)', str(error))
+        if not key:
+            raise UserError(str(error)) from error
+        section, name = key[1].split(".")
+        raise UserError(f"{key[1]}: expected {words(type_of(key[1]))}, found {tree[section][name]!r}") from error
+    return Config(**{section: SECTIONS[section](**values[section]) for section in SECTIONS})
+
+
+def words(kind: Any) -> str:
+    """A type as users read it."""
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(typing.get_args(kind))
+    if typing.get_origin(kind) is list:
+        return "a list of texts"
+    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+    return names.get(kind, "a table" if typing.get_origin(kind) is dict else "text")
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as TOML that `load` reads back to an equal one; what is None stays a comment."""
+    lines = []
+    for section in SECTIONS:
+        lines.append(f"[{section}]")
+        for name, each in fields_of(section).items():
+            value = getattr(getattr(config, section), name)
+            line = f"# {name} =" if value is None else f"{name} = {toml_value(value)}"
+            lines.append(f"{line:<44}  # {each.metadata['help']}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def toml_value(value: Any) -> str:
+    if isinstance(value, dict):
+        named = {
+            key if re.fullmatch(r"[\w-]+", key, re.ASCII) else toml_value(key): value[key] for key in map(str, value)
+        }
+        return "{" + ", ".join(f"{key} = {toml_value(each)}" for key, each in named.items() if each is not None) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(toml_value, value)) + "]"
+    if isinstance(value, (str, bool)):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON lets DEL through, TOML does not
+    return repr(value)
+
+
+def help_text() -> str:
+    """All sections, keys, defaults and what they mean."""
+    lines = []
+    for section in SECTIONS:
+        lines.append(f"\n[{section}]")
+        for name, each in fields_of(section).items():
+            key, default, help = f"{section}.{name}", default_of(each), each.metadata["help"]
+            choices = typing.get_args(type_of(key)) if typing.get_origin(type_of(key)) is Literal else ()
+            if not all(choice in help for choice in choices):
+                help += f": {', '.join(choices)}"
+            lines.append(f"  --{key:<30} {help}" + ("" if default is None else f" (default {toml_value(default)})"))
+    return "\n".join(lines)

@@ -1,0 +1,98 @@
+"""Loading models, and what is said about directories and names that are none."""
+
+import importlib.util
+
+import pytest
+import torch
+import transformers
+
+from srft.config import ModelConfig
+from srft.errors import UserError
+from srft.model import load_model
+from tests.srft.conftest import byte_tokenizer, tiny_model
+
+
+def test_load_a_directory(tiny_dir):
+    loaded = load_model(ModelConfig(path=str(tiny_dir), device="cpu"))
+    assert loaded.model.training and loaded.dtype is torch.float32 and loaded.device.type == "cpu"
+    assert loaded.eos_ids == {0} and loaded.pad_id == 0
+    assert load_model(ModelConfig(path=str(tiny_dir), device="cpu", dtype="bfloat16")).model.dtype is torch.bfloat16
+
+
+def test_every_declared_end_token_ends(tmp_path):
+    model = tiny_model()
+    model.generation_config.eos_token_id = [0, 7]
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert load_model(ModelConfig(path=str(tmp_path), device="cpu")).eos_ids == {0, 7}
+
+
+def test_a_directory_without_tokenizer(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(UserError) as error:
+        load_model(ModelConfig(path=str(tmp_path), device="cpu"))
+    assert str(error.value).startswith(f"model.path {str(tmp_path)!r}: no tokenizer could be loaded from it (")
+    assert str(error.value).endswith(f"; save one there: tokenizer.save_pretrained({str(tmp_path)!r})")
+
+
+def test_a_name_that_is_not_on_the_hub(monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("We couldn't connect to the hub\nand so on")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", unreachable)
+    with pytest.raises(UserError) as error:
+        load_model(ModelConfig(path="smolm2", device="cpu"))
+    assert str(error.value) == (
+        "model.path 'smolm2': no tokenizer could be loaded from it (We couldn't connect to the hub); "
+        "give a directory, or the name of a model on a hub in reach; did you mean 'smollm2'?"
+    )
+
+
+def test_a_model_that_lacks_weights(tmp_path):
+    model = tiny_model()
+    weights = {name: value for name, value in model.state_dict().items() if "layers.1." not in name}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=r"no whole causal LM: 9 weights are missing in it, such as model.layers.1.input_layernorm"
+    ):
+        load_model(ModelConfig(path=str(tmp_path), device="cpu"))
+
+
+def test_directories_that_are_no_model(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    for path, expected in [
+        (str(tmp_path), "the directory has no config.json, so it is no saved model; found notes.txt"),
+        (str(tmp_path / "none"), "there is no such directory; give one, a hub name, or 'smollm2'"),
+        ("./none", "there is no such directory; give one, a hub name, or 'smollm2'"),
+        (str(tmp_path / "notes.txt"), "there is no such directory; give one, a hub name, or 'smollm2'"),
+    ]:
+        with pytest.raises(UserError) as error:
+            load_model(ModelConfig(path=path, device="cpu"))
+        assert str(error.value) == f"model.path {path!r}: {expected}"
+        with pytest.raises(UserError) as error:
+            load_model(ModelConfig(path=path, device="cpu"), "--checkpoint")
+        assert str(error.value) == f"--checkpoint {path!r}: {expected}"
+
+
+def test_a_directory_with_broken_weights(tiny_dir, tmp_path):
+    for file in tiny_dir.iterdir():
+        (tmp_path / file.name).write_bytes(
+            file.read_bytes()[:1000] if file.suffix == ".safetensors" else file.read_bytes()
+        )
+    with pytest.raises(UserError, match="no causal LM could be loaded from it: "):
+        load_model(ModelConfig(path=str(tmp_path), device="cpu"))
+
+
+@pytest.mark.parametrize("name", ["sdpaa", "flash_attention_2"])
+def test_an_attention_that_is_not_there(tiny_dir, name):
+    if name != "sdpaa" and importlib.util.find_spec("flash_attn"):
+        pytest.skip("flash-attn is installed")
+    with pytest.raises(UserError, match=f"^model.attention '{name}': .*; sdpa and eager need no other package"):
+        load_model(ModelConfig(path=str(tiny_dir), device="cpu", attention=name))
+
+
+def test_a_device_that_is_not_there(tiny_dir):
+    for name in ("cuda:99", "gpu"):
+        with pytest.raises(UserError, match=f"model.device: '{name}' cannot be used: .*; auto takes what there is"):
+            load_model(ModelConfig(path=str(tiny_dir), device=name))

@@ -1,0 +1,63 @@
+"""What torchrun starts in test_distributed.py: losses, gradients and log-probs of sharded models, written by rank 0.
+
+torchrun … ranks_worker.py OUT.pt
+"""
+
+import sys
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from srft.learn.packing import pack
+from srft.ranks import Ranks, join
+from tests.srft.test_trainer import fresh, make, some_sequences
+
+# name: (the model's type, options of the trainer, changes of the model)
+CASES = {
+    "tied": (torch.float32, [], {}),
+    "untied": (torch.float32, [], {"tie_word_embeddings": False}),
+    "bfloat16": (torch.bfloat16, [], {}),
+    "recomputed": (torch.float32, [], {"gradient_checkpointing": True}),
+    "two passes": (torch.float32, ["--loss.preset", "srft_hpt"], {}),
+    "whole step": (torch.float32, ["--loss.options.level", "batch"], {"tie_word_embeddings": False}),
+}
+
+
+def measure(ranks: Ranks) -> dict:
+    """{case: what the trainer's update on a step's microbatches computes}: loss, gradients by name, metrics."""
+    results = {}
+    for name, (dtype, options, changes) in CASES.items():
+        changes = dict(changes)
+        recompute = changes.pop("gradient_checkpointing", False)
+        loaded = fresh(dtype, **changes)
+        if recompute:
+            loaded.model.gradient_checkpointing_enable()
+        trainer = make(loaded, *options, ranks=ranks)
+        parts = pack(some_sequences(), token_budget=18, rank=ranks.rank, ranks=ranks.size)
+        trainer.optimizer.step, step = lambda number: {}, trainer.optimizer.step
+        metrics = trainer._update(parts, 1, {})
+        masters = dict(zip(trainer.optimizer.names, trainer.optimizer.masters))
+        gradients = {key: whole(master.grad) for key, master in masters.items()}
+        update = step(0)
+        weights = {key: whole(master) for key, master in masters.items()}
+        logprobs, entropy = trainer._statistics(parts)
+        results[name] = (
+            metrics | update | {"gradients": gradients, "weights": weights, "statistics": [logprobs, entropy]}
+        )
+        results[name]["microbatches"] = len(parts)
+        results[name]["local rows"] = sum(
+            master.to_local().shape[0] if isinstance(master, DTensor) else len(master) for master in masters.values()
+        )
+    return results
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach().clone()
+
+
+if __name__ == "__main__":
+    ranks = join()
+    results = ranks.gather(measure(ranks))
+    if ranks.main:
+        torch.save(results, sys.argv[1])
+    ranks.leave()

@@ -1,0 +1,107 @@
+import json
+import math
+
+import pytest
+
+from srft.config import RunConfig
+from srft.errors import UserError
+from srft.rundir import RunLog, create_run_dir, read_jsonl, rewind_run_dir
+
+
+def test_time_in_the_name_makes_a_new_directory_every_time(tmp_path):
+    config = RunConfig(dir=str(tmp_path / "runs" / "{time}"))
+    made = {create_run_dir(config) for _ in range(3)}
+    assert len(made) == 3 and all(path.is_dir() and path.parent == tmp_path / "runs" for path in made)
+
+
+def test_a_directory_with_something_in_it_is_refused(tmp_path):
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(UserError, match=r"run\.dir.*not empty"):
+        create_run_dir(RunConfig(dir=str(tmp_path)))
+    (tmp_path / "empty").mkdir()
+    assert create_run_dir(RunConfig(dir=str(tmp_path / "empty"))) == tmp_path / "empty"
+    with pytest.raises(UserError, match="is a file"):
+        create_run_dir(RunConfig(dir=str(tmp_path / "mine.txt")))
+
+
+def test_a_directory_that_cannot_be_written_into_is_refused(tmp_path, monkeypatch):
+    def read_only(dir, **_):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)  # as chmod would, were the tests not run by root
+    with pytest.raises(UserError, match=r"run\.dir: cannot write into .*: Permission denied; name another directory"):
+        create_run_dir(RunConfig(dir=str(tmp_path)))
+
+
+def test_the_home_directory_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert create_run_dir(RunConfig(dir="~/runs/one")) == tmp_path / "runs" / "one"
+    assert [each.name for each in tmp_path.iterdir()] == ["runs"]
+
+
+def test_overwriting_moves_the_earlier_run_aside_and_touches_nothing_else(tmp_path):
+    config = RunConfig(dir=str(tmp_path), overwrite=True)
+    (tmp_path / "mine.txt").write_text("precious")
+    for number in (1, 2):
+        (tmp_path / "metrics.jsonl").write_text(f"run {number}")
+        (tmp_path / "final").mkdir()
+        (tmp_path / "interrupted-3").mkdir()
+        create_run_dir(config)
+        assert (tmp_path / f"previous-{number}" / "metrics.jsonl").read_text() == f"run {number}"
+        assert (tmp_path / f"previous-{number}" / "final").is_dir()
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+    assert {each.name for each in tmp_path.iterdir()} == {"mine.txt", "previous-1", "previous-2"}
+
+
+def test_a_run_directory_goes_back_to_a_step_and_loses_nothing(tmp_path):
+    log = RunLog(tmp_path)
+    for step in (1, 2, 3):
+        log.metrics({"step": step, "loss": math.nan})
+        log.samples([{"step": step, "completion": "π\u2028"}] * 2)
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    log.evaluation(0, type("Evaluation", (), {"as_dict": lambda self: {"reward": 0.5}})())
+    (tmp_path / "final").mkdir(), (tmp_path / "checkpoint-best").mkdir()
+    everything = {each.name: each.read_bytes() for each in tmp_path.glob("*.jsonl")}
+    (tmp_path / "config.toml").write_text("old")
+    rewind_run_dir(tmp_path, 2, "new")
+    for name, per_step in (("metrics.jsonl", 1), ("samples.jsonl", 2)):
+        assert (tmp_path / name).read_bytes() == b"".join(everything[name].splitlines(keepends=True)[: 2 * per_step])
+        assert (tmp_path / "previous-1" / name).read_bytes() == everything[name]
+    assert (tmp_path / "evaluation.jsonl").read_bytes() == everything["evaluation.jsonl"]
+    assert {each.name for each in tmp_path.glob("c*")} == {"checkpoint-1", "checkpoint-2", "checkpoint-best"}
+    moved = {"config.toml", "metrics.jsonl", "samples.jsonl", "checkpoint-3", "final"}
+    assert {each.name for each in (tmp_path / "previous-1").iterdir()} == moved
+    (tmp_path / "config.toml").write_text("new")
+    rewind_run_dir(tmp_path, 2, "new")
+    assert not (tmp_path / "previous-2").exists()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')  # cut off as its process was killed
+    rewind_run_dir(tmp_path, 2, "new")
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert (tmp_path / "metrics.jsonl").read_bytes().endswith(b"\n") and (tmp_path / "previous-2").is_dir()
+
+
+def test_lines_are_there_as_soon_as_they_are_written(tmp_path):
+    log = RunLog(tmp_path)
+    log.metrics({"step": 1, "loss": 0.5, "clip_fraction": math.nan})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.5, "clip_fraction": None}
+    log.samples([{"completion": "π\n####"}, {"completion": ""}])
+    assert read_jsonl(tmp_path / "samples.jsonl") == [{"completion": "π\n####"}, {"completion": ""}]
+
+
+def test_a_line_that_was_cut_off_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1}]
+    assert read_jsonl(tmp_path / "none.jsonl") == []
+
+
+def test_a_broken_line_does_not_cost_the_others(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes('{"step": 1}\n{"te\n{"step": 2}\n{"text": "π'.encode()[:-1])
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
+
+
+def test_a_row_ends_at_a_newline_only(tmp_path):
+    rows = [{"completion": f"a{end}b"} for end in ("\u2028", "\u2029", "\x85", "\x0b", "\x1c", "\r\n")]
+    RunLog(tmp_path).samples(rows)
+    assert read_jsonl(tmp_path / "samples.jsonl") == rows

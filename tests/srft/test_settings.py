@@ -1,0 +1,138 @@
+"""Settings: TOML, overrides, and what is said about wrong ones."""
+
+from pathlib import Path
+
+import pytest
+
+from srft.config import Config
+from srft.errors import UserError
+from srft.settings import help_text, load, to_toml
+
+pytest.importorskip("jsonargparse")
+
+RECIPES = Path(__file__).parents[2] / "srft" / "recipes"
+
+
+def message(*overrides: str, path: str | None = None) -> str:
+    with pytest.raises(UserError) as error:
+        load(path, list(overrides))
+    return str(error.value)
+
+
+def test_load_without_anything_is_the_default():
+    assert load() == Config()
+
+
+def test_later_sources_win(tmp_path):
+    file = tmp_path / "my.toml"
+    file.write_text('[train]\nlr = 1e-5\nsteps = 7\n[data]\ntasks = ["gsm_symbolic"]\n')
+    config = load(str(file), ["--train.lr", "2e-6"])
+    assert (config.train.lr, config.train.steps, config.data.tasks) == (2e-6, 7, ["gsm_symbolic"])
+
+
+def test_overrides_of_every_kind():
+    arguments = [
+        "--data.tasks",
+        "a",
+        "b",
+        "--run.tensorboard",
+        "--train.steps=3",
+        "--model.gradient_checkpointing",
+        "true",
+    ]
+    arguments += ["--data.task_args.chain_sum.max_terms", "4", "--loss.options.entropy_sign", "-1"]
+    arguments += ["--loss.options.x.y=hello", "--data.train_file", "12", "--run.dir", "a: b"]
+    config = load(None, arguments)
+    assert config.data.tasks == ["a", "b"]
+    assert config.run.tensorboard and config.model.gradient_checkpointing
+    assert config.train.steps == 3
+    assert config.data.task_args["chain_sum"]["max_terms"] == 4
+    assert config.data.task_args["chain_sum"]["min_terms"] == Config().data.task_args["chain_sum"]["min_terms"]
+    assert config.loss.options == {"entropy_sign": -1, "x": {"y": "hello"}}
+    assert (config.data.train_file, config.run.dir) == ("12", "a: b")
+    assert load(None, ["--data.tasks", '["c", "d"]']).data.tasks == ["c", "d"]
+    assert load(None, ["--data.task_args", "{leg_counting = {max_animals = 3}}"]).data.task_args == {
+        "leg_counting": {"max_animals": 3}
+    }
+
+
+def test_overrides_leave_the_defaults_alone():
+    load(None, ["--data.task_args.chain_sum.max_terms", "9"])
+    assert Config().data.task_args["chain_sum"]["max_terms"] != 9
+
+
+def test_to_toml_loads_back(tmp_path):
+    config = load(None, ["--data.task_args.chain_sum.max_terms", "4", "--loss.options.gamma", "0.1"])
+    config.data.system_prompt = 'quotes " and \\ and\nlines, é, \x7f, # no comment'
+    config.train.lr = 1e-300
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml(config), encoding="utf-8")
+    assert load(str(file)) == config
+
+
+@pytest.mark.parametrize("name", ["gsm_symbolic.toml", "your_data.toml"])
+def test_recipes_load(name):
+    assert load(str(RECIPES / name)) != Config()
+
+
+def test_help_names_every_key():
+    assert all(f"--{section}." in help_text() for section in vars(Config()))
+    assert "--train.lr " in help_text() and "constant, cosine, linear" in help_text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["--train.lrr", "1"], "command line: unknown key 'train.lrr'; did you mean 'train.lr'? (`srft train --help`"),
+        (["--trian.lr", "1"], "unknown key 'trian.lr'; did you mean 'train.lr'?"),
+        (["--lr", "1"], "unknown key 'lr'; did you mean 'train.lr'?"),
+        (["--rollout.temprature", "1"], "unknown key 'rollout.temprature'; did you mean 'rollout.temperature'?"),
+        (["--train.lr", "fast"], "train.lr: expected a number, found 'fast'"),
+        (["--train.lr", "nan"], "train.lr: expected a number, found 'nan'"),
+        (["--train.steps", "2.5"], "train.steps: expected a whole number, found '2.5'"),
+        (["--train.steps", "null"], "train.steps: expected a whole number, found 'null'"),
+        (["--train.steps", "-1"], "train.steps: expected at least 0, found -1"),
+        (["--rollout.top_p", "1.5"], "rollout.top_p: expected more than 0 and at most 1, found 1.5"),
+        (["--rollout.temperature", "0"], "rollout.temperature: expected more than 0, found 0.0"),
+        (["--model.dtype", "bfloat"], "model.dtype: expected one of auto, float32, bfloat16, found 'bfloat'"),
+        (["--model.dtype", "float16"], "model.dtype: expected one of auto, float32, bfloat16, found 'float16'"),
+        (["--run.tensorboard", "maybe"], "run.tensorboard: expected true or false, found 'maybe'"),
+        (["--data.task_args", "3"], "data.task_args: expected a table, found 3"),
+        (["--train.lr"], "--train.lr: expected one value, found none"),
+        (["--train.lr", "1", "2"], "--train.lr: expected one value, found 1 2"),
+        (["--train.lr.x", "1"], "--train.lr.x: train.lr is one value and has no keys of its own"),
+        (["train.lr", "1"], "unexpected argument 'train.lr': settings are written --section.key value"),
+    ],
+)
+def test_wrong_overrides_are_named(overrides, expected):
+    assert expected in message(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[train]\nlr = = 2\n", ":2: not valid TOML"),
+        ("[train]\nlearning_rate = 1\n", ": unknown key 'train.learning_rate'"),
+        ("[trainer]\nlr = 1\n", ": unknown section [trainer]; did you mean 'train'? (sections: model, data, rollout"),
+        ("lr = 1\n", ": unknown key 'lr'; did you mean 'train.lr'?"),
+        ("train = 3\n", ": train: expected a table [train], found 3"),
+        ("[train]\nsteps = 1.5\n", ": train.steps: expected a whole number, found 1.5"),
+        ("[train]\nsteps = -1\n", ": train.steps: expected at least 0, found -1"),
+        ('[data]\ntasks = "chain_sum"\n', ": data.tasks: expected a list of texts, found 'chain_sum'"),
+    ],
+)
+def test_wrong_files_are_named(tmp_path, text, expected):
+    file = tmp_path / "my.toml"
+    file.write_text(text)
+    assert message(path=str(file)).startswith(f"{file}{expected}")
+
+
+def test_a_wrong_value_of_the_command_line_is_not_blamed_on_the_file(tmp_path):
+    file = tmp_path / "my.toml"
+    file.write_text("[train]\nlr = 1\nsteps = 1\n")
+    assert message("--train.lr", "fast", path=str(file)) == "train.lr: expected a number, found 'fast'"
+    assert message("--eval.samples", "0", path=str(file)) == "eval.samples: expected at least 1, found 0"
+
+
+def test_a_file_that_is_not_there():
+    assert message(path="none.toml").startswith("none.toml: cannot be read as a configuration: ")
