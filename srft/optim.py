@@ -58,8 +58,8 @@ class Optimizer:
     def state(self) -> dict[str, Tensor]:
         """fp32 weights and AdamW's moments by name, the very tensors: what is loaded into them is what goes on.
 
-        Follow a load with `refresh()`. On a sharded model they are DTensors, which torch.distributed.checkpoint saves
-        and loads on any number of ranks.
+        Follow a load with `write_back()`. On a sharded model they are DTensors, which torch.distributed.checkpoint
+        saves and loads on any number of ranks.
         """
         state = {}
         for name, master in zip(self.names, self.masters):
@@ -73,7 +73,7 @@ class Optimizer:
         return state
 
     @torch.no_grad()
-    def refresh(self) -> None:
+    def write_back(self) -> None:
         """Rounds the fp32 weights to the model's."""
         for weight, master in zip(self.weights, self.masters):
             if weight is not master:
@@ -89,6 +89,6 @@ class Optimizer:
             group["lr"] = rate
         if math.isfinite(norm):
             self.adamw.step()
-            self.refresh()
+            self.write_back()
         self.adamw.zero_grad(set_to_none=True)
         return {"grad_norm": norm, "learning_rate": rate, "skipped_updates": float(not math.isfinite(norm))}

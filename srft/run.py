@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from srft import checkpoint, report
 from srft.config import Config
-from srft.data import build_prompter, load_examples
+from srft.data import Example, build_prompter, load_examples
 from srft.errors import UserError
 from srft.evaluate import Evaluation, evaluate, table
 from srft.learn.objective import build_objective
@@ -57,27 +57,9 @@ def run(config: Config, ranks: Ranks | None = None, resumed: Path | None = None)
     done = checkpoint.step_of(resumed) if resumed else 0
     if done > config.train.steps:
         raise UserError(f"--resume {resumed}: {done} steps are done; train.steps {config.train.steps} is fewer")
-    report.require_packages()  # a run of hours must not fail on its last page
-    objective = build_objective(config.loss)
-    scorer = ranks.scorer(alone := build_reward(config.reward, config.data))
-    needed = config.train.steps * config.train.prompts_per_step
-    examples = load_examples(config.data, "train", config.data.size)[:needed]
-    held_out = load_examples(config.data, "eval", config.eval.prompts)
-    check_answers(alone, config.data, held_out, examples if "rollouts" in objective.learns_from else [])
-    loaded = load_model(dataclasses.replace(config.model, path=str(resumed)) if resumed else config.model)
-    prompter = build_prompter(loaded.tokenizer, config.data)
-    trainer = Trainer(config, loaded, prompter, scorer, examples, objective, ranks=ranks)
-
-    if resumed:
-        directory = resumed.parent
-        checkpoint.read_state(trainer.optimizer.state(), resumed / checkpoint.STATE, ranks)
-        trainer.optimizer.refresh()
-        trainer.engine.refresh(ranks.weights(loaded))
-        broadcast(ranks, lambda: rewind_run_dir(directory, done, to_toml(config)))
-    else:
-        directory = broadcast(ranks, lambda: create_run_dir(config.run))
-    if ranks.main:
-        (directory / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    trainer, held_out = prepared(config, ranks, resumed)
+    loaded = trainer.loaded
+    directory = opened(config, ranks, resumed, done)
     log = RunLog(directory, config.run.tensorboard, done=done, silent=not ranks.main)
     on = f"{ranks.size} × {loaded.device}" if ranks.size > 1 else loaded.device
     print(f"{parameters(loaded)} on {on}; {f'going on after step {done} in' if resumed else 'writing to'} {directory}")
@@ -93,7 +75,9 @@ def run(config: Config, ranks: Ranks | None = None, resumed: Path | None = None)
         if step == 0:
             prompts = f"{len(held_out)} held-out prompts × {config.eval.samples} samples"
             print(f"evaluating {prompts} …", flush=True)
-        result = evaluate(trainer.engine, held_out, prompter, scorer, config.eval, config.rollout.max_new_tokens)
+        result = evaluate(
+            trainer.engine, held_out, trainer.prompter, trainer.scorer, config.eval, config.rollout.max_new_tokens
+        )
         evaluations[step] = result
         log.evaluation(step, result)
         when = f"held-out after {step} of {config.train.steps} steps\n" if config.train.steps else ""
@@ -124,6 +108,41 @@ def run(config: Config, ranks: Ranks | None = None, resumed: Path | None = None)
     result = RunResult(directory, before, after, time.perf_counter() - started, page)
     print(result)
     return result
+
+
+def prepared(config: Config, ranks: Ranks, resumed: Path | None) -> tuple[Trainer, list[Example]]:
+    """The trainer, as it was when `resumed` was saved, and the held-out examples.
+
+    Raises UserError for all that is wrong with the settings: what can be known without the model before it is loaded.
+    """
+    report.require_packages()  # a run of hours must not fail on its last page
+    objective = build_objective(config.loss)
+    scorer = build_reward(config.reward, config.data)
+    needed = config.train.steps * config.train.prompts_per_step
+    examples = load_examples(config.data, "train", config.data.size)[:needed]
+    held_out = load_examples(config.data, "eval", config.eval.prompts)
+    check_answers(scorer, config.data, held_out, examples if "rollouts" in objective.learns_from else [])
+    loaded = load_model(dataclasses.replace(config.model, path=str(resumed)) if resumed else config.model)
+    prompter = build_prompter(loaded.tokenizer, config.data)
+    trainer = Trainer(config, loaded, prompter, ranks.scorer(scorer), examples, objective, ranks=ranks)
+    if resumed:
+        checkpoint.read_state(trainer.optimizer.state(), resumed / checkpoint.STATE, ranks)
+        trainer.optimizer.write_back()
+        trainer.engine.refresh(ranks.weights(loaded))
+    return trainer, held_out
+
+
+def opened(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> Path:
+    """The run's directory with its config.toml: a new one, or that of `resumed` as it was after `done` steps."""
+    settings = to_toml(config)
+    if resumed:
+        directory = resumed.parent
+        broadcast(ranks, lambda: rewind_run_dir(directory, done, settings))
+    else:
+        directory = broadcast(ranks, lambda: create_run_dir(config.run))
+    if ranks.main:
+        (directory / "config.toml").write_text(settings, encoding="utf-8")
+    return directory
 
 
 def rescued(loaded: LoadedModel, directory: Path, done: int) -> Iterator[str]:

@@ -187,5 +187,9 @@ def test_a_sharded_model_has_the_loss_gradients_and_update_of_one_process(update
             assert set(rank[what]) == set(one[what])
             for name, expected in one[what].items():
                 assert (rank[what][name] - expected).norm() <= 1e-5 * expected.norm(), name
+        assert list(rank["told"]) == list(one["told"])
+        for name, expected in one["told"].items():  # what an engine with weights of its own gets
+            ours = rank["told"][name]
+            assert ours.dtype == expected.dtype and (ours - expected).norm() <= 1e-5 * expected.norm(), name
         for ours, theirs in zip(rank["statistics"], one["statistics"]):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

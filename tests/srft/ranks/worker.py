@@ -1,4 +1,4 @@
-"""What torchrun starts in test_distributed.py: losses, gradients and log-probs of sharded models, written by rank 0.
+"""What torchrun starts in test_torchrun.py: losses, gradients and log-probs of sharded models, written by rank 0.
 
 torchrun … ranks_worker.py OUT.pt
 """
@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from srft.learn.packing import pack
 from srft.ranks import Ranks, join
+from srft.rollout import Engine
 from tests.srft.test_trainer import fresh, make, some_sequences
 
 # name: (the model's type, options of the trainer, changes of the model)
@@ -23,6 +24,11 @@ CASES = {
 }
 
 
+class Listening(Engine):
+    def refresh(self, weights):
+        self.weights = {name: weight.clone() for name, weight in weights}
+
+
 def measure(ranks: Ranks) -> dict:
     """{case: what the trainer's update on a step's microbatches computes}: loss, gradients by name, metrics."""
     results = {}
@@ -32,7 +38,8 @@ def measure(ranks: Ranks) -> dict:
         loaded = fresh(dtype, **changes)
         if recompute:
             loaded.model.gradient_checkpointing_enable()
-        trainer = make(loaded, *options, ranks=ranks)
+        engine = Listening()
+        trainer = make(loaded, *options, ranks=ranks, engine=engine)
         parts = pack(some_sequences(), token_budget=18, rank=ranks.rank, ranks=ranks.size)
         trainer.optimizer.step, step = lambda number: {}, trainer.optimizer.step
         metrics = trainer._update(parts, 1, {})
@@ -44,7 +51,8 @@ def measure(ranks: Ranks) -> dict:
         results[name] = (
             metrics | update | {"gradients": gradients, "weights": weights, "statistics": [logprobs, entropy]}
         )
-        results[name]["microbatches"] = len(parts)
+        trainer.engine.refresh(ranks.weights(loaded))
+        results[name] |= {"microbatches": len(parts), "told": engine.weights}
         results[name]["local rows"] = sum(
             master.to_local().shape[0] if isinstance(master, DTensor) else len(master) for master in masters.values()
         )
