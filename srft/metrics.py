@@ -3,8 +3,10 @@
 import math
 import resource
 import sys
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 DESCRIPTIONS = {
     "step": "step, from 1",
@@ -40,9 +42,11 @@ DESCRIPTIONS = {
 }
 
 
-def peak_memory_mb(device: torch.device) -> float:
+def peak_memory_mb(device: "torch.device") -> float:
     """Peak memory in MB (2²⁰ bytes): allocated by torch on a GPU, resident in the process on a CPU."""
     if device.type == "cuda":
+        import torch  # not above: `srft report` does without it
+
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -12,17 +12,17 @@ L = L_demo + L_roll: each part is averaged over its own tokens across the whole 
 Which tokens there is a loss for, the objective says: SRFT has one for both kinds, PolicyGradient for rollouts,
 CrossEntropy for demonstrations (and then nothing is generated).
 
-What differs from the SRFT paper (arXiv 2506.19767), with the default objective and settings:
+What is not in the SRFT paper (arXiv 2506.19767), with the default objective and settings:
 
 1. It leaves open over what the entropy in a weight is averaged. Here: not at all, each token has its own
    (`loss.options.level`).
 2. It leaves open how tokens are averaged. Here: over all tokens of a kind in the step (`loss.average`).
 3. Its rewards are 1 and −1 in Eq 11, 1 and 0 in the appendix. Here a scorer may give any number; what is more than 0
    counts as positive.
-4. In a group of equal rewards every advantage is exactly 0, and a completion without a reward is in no group.
+4. To the deviation that advantages are divided by 1e-6 is added (`loss.advantage_eps`). In a group of equal rewards
+   every advantage is exactly 0, and a completion without a reward is in no group.
 5. A prompt may have no demonstration. It then learns from its rollouts, in a group of them alone.
-6. The log-probs and entropies are those of the distribution that is sampled from: at `rollout.temperature`.
-7. An update whose gradient is not finite is left out.
+6. An update whose gradient is not finite is left out.
 """
 
 import math

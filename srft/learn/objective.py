@@ -1,5 +1,6 @@
 """From `loss.preset` and `loss.options` to an objective of `srft_kernels`, checked before anything is loaded."""
 
+import dataclasses
 import math
 import types
 import typing
@@ -49,9 +50,10 @@ def build_objective(config: LossConfig) -> Objective:
 def option_types(preset: Callable[..., Any]) -> dict[str, Any]:
     """{name: type} of the fields of the dataclass that `preset` returns, and of its own arguments."""
     own = typing.get_type_hints(preset)
-    fields = typing.get_type_hints(own.pop("return"))
+    kind = own.pop("return")
     own.pop("options", None)  # **options: the fields
-    return own | fields
+    hints = typing.get_type_hints(kind)
+    return own | {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def kinds(hint: Any) -> tuple[type, ...]:

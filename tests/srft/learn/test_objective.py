@@ -26,6 +26,8 @@ from srft.settings import load
         ("chord", {"mu": 2}, r"mu=2"),
         ("chord", {"token_weighted": 1}, "token_weighted: expected true or false, found 1"),
         ("chord", {"options": {}}, r"loss\.options\.options: unknown option"),
+        ("hpt", {"switches": True}, "switches: unknown option"),
+        ("grpo", {"crosses": True}, "crosses: unknown option"),
         ("sft", {"z_loss": [1]}, r"z_loss: expected a number, found \[1\]"),
     ],
 )
