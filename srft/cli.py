@@ -85,9 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     ranks = Ranks()
     try:
         ranks = join(quiet=not debug)
-        code = dispatch([each for each in arguments if each != "--debug"], ranks)
-        ranks.leave()
-        return code
+        return ranks.leave(dispatch([each for each in arguments if each != "--debug"], ranks))
     except UserError as error:
         if debug:
             raise

@@ -75,6 +75,7 @@ def run(config: Config, ranks: Ranks | None = None, resumed: Path | None = None)
         if step == 0:
             prompts = f"{len(held_out)} held-out prompts × {config.eval.samples} samples"
             print(f"evaluating {prompts} …", flush=True)
+        trainer.refresh_engine()
         result = evaluate(
             trainer.engine, held_out, trainer.prompter, trainer.scorer, config.eval, config.rollout.max_new_tokens
         )
@@ -128,7 +129,7 @@ def prepared(config: Config, ranks: Ranks, resumed: Path | None) -> tuple[Traine
     if resumed:
         checkpoint.read_state(trainer.optimizer.state(), resumed / checkpoint.STATE, ranks)
         trainer.optimizer.write_back()
-        trainer.engine.refresh(ranks.weights(loaded))
+        trainer.stale = True
     return trainer, held_out
 
 

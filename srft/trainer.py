@@ -6,7 +6,7 @@
 4. credit: advantages over the augmented group, a prompt's rollouts and its demonstration
 5. pack rollouts and demonstrations into microbatches under a token budget
 6. per microbatch: hidden states of the backbone, ONE fused loss over both kinds of tokens, backward
-7. clip and update, and tell the engine of the new weights
+7. clip and update; the engine is told of the new weights when it is to generate again
 
 L = L_demo + L_roll: each part is averaged over its own tokens across the whole step (`loss.average`).
 Which tokens there is a loss for, the objective says: SRFT has one for both kinds, PolicyGradient for rollouts,
@@ -73,6 +73,7 @@ class Trainer:
         self.learns_from_rollouts = "rollouts" in self.objective.learns_from
         self.learns_from_demos = "demonstrations" in self.objective.learns_from
         self.engine = self.ranks.engine(engine or build_engine(config.rollout.engine, loaded))
+        self.stale = False  # whether the model has weights that the engine was not told of
         self.loss_function = loss_function
         self.share_up_to = sharing_limit(loaded.model) if config.train.share_prompts else 0
         self.ranks.shard(loaded)  # after the trial, which may fail within a forward, and before the optimizer
@@ -146,6 +147,7 @@ class Trainer:
         """Of each prompt; none where the objective learns from none."""
         if not self.learns_from_rollouts:
             return [[] for _ in problems]
+        self.refresh_engine()
         rollout = self.config.rollout
         rollouts = self.engine.generate(
             [problem.prompt for problem in problems],
@@ -158,6 +160,12 @@ class Trainer:
         )
         self.engine.release()
         return rollouts
+
+    def refresh_engine(self) -> None:
+        """To be called before anything is generated."""
+        if self.stale:
+            self.engine.refresh(self.ranks.weights(self.loaded))
+        self.stale = False
 
     def _score(self, problems: list[Problem], rollouts: list[list[Rollout]]) -> list[Group]:
         """One call of the scorer: for all rollouts, then for the demonstrations."""
@@ -212,7 +220,7 @@ class Trainer:
         if updates > 1:  # from the second update on the rollouts are no longer the policy's own
             known["old_logprobs"] = self._statistics(microbatches)[0]
         lines = [self._update(microbatches, number, known) for _ in range(updates)]
-        self.engine.refresh(self.ranks.weights(self.loaded))
+        self.stale |= bool(microbatches) and not all(line["skipped_updates"] for line in lines)
         return {name: mean([line[name] for line in lines]) for name in lines[0]}
 
     def _update(self, microbatches: list[Microbatch], number: int, known: dict[str, Tensor]) -> dict[str, float]:

@@ -7,7 +7,7 @@ from .distillation import DistillationOutput
 from .extras import Extras, TokenExtras
 from .functional import linear_cross_entropy, linear_distillation, linear_logprobs, linear_loss
 from .modules import LinearCrossEntropyLoss, SRFTLoss
-from .objectives import SRFT, Correction, CrossEntropy, PolicyGradient, Tokens, TokenStats
+from .objectives import HPT, SRFT, Correction, CrossEntropy, PolicyGradient, Tokens, TokenStats
 from .objectives import presets as presets
 from .objectives.presets import (
     chord,
@@ -32,6 +32,7 @@ from .plan import Filter, Plan
 __version__ = "0.1.0"
 
 __all__ = [
+    "HPT",
     "SRFT",
     "Correction",
     "CrossEntropy",

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-import srft_kernels as sk
 from srft.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -56,7 +55,12 @@ def hidden_states(
 
 @torch.no_grad()
 def check_head(model: "PreTrainedModel") -> None:
-    """Raise UserError unless `head_of` and `hidden_states` reproduce the model's own logits on a few tokens."""
+    """Raise UserError unless `head_of` and `hidden_states` reproduce the model's own logits on a few tokens.
+
+    Of entries past the vocabulary, which are padding, nothing is asked.
+    """
+    import srft_kernels as sk  # a second and a half, which what is refused before a model is loaded need not wait for
+
     training = model.training
     model.eval()
     try:

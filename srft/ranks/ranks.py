@@ -84,8 +84,9 @@ class Ranks:
         print(message, file=sys.stderr)
         return code
 
-    def leave(self) -> None:
-        """The end of a run that went well."""
+    def leave(self, code: int = 0) -> int:
+        """The end of what went well, with the exit code where there is still something to leave."""
+        return code
 
 
 def broadcast(ranks: Ranks, function: Callable[[], Any]) -> Any:

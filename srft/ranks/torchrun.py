@@ -134,7 +134,7 @@ class TorchRanks(Ranks):
 
     @staticmethod
     def _gathered(weight: Tensor, dtype: torch.dtype) -> Tensor:
-        return weight.detach().full_tensor().to(dtype) if isinstance(weight, DTensor) else weight.detach()
+        return weight.detach().to(dtype).full_tensor() if isinstance(weight, DTensor) else weight.detach()
 
     # The end
 
@@ -142,9 +142,13 @@ class TorchRanks(Ranks):
         lost = isinstance(error, dist.DistError) or "gloo" in str(error)
         self._end(code, self._name_the_lost if lost else lambda: self._tell(message))
 
-    def leave(self) -> None:
+    def leave(self, code: int = 0) -> NoReturn:
+        """Ends the process itself: in the interpreter's own end torch's threads abort now and then (2.13, gloo)."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
     def _end(self, code: int, tell: Callable[[], None]) -> NoReturn:
         """Ends the process at once: on its way out it would wait for ranks that are gone."""
@@ -233,7 +237,11 @@ class DividedEngine(Engine):
     def generate(self, prompts: list[list[int]], samples: int, **settings: Any) -> list[list[Rollout]]:
         numbers = range(self.ranks.rank, len(prompts), self.ranks.size)
         mine = [prompts[number] for number in numbers]
-        groups = self.ranks.whole(lambda: self.alone.generate(mine, samples, numbers=numbers, **settings))
+
+        def generate() -> list[list[Rollout]]:
+            return self.alone.generate(mine, samples, numbers=numbers, **settings)
+
+        groups = self.ranks.whole(generate) if self.alone.needs_model else generate()
         merged: list[list[Rollout]] = [[] for _ in prompts]
         for rank, part in enumerate(self.ranks.gather(groups)):
             merged[rank :: self.ranks.size] = part

@@ -22,8 +22,10 @@ class Engine:
     """Samples completions with the model's current weights. A run has one, for rollouts and evaluation alike.
 
     An engine that generates with the very model that is trained has only `generate` to write. One that has weights of
-    its own is given the model's when it is made, and those of every update by `refresh`.
+    its own says so by `needs_model = False`: they are the model's when it is made, and `refresh` brings the new ones.
     """
+
+    needs_model = True  # it generates with the model, which then has to be whole on every rank
 
     def generate(
         self,
@@ -49,7 +51,8 @@ class Engine:
         """The model's weights have changed. What is generated from now on is sampled with the new ones.
 
         weights: each by its name in the model's state dict, whole and in the model's type, a tied one under both of its
-        names. They are gathered one at a time while they are walked through: to the end, on all ranks, or not at all.
+        names. They are gathered one at a time while they are walked through, of which all ranks must do equally much. A
+        tensor may be the model's own: copy what is to be kept beyond the next.
         """
 
     def release(self) -> None:

@@ -4,6 +4,6 @@ from .cross_entropy import CrossEntropy
 from .objective import Objective, Tokens, TokenStats
 from .policy_gradient import PolicyGradient
 from .ratios import Correction
-from .srft import SRFT
+from .srft import HPT, SRFT
 
-__all__ = ["SRFT", "Correction", "CrossEntropy", "Objective", "PolicyGradient", "TokenStats", "Tokens"]
+__all__ = ["HPT", "SRFT", "Correction", "CrossEntropy", "Objective", "PolicyGradient", "TokenStats", "Tokens"]

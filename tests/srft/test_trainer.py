@@ -135,6 +135,15 @@ def test_a_step_of_hpt_has_no_prompt_that_learns_from_both(tiny):
     assert line["demo_tokens"] == 0 < line["rollout_tokens"]
 
 
+def test_the_threshold_of_hpt_is_that_of_the_configuration(tiny):
+    def a_third(prompts, completions, **columns):
+        return [float(i % 3 == 0) for i in range(len(completions))]
+
+    for threshold, demo in (("0.3", False), ("0.4", True)):
+        line = make(tiny, "--loss.preset=hpt", "--loss.hpt_threshold", threshold, reward=a_third).step(1)[0]
+        assert (line["demo_tokens"] > 0) == demo and (line["rollout_tokens"] == 0) == demo
+
+
 def nothing(prompts, completions, **columns):
     return [0.0] * len(completions)
 

@@ -69,6 +69,18 @@ def test_a_padded_vocabulary_is_known():
     assert head_of(model)["vocab_size"] == 250
 
 
+def test_what_a_model_does_with_its_padding_does_not_matter():
+    class Masked(transformers.LlamaForCausalLM):
+        def forward(self, *arguments, **named):
+            output = super().forward(*arguments, **named)
+            output.logits[..., 250:] = -torch.inf
+            return output
+
+    model = Masked(tiny_model().config)
+    model.config.vocab_size = 250
+    check_head(model)
+
+
 def test_an_unknown_kind_of_head_is_refused():
     class Odd(transformers.LlamaForCausalLM):
         def forward(self, *arguments, **named):

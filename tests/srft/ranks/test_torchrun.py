@@ -187,6 +187,7 @@ def test_a_sharded_model_has_the_loss_gradients_and_update_of_one_process(update
             assert set(rank[what]) == set(one[what])
             for name, expected in one[what].items():
                 assert (rank[what][name] - expected).norm() <= 1e-5 * expected.norm(), name
+        assert rank["rollouts"] == one["rollouts"] and rank["released"] == 1
         assert list(rank["told"]) == list(one["told"])
         for name, expected in one["told"].items():  # what an engine with weights of its own gets
             ours = rank["told"][name]

@@ -1,16 +1,17 @@
 """What torchrun starts in test_torchrun.py: losses, gradients and log-probs of sharded models, written by rank 0.
 
-torchrun … ranks_worker.py OUT.pt
+torchrun … -m tests.srft.ranks.worker OUT.pt
 """
 
 import sys
+from unittest import mock
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from srft.learn.packing import pack
 from srft.ranks import Ranks, join
-from srft.rollout import Engine
+from srft.rollout import Engine, Rollout
 from tests.srft.test_trainer import fresh, make, some_sequences
 
 # name: (the model's type, options of the trainer, changes of the model)
@@ -25,8 +26,16 @@ CASES = {
 
 
 class Listening(Engine):
+    needs_model, released = False, 0
+
+    def generate(self, prompts, samples, *, numbers=None, **settings):
+        return [[Rollout([number], True)] * samples for number in numbers or range(len(prompts))]
+
     def refresh(self, weights):
         self.weights = {name: weight.clone() for name, weight in weights}
+
+    def release(self):
+        self.released += 1
 
 
 def measure(ranks: Ranks) -> dict:
@@ -51,8 +60,11 @@ def measure(ranks: Ranks) -> dict:
         results[name] = (
             metrics | update | {"gradients": gradients, "weights": weights, "statistics": [logprobs, entropy]}
         )
-        trainer.engine.refresh(ranks.weights(loaded))
+        trainer.stale = True
+        with mock.patch.object(ranks, "whole", side_effect=AssertionError("nothing generates with the model")):
+            rollouts = trainer._roll_out(trainer.problems, 1)
         results[name] |= {"microbatches": len(parts), "told": engine.weights}
+        results[name] |= {"released": engine.released, "rollouts": rollouts}
         results[name]["local rows"] = sum(
             master.to_local().shape[0] if isinstance(master, DTensor) else len(master) for master in masters.values()
         )
