@@ -3,13 +3,14 @@
     python -m bench.costs            print them
     python -m bench.costs FILE       put them into FILE, between markers
 
-Ceilings are assumptions about an H200, to be replaced by what a run on one gives. `Cost` counts for one call: products
-at the matrix rate, and, one after the other with them, the bytes that no product can hide: the row kernels' reads and
-writes and the rounding of dW. Time within a product is not counted: its own bytes are compared with its time.
+Ceilings are assumptions about two cards, to be replaced by what a run on one gives. A call is its products at the matrix
+rate, their waves counted, and what no product hides: the row kernels' bytes, the rounding of dW's fp32 sum, and a share
+of what the products' epilogues move. The floor is the three products alone, on all tokens at once.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +21,18 @@ from srft_kernels import Plan
 
 from .cases import Shape
 
-MATRIX = 790e12  # flop/s of a bf16 product
-MEMORY = 4.3e12  # byte/s of a copy, reads and writes counted
 MULTIPROCESSORS, CLOCK = 132, 1.7e9  # each issues 4 warp instructions a cycle, so 128 lanes'
-L2 = 60e6
+TILE_ROWS, TILES = 128, {256: 1.0, 208: 0.945, 128: 0.9}  # of a product's output: by width, share of the full rate
+SPLIT_ROOM = 32 * 2**20  # bytes that cuBLAS has for the fp32 parts of a product cut along K
+ROWS_IN_FLIGHT = 2 * MULTIPROCESSORS  # a program per row, two to a multiprocessor
+SUM_EXPOSED, LOGITS_EXPOSED = 0.5, 0.25  # of what the epilogues of dW += … and of the logits move, not hidden
+SECOND_READ = 4.0  # bytes a logit: nothing of it comes from L2
 
 SHAPES = [Shape(8192, 4096, 151936), Shape(8192, 3584, 152064), Shape(32768, 4096, 151936),
           Shape(8192, 2048, 151936), Shape(8192, 896, 151936)]  # fmt: skip
-# plan: products of 2NHV, bytes per logit of the row kernels (each read from memory), whether dW is made
-PLANS = {"one pass": (3, 4 + 4 + 2, True), "frozen head": (2, 4 + 4 + 2, False), "scoring": (1, 4, False),
-         "two pass": (4, 4 + 4 + 2, True)}  # fmt: skip
+# plan: (products for the logits, bytes per logit of the row kernels, whether dx and dW are made)
+PLANS = {"one pass": (1, 4 + SECOND_READ + 2, True, True), "frozen head": (1, 4 + SECOND_READ + 2, True, False),
+         "scoring": (1, 4, False, False), "two pass": (2, 4 + 4 + 2, True, True)}  # fmt: skip
 TARGETS = {
     ("one pass", 4096): 0.92, ("one pass", 3584): 0.92, ("one pass", 2048): 0.85, ("one pass", 896): 0.70,
     ("scoring", 4096): 0.93, ("scoring", 3584): 0.93, ("two pass", 4096): 0.90, ("two pass", 3584): 0.90,
@@ -37,45 +40,88 @@ TARGETS = {
 
 
 @dataclass(frozen=True)
+class Card:
+    name: str
+    matrix: float = 790e12  # flop/s of a bf16 product
+    memory: float = 4.3e12  # byte/s of a copy, reads and writes counted
+
+
+CARDS = Card("H100", memory=3.0e12), Card("H200", memory=4.3e12)
+
+
+@dataclass(frozen=True)
 class Cost:
-    """One call in seconds. `from_l2`: a row's second read costs nothing."""
+    """One call in seconds."""
 
     plan: str
     shape: Shape
-    from_l2: bool = False
+    card: Card
+
+    @property
+    def chunks(self) -> list[int]:
+        """Rows of each piece of logits."""
+        n, h, v = self.shape.tokens, self.shape.hidden, self.shape.vocab
+        chosen = Plan.choose(n, h, v, torch.bfloat16, "cuda")
+        return [rows.stop - rows.start for rows in chosen.chunks(n)]
+
+    groups = chunks  # rows of each pair of backward products
+
+    @property
+    def summed(self) -> bool:
+        """Whether dW is a sum in fp32 over several products."""
+        return PLANS[self.plan][3] and len(self.groups) > 1
+
+    def product(self, rows: int, columns: int, inner: int) -> float:
+        """(rows, inner) · (inner, columns) by the best tile: in whole waves, cut along K where the parts have room."""
+        splits = range(1, max(1, min(8, SPLIT_ROOM // (4 * rows * columns))) + 1)
+        return min(self._tiled(rows, columns, inner, width, split) for width in TILES for split in splits)
+
+    def _tiled(self, rows: int, columns: int, inner: int, width: int, split: int) -> float:
+        tiles = split * math.ceil(rows / TILE_ROWS) * math.ceil(columns / width)
+        of_tile = 2 * TILE_ROWS * width * inner / split / (TILES[width] * self.card.matrix / MULTIPROCESSORS)
+        return math.ceil(tiles / MULTIPROCESSORS) * of_tile
+
+    def three(self, chunks: list[int], groups: list[int]) -> float:
+        """The products of a call whose tokens are cut so."""
+        (logits, _, dx, dw), h, v = PLANS[self.plan], self.shape.hidden, self.shape.vocab
+        time = logits * sum(self.product(rows, v, h) for rows in chunks)
+        time += dx * sum(self.product(rows, h, v) for rows in groups)
+        return time + dw * sum(self.product(v, h, rows) for rows in groups)
+
+    @property
+    def floor(self) -> float:
+        return self.three([self.shape.tokens], [self.shape.tokens])
 
     @property
     def products(self) -> float:
-        n, h, v = self.shape.tokens, self.shape.hidden, self.shape.vocab
-        return 2 * PLANS[self.plan][0] * n * h * v / MATRIX
+        return self.three(self.chunks, self.groups)
+
+    @property
+    def epilogues(self) -> float:
+        """What products do not hide of the logits they write and of the sum they read and write."""
+        logits = 4 * PLANS[self.plan][0] * self.shape.tokens * self.shape.vocab
+        total = (2 * len(self.groups) - 1) * 4 * self.shape.vocab * self.shape.hidden * self.summed
+        return (LOGITS_EXPOSED * logits + SUM_EXPOSED * total) / self.card.memory
 
     @property
     def rows(self) -> float:
-        per_logit = PLANS[self.plan][1]
-        if self.from_l2 and self.plan in ("one pass", "frozen head"):
-            per_logit -= 4
-        return per_logit * self.shape.tokens * self.shape.vocab / MEMORY
+        """The row kernels: of a last, part-filled wave of programs half is lost."""
+        whole = PLANS[self.plan][1] * self.shape.tokens * self.shape.vocab / self.card.memory
+        return whole * (1 + waves(self.chunks[0], ROWS_IN_FLIGHT)) / 2
 
     @property
     def rounding(self) -> float:
-        """dW from the fp32 sum to bf16."""
-        return PLANS[self.plan][2] * 6 * self.shape.hidden * self.shape.vocab / MEMORY
+        """dW from its fp32 sum to bf16."""
+        return 6 * self.shape.hidden * self.shape.vocab * self.summed / self.card.memory
 
     @property
     def ratio(self) -> float:
-        return self.products / (self.products + self.rows + self.rounding)
-
-    @property
-    def chunk(self) -> tuple[int, int]:
-        """(chunks, rows of one)."""
-        n, h, v = self.shape.tokens, self.shape.hidden, self.shape.vocab
-        chunks = len(list(Plan.choose(n, h, v, torch.bfloat16, "cuda").chunks(n)))
-        return chunks, n // chunks
+        return self.floor / (self.products + self.epilogues + self.rows + self.rounding)
 
 
-def accumulation(rows: int) -> float:
-    """Of dW += dzᵀ x over a chunk: time to read and write the fp32 sum, over the time of the product. For any H, V."""
-    return (8 / MEMORY) / (2 * rows / MATRIX)
+def waves(parts: int, places: int) -> float:
+    """Time of so many parts over that of the same work with every place taken to the end."""
+    return math.ceil(parts / places) * places / parts
 
 
 def issue(instructions: float, shape: Shape) -> float:
@@ -85,32 +131,20 @@ def issue(instructions: float, shape: Shape) -> float:
 
 def tables() -> str:
     lines = [
-        "| plan | N, H, V | products | rows | with L2 | dW to bf16 | products over all, at best | with L2 | target |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| plan | N, H, V | logits, gradient rows | floor | products | epilogues | rows | dW to bf16 | floor over all | target |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for plan in PLANS:
         for shape in SHAPES:
-            cost, l2 = Cost(plan, shape), Cost(plan, shape, from_l2=True)
-            l2_cells = (f"{1e3 * l2.rows:.2f}", f"{l2.ratio:.3f}") if l2.rows < cost.rows else ("–", "–")
+            costs = [Cost(plan, shape, card) for card in CARDS]
             target = TARGETS.get((plan, shape.hidden))
-            cells = (plan, f"{shape.tokens}, {shape.hidden}, {shape.vocab}", f"{1e3 * cost.products:.2f}",
-                     f"{1e3 * cost.rows:.2f}", l2_cells[0], f"{1e3 * cost.rounding:.2f}", f"{cost.ratio:.3f}",
-                     l2_cells[1], f"≥ {target:.2f}" if target else "–")  # fmt: skip
+            cells = [plan, f"{shape.tokens}, {shape.hidden}, {shape.vocab}"]
+            cells += [f"{costs[0].chunks[0]}, {costs[0].groups[0] if PLANS[plan][2] else '–'}"]
+            for part in ("floor", "products", "epilogues", "rows", "rounding"):
+                cells.append(" / ".join(dict.fromkeys(f"{1e3 * getattr(cost, part):.2f}" for cost in costs)))
+            cells.append(" / ".join(f"{cost.ratio:.3f}" for cost in costs))
+            cells.append(f"≥ {target:.2f}" if target else "–")
             lines.append("| " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "Milliseconds; with L2: a row's second read is free. The fp32 sum of dW is read and written once per chunk:",
-        "",
-        "| N, H, V | chunks | rows of one | traffic of the sum | over the time of dW's products |",
-        "|---|---|---|---|---|",
-    ]
-    for shape in SHAPES:
-        chunks, rows = Cost("one pass", shape).chunk
-        traffic = (2 * chunks - 1) * 4 * shape.hidden * shape.vocab
-        lines.append(
-            f"| {shape.tokens}, {shape.hidden}, {shape.vocab} | {chunks} | {rows} | {traffic / 1e9:.1f} GB, "
-            f"{1e3 * traffic / MEMORY:.2f} ms | {accumulation(rows):.2f} |"
-        )
     return "\n".join(lines)
 
 
