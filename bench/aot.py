@@ -92,9 +92,9 @@ OBJECTIVES = {
 FP32_TOO = ("smoothed", "srft_paper")  # the gradient's type has nothing to do with the objective
 
 
-def variants(order: str = "barrier") -> Iterator[tuple[Any, str, dict[str, Any]]]:
+def variants() -> Iterator[tuple[Any, str, dict[str, Any]]]:
     """(kernel, name, {argument: Triton type, or a compile-time value}) of everything that is launched."""
-    outputs = (("bf16", {"dlogits_ptr": BF16, "ORDER": order}), ("fp32", {"dlogits_ptr": F32, "ORDER": "none"}))
+    outputs = (("bf16", {"dlogits_ptr": BF16}), ("fp32", {"dlogits_ptr": F32}))
     told = ("extras, temperatures", TOLD)
     for name, head in (("plain", PLAIN), ("bias, smoothing, scale, cap, temperature", RICH), told):
         smooth = {"u_ptr": head["smooth_ptr"], "smooth_total_ptr": head["smooth_ptr"]}
@@ -123,7 +123,7 @@ def variants(order: str = "barrier") -> Iterator[tuple[Any, str, dict[str, Any]]
     for kind in DIVERGENCES:
         for name, head in (("plain", PLAIN), ("biases, scales, caps, temperatures", RICH)):
             of_teacher = {f"teacher_{option}": head[option] for option in ("bias_ptr", "head")}
-            forward = ("no", {"dlogits_ptr": None, "ORDER": "none"})
+            forward = ("no", {"dlogits_ptr": None})
             for out, output in (*outputs, forward) if head is PLAIN else outputs[:1]:
                 arguments = head | of_teacher | output | {"KIND": kind}
                 yield triton_distillation._distillation_kernel, f"{out} {kind}, {name}", arguments
@@ -328,7 +328,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"unknown target {', '.join(sorted(unknown))}: expected some of {', '.join(TARGETS)}")
     rows = []
     for name in options.targets or TARGETS:
-        for variant in variants("reduction" if name.startswith("gfx") else "barrier"):
+        for variant in variants():
             rows.append(report(*variant, name))
             print(json.dumps(rows[-1]), flush=True)
     if options.table:

@@ -3,9 +3,9 @@
     python -m bench.costs            print them
     python -m bench.costs FILE       put them into FILE, between markers
 
-Ceilings are assumptions about two cards, to be replaced by what a run on one gives. A call is its products at the matrix
-rate, their waves counted, and what no product hides: the row kernels' bytes, the rounding of dW's fp32 sum, and a share
-of what the products' epilogues move. The floor is the three products alone, on all tokens at once.
+Ceilings are assumptions about two cards, to be replaced by what a run on one gives. A call is its products at the
+matrix rate, their waves counted, and what no product hides: the row kernels' bytes, the rounding of dW's fp32 sum, and
+a share of what the products' epilogues move. The floor is the three products alone, on all tokens at once.
 """
 
 from __future__ import annotations
@@ -58,13 +58,21 @@ class Cost:
     card: Card
 
     @property
+    def chosen(self) -> Plan:
+        shape, head_gradient = self.shape, PLANS[self.plan][3]
+        size = shape.tokens, shape.hidden, shape.vocab
+        return Plan.choose(*size, torch.bfloat16, "cuda", head_gradient=head_gradient or self.plan == "scoring")
+
+    @property
+    def groups(self) -> list[int]:
+        """Rows of each pair of backward products."""
+        return [rows.stop - rows.start for rows in self.chosen.groups(self.shape.tokens)]
+
+    @property
     def chunks(self) -> list[int]:
         """Rows of each piece of logits."""
-        n, h, v = self.shape.tokens, self.shape.hidden, self.shape.vocab
-        chosen = Plan.choose(n, h, v, torch.bfloat16, "cuda")
-        return [rows.stop - rows.start for rows in chosen.chunks(n)]
-
-    groups = chunks  # rows of each pair of backward products
+        pieces = (self.chosen.chunks(rows) for rows in self.groups)
+        return [rows.stop - rows.start for group in pieces for rows in group]
 
     @property
     def summed(self) -> bool:
@@ -131,7 +139,8 @@ def issue(instructions: float, shape: Shape) -> float:
 
 def tables() -> str:
     lines = [
-        "| plan | N, H, V | logits, gradient rows | floor | products | epilogues | rows | dW to bf16 | floor over all | target |",
+        "| plan | N, H, V | logits, gradient rows | floor | products | epilogues | rows | dW to bf16 "
+        "| floor over all | target |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for plan in PLANS:

@@ -190,11 +190,12 @@ def caller(kernel: str, logits: Tensor, dtype: torch.dtype, generator: torch.Gen
         is_demo=draw() > 0,
     )
     head = Head()
+    dlogits = logits if dtype == logits.dtype else logits.new_empty(n, logits.stride(0), dtype=dtype)[:, :vocab]
     if kernel == "loss_gradient":
         weight = torch.full((n,), 1 / n, device=logits.device)
 
         def run() -> list[Tensor]:
-            stats, loss, dlogits = rows.loss_and_gradient(logits, tokens, weight, sk.srft_paper(), head, dtype)
+            stats, loss = rows.loss_and_gradient(logits, dlogits, tokens, weight, sk.srft_paper(), head)
             return [*stats.fields(), loss, dlogits]
 
         return run
@@ -203,7 +204,12 @@ def caller(kernel: str, logits: Tensor, dtype: torch.dtype, generator: torch.Gen
     if kernel == "statistics":
         return lambda: list(rows.statistics(logits, tokens.target, head)[0].fields())
     coefs = draw(), draw(), draw()
-    return lambda: [rows.gradient(logits, tokens.target, normalizer, coefs, head, dtype)]
+
+    def run() -> list[Tensor]:
+        rows.gradient(logits, dlogits, tokens.target, normalizer, coefs, head)
+        return [dlogits]
+
+    return run
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:

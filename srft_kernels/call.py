@@ -6,7 +6,7 @@ operators of compiled calls and the messages all read it.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,6 +25,8 @@ from .objectives.objective import Objective, Tokens, TokenStats, check_annotatio
 from .plan import Plan
 from .rows import RowOps
 from .shard import Shard, ShardedRows, checksum, supported
+
+LIKE_THE_FIRST = 16  # rows: a chunk that starts at a multiple of so many has annotations aligned as those of the first
 
 Tensors = tuple[Tensor, Tensor, Tensor | None]  # x, W and the bias as autograd sees them
 
@@ -259,7 +261,10 @@ class Arguments(HeadArguments):
         if plan is None:
             most = total if self.live_tokens is None else min(self.live_tokens, total)
             vocab = checked.shard.largest if checked.shard else checked.vocab
-            plan = Plan.choose(most, self.input.shape[-1], vocab, checked.compute, self.input.device)
+            hidden, head_gradient = self.input.shape[-1], self.linear_weight.requires_grad
+            plan = Plan.choose(
+                most, hidden, vocab, checked.compute, self.input.device, head_gradient=head_gradient
+            )  # fmt: skip
         compact = checked.target.device.type == "cpu" if plan.compact is None else plan.compact
         return replace(plan, compact=compact, passes=passes(plan, objective, tokens))
 
@@ -282,7 +287,7 @@ class Arguments(HeadArguments):
 OPTIONS = tuple(o.name for o in fields(Arguments) if o.name not in ("annotations", "weight", "reduction"))
 PER_TOKEN = ("token_weight", "temperature")  # of the options, those that may be shaped like target
 NUMBERS = tuple(o.name for o in fields(Arguments) if {"int", "float", "str"} & set(o.type.split(" | ")))
-PLAN_FACTS = ("chunk_rows", "passes", "compact", "batch_invariant")
+PLAN_FACTS = ("chunk_rows", "gradient_rows", "passes", "compact", "batch_invariant")
 
 
 @dataclass(frozen=True)
@@ -314,6 +319,27 @@ class Call:
     def token_extras(self, stats: TokenStats) -> TokenExtras | None:
         """Of the batch's rows, once the row operations have filled them; None where none are asked for."""
         return self.extras and self.extras.finished(stats.logprobs, stats.logsumexp)
+
+    def groups(self) -> Iterator[tuple[slice, list[slice]]]:
+        """Of the rows that may have a gradient, those whose dx and dW are multiplied at once, and their chunks."""
+        plan, active = self.plan, self.batch.active
+        if self.chunks is None:
+            if plan.backend == "triton":  # no other kernels for the chunks after them
+                active = min(-(-active // LIKE_THE_FIRST) * LIKE_THE_FIRST, len(self.batch))
+            for rows in plan.groups(active):
+                chunks = plan.chunks(rows.stop - rows.start)
+                yield rows, [slice(rows.start + chunk.start, rows.start + chunk.stop) for chunk in chunks]
+            return
+        group: list[slice] = []
+        for chunk in self.chunks:
+            if chunk.start >= active:
+                break
+            if group and chunk.stop - group[0].start > (plan.gradient_rows or plan.chunk_rows):
+                yield slice(group[0].start, group[-1].stop), group
+                group = []
+            group = [*group, chunk]
+        if group:
+            yield slice(group[0].start, group[-1].stop), group
 
     def logits_buffer(self, products: HeadProducts) -> Tensor:
         """Room for one chunk's logits (chunk_rows, V), its rows at aligned addresses."""

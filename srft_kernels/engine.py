@@ -23,7 +23,7 @@ from torch import Tensor
 from .batch import Batch
 from .call import Arguments, Call, Tensors
 from .filter import Filtered
-from .head import HeadProducts, accumulation_dtype
+from .head import HeadProducts, accumulation_dtype, aligned_size
 from .objectives.objective import Objective, TokenStats, cat, couples, token_losses
 from .output import LossOutput
 from .plan import runs_triton
@@ -168,24 +168,19 @@ def one_pass(
     with plain_matmul(input):
         products = HeadProducts(weight[: call.vocab], call.compute)
         gradients = Gradients(tensors, needs_grad, products, call)
-        buffer = call.logits_buffer(products)
         # fp16 gradients of a mean over many tokens would underflow: carry them scaled by a power of two
         scale = fp16_scale(batch.weight) if call.compute == torch.float16 else None
         token_weight = batch.weight if scale is None else batch.weight * scale
-        for chunk in chunks_of(call):
-            x = products.operand(batch.hidden(input, chunk))
-            logits = products.logits(x, buffer[: len(x)])
+        for chunk, logits, dlogits in gradients.chunks(input):
             tokens, head, extras = batch.tokens[chunk], call.head_of(chunk), call.extras and call.extras[chunk]
-            if chunk.start < batch.active:
-                stats, loss, dlogits = row_pass(
-                    logits, tokens, token_weight[chunk], call.objective, head, products.compute, extras
-                )
-                gradients.add(dlogits, x, chunk)
-            else:
-                stats, _ = row_ops.statistics(logits, tokens.target, head, extras)
-                loss = token_losses(call.objective, stats, tokens)
+            stats, loss = row_pass(logits, dlogits, tokens, token_weight[chunk], call.objective, head, extras)
             parts.append(stats)
             losses.append(loss)
+        for chunk, logits in gradients.other_chunks(input):
+            tokens, extras = batch.tokens[chunk], call.extras and call.extras[chunk]
+            stats, _ = row_ops.statistics(logits, tokens.target, call.head_of(chunk), extras)
+            parts.append(stats)
+            losses.append(token_losses(call.objective, stats, tokens))
     loss = weighted_sum(cat(losses) if losses else batch.weight, batch.weight)
     return loss, _joined(parts, batch.weight), gradients, scale
 
@@ -217,99 +212,139 @@ def second_pass(
     input, weight, _ = tensors
     row_ops = call.row_ops
     coefs, batch, normalizer = _rows_with_gradient(coefs, call, normalizer)
-    call = replace(call, batch=batch)
+    call = replace(call, batch=batch, chunks=None)
     with plain_matmul(input):
         products = HeadProducts(weight[: call.vocab], call.compute)
         gradients = Gradients(tensors, needs_grad, products, call)
-        buffer = call.logits_buffer(products)
-        for chunk in call.plan.chunks(len(batch)):
-            x = products.operand(batch.hidden(input, chunk))
-            dlogits = row_ops.gradient(
-                products.logits(x, buffer[: len(x)]),
-                batch.tokens.target[chunk],
-                Normalizer(*(field[chunk] for field in normalizer)),
-                tuple(None if coef is None else coef[chunk] for coef in coefs),
-                call.head_of(chunk),
-                products.compute,
-            )
-            gradients.add(dlogits, x, chunk)
+        for chunk, logits, dlogits in gradients.chunks(input):
+            row_ops.gradient(
+                logits, dlogits, batch.tokens.target[chunk], Normalizer(*(field[chunk] for field in normalizer)),
+                tuple(None if coef is None else coef[chunk] for coef in coefs), call.head_of(chunk),
+            )  # fmt: skip
     return gradients
 
 
 class Gradients:
-    """The gradients to x, W and b as chunks of rows add to them; those that nobody needs cost nothing.
+    """The gradients to x, W and b: filled chunk by chunk, multiplied group by group; those nobody needs cost nothing.
 
-    The first `active` of the batch's rows will be added: the other rows of dx are 0.
+    A chunk is as many tokens as have logits at one time, a group as many as have ∂L/∂a at one time (plan.py). Where one
+    group holds all tokens, dW needs no sum in fp32 and no rounding afterwards. Rows of no group have a dx of 0.
     """
 
     def __init__(self, tensors: Tensors, needs_grad: Sequence[bool], products: HeadProducts, call: Call):
         input, weight, bias = tensors
         batch = call.batch
-        self.filter, self.filtered = call.plan.filter, call.filtered
-        self.shard, self.summing = call.shard, None
-        self.in_place = call.weight_grad is not None
-        self.products, self.index = products, batch.index
+        self.call, self.products, self.index = call, products, batch.index
+        self.filter, self.shard, self.summing = call.plan.filter, call.shard, None
+        self.groups = list(call.groups()) if any(needs_grad) else []
         self.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
-        self.empty = batch.active == 0
-        new = torch.empty_like if batch.index is None and not self.empty else torch.zeros_like
         # one pass carries fp16 gradients scaled up, which only fp32 has room for
-        self.scaled = call.compute == torch.float16
-        dtype = products.dtype if self.scaled else input.dtype
+        scaled = call.compute == torch.float16
+        new = torch.empty_like if batch.index is None and self.groups else torch.zeros_like
+        dtype = products.dtype if scaled else input.dtype
         self.input = new(input, dtype=dtype, memory_format=torch.contiguous_format) if needs_grad[0] else None
         self.bias = bias.new_zeros(bias.shape, dtype=products.dtype) if needs_grad[2] else None
-        self.weight, self.first = call.weight_grad, not self.in_place
+        self.in_place = call.weight_grad is not None
+        self.weight, self.first, self.rounded = call.weight_grad, not self.in_place, None
         if needs_grad[1] and not self.in_place:
             new = weight.new_empty if self.filter is None else weight.new_zeros
-            single = products.mixed and batch.active <= call.plan.chunk_rows and self.filter is None
-            narrow = single and not self.scaled
-            self.weight = new(weight.shape, dtype=products.compute if narrow else products.dtype)
-            written = 0 if self.empty else len(products.weight)
-            if written < len(weight):  # rows that no chunk writes: the vocabulary's padding, or all of them
+            narrow = products.mixed and weight.dtype == products.compute and self.filter is None and not scaled
+            if narrow and len(self.groups) > 1:  # its memory is free until the sum is complete
+                self.rounded = new(weight.shape)
+            single = narrow and self.rounded is None
+            self.weight = new(weight.shape, dtype=products.compute if single else products.dtype)
+            written = len(products.weight) if self.groups else 0
+            if written < len(weight):  # rows that no group writes: the vocabulary's padding, or all of them
                 self.weight[written:].zero_()
+        self._make_room()
 
-    def add(self, dlogits: Tensor, x: Tensor, chunk: slice) -> None:  # (n, V), (n, H)
-        """Add what a chunk's ∂L/∂a and its hidden states make."""
+    def _make_room(self) -> None:
+        """Buffers for a chunk's logits and a group's ∂L/∂a, their rows at aligned addresses; one where types agree."""
+        products, plan, vocab = self.products, self.call.plan, self.call.vocab
+        stride = aligned_size(vocab)
+        rows = max((rows.stop - rows.start for rows, _ in self.groups), default=0)
+        if one := products.compute == products.dtype:
+            rows = max(rows, min(plan.chunk_rows, len(self.call.batch)))
+        if self.rounded is not None and rows * stride <= self.rounded.numel():
+            room = self.rounded.view(-1)[: rows * stride].view(rows, stride)
+        else:
+            room = products.weight.new_empty(rows, stride)
+        self.dlogits = room[:, :vocab]
+        self.logits = self.dlogits if one else self.call.logits_buffer(products)
+
+    def chunks(self, input: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:  # (N, H)
+        """Each chunk of the rows that may have a gradient: (its rows, logits (n, V), dlogits (n, V)).
+
+        ∂L/∂a is to be put into dlogits, which may be the logits, before the next chunk is asked for.
+        """
+        one = self.logits is self.dlogits
+        for group, chunks in self.groups:
+            x = self.products.operand(self.call.batch.hidden(input, group))
+            for chunk in chunks:
+                rows = slice(chunk.start - group.start, chunk.stop - group.start)
+                dlogits = self.dlogits[rows]
+                logits = self.products.logits(x[rows], dlogits if one else self.logits[: len(dlogits)])
+                yield chunk, dlogits if one else logits, dlogits
+            self._add(self.dlogits[: len(x)], x, group)
+
+    def other_chunks(self, input: Tensor) -> Iterator[tuple[slice, Tensor]]:  # (N, H)
+        """Each chunk of the rest: (its rows, logits (n, V))."""
+        batch, plan = self.call.batch, self.call.plan
+        start = self.groups[-1][0].stop if self.groups else 0
+        if (chunks := self.call.chunks) is None:
+            chunks = (slice(start + rows.start, start + rows.stop) for rows in plan.chunks(len(batch) - start))
+        for chunk in chunks:
+            if chunk.start >= start:
+                x = self.products.operand(batch.hidden(input, chunk))
+                yield chunk, self.products.logits(x, self.logits[: len(x)])
+
+    def _add(self, dlogits: Tensor, x: Tensor, rows: slice) -> None:  # (n, V), (n, H)
+        """Add what a group's ∂L/∂a and its hidden states make."""
         vocab = dlogits.shape[1]
         if self.bias is not None:
             self.bias[:vocab] += dlogits.sum(0, dtype=self.products.dtype)
         products = self.products
         if self.filter is not None:
             products = Filtered(products, dlogits, self.filter)
-        if self.input is not None and self.shard is None:
-            self._put(chunk, products.input_gradient(dlogits, rounded=not self.scaled))
-        elif self.input is not None:  # summed while the products that follow run
-            part = products.input_gradient(dlogits, rounded=False)
-            self._put_sum()
-            self.summing = chunk, part, self.shard.add_(part)
+        if self.input is not None:
+            dx = products.input_gradient(dlogits)
+            if self.shard is None:
+                self._put(rows, dx)
+            else:  # summed while the products that follow run
+                self._put_sum()
+                self.summing = rows, dx, self.shard.add_(dx)
         if self.weight is not None:
             products.add_weight_gradient(self.weight[:vocab], dlogits, x, self.first)
         if self.filter is not None:
-            self.filtered += products.squares
+            self.call.filtered.add_(products.squares)
         self.first = False
 
     def finish(self, rounded: bool = True) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(dx, dW, db), if `rounded` in the types of the inputs."""
         self._put_sum()
-        gradients = (self.input, None if self.in_place else self.weight, self.bias)
+        self.dlogits = self.logits = None
+        weight = None if self.in_place else self.weight
+        if self.rounded is not None:
+            weight = self.rounded.copy_(weight)
+        gradients = self.input, weight, self.bias
         if not rounded:
             return gradients
         return tuple(None if g is None else g.to(dtype) for g, dtype in zip(gradients, self.dtypes))
 
-    def _put(self, chunk: slice, dx: Tensor) -> None:  # (n, H)
-        """A chunk's rows of dx to their places."""
-        dx = dx.to(self.input.dtype)
+    def _put(self, rows: slice, dx: Tensor) -> None:  # (n, H)
+        """A group's rows of dx to their places."""
         if self.index is None:
-            places = self.input[chunk]
+            places = self.input[rows]
             places.copy_(dx[: len(places)])  # not the padding's
         else:
-            places = self.index[chunk]
-            self.input[places] = dx[: len(places)]
+            places = self.index[rows]
+            self.input[places] = dx[: len(places)].to(self.input.dtype)
 
     def _put_sum(self) -> None:
         if self.summing is not None:
-            chunk, dx, work = self.summing
+            rows, dx, work = self.summing
             work.wait()
-            self._put(chunk, dx)
+            self._put(rows, dx)
             self.summing = None
 
 
@@ -327,17 +362,6 @@ def weighted_loss(objective: Objective, stats: TokenStats, batch: Batch) -> Tens
         silent = batch.weight == 0
         stats = stats.map(lambda field: torch.where(silent, field.detach(), field))
     return weighted_sum(token_losses(objective, stats, batch.tokens), batch.weight)
-
-
-def chunks_of(call: Call) -> Iterator[slice]:
-    """Chunks of the rows with gradient, then of the rest."""
-    if call.chunks is not None:
-        yield from call.chunks
-        return
-    active = call.batch.active
-    yield from call.plan.chunks(active)
-    for chunk in call.plan.chunks(len(call.batch) - active):
-        yield slice(chunk.start + active, chunk.stop + active)
 
 
 def _joined(parts: list[TokenStats], like: Tensor, smooth: bool = False) -> TokenStats:  # (n,)

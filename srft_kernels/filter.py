@@ -1,6 +1,6 @@
 """The filtered backward: both backward products on the columns of ∂L/∂a that matter.
 
-After softmax nearly all of ∂L/∂a (n, V) lies in few columns: the targets' and the likely tokens'. Per chunk of tokens
+After softmax nearly all of ∂L/∂a (n, V) lies in few columns: the targets' and the likely tokens'. Per group of tokens
 
     kept      the K columns of largest norm: two dense products over K columns instead of V
     the tail  dropped from dW; in dx its sum stays, along one direction: each token's tail mass times the tail's mean
@@ -10,7 +10,7 @@ A tail's columns are small one by one but have the same sign, so that what they 
 direction is most of it (on the hidden states of a language model it takes dx's error down sevenfold and more).
 
 Both errors are known: the norm of what dW lacks exactly, dx's on sampled tokens, whose full tails cost no more than one
-more read of the head. Where either passes the user's bound, the chunk's dropped columns are multiplied after all. On
+more read of the head. Where either passes the user's bound, the group's dropped columns are multiplied after all. On
 an accelerator that decision stays on the device (rows/triton_residual.py).
 """
 
@@ -22,13 +22,13 @@ from torch import Tensor
 from .head import HeadProducts
 from .plan import SAMPLE, Filter, runs_triton
 
-SMALLEST = 1e-25  # sum of squares of a chunk: of a smaller one fp32 may have lost what the tail adds
+SMALLEST = 1e-25  # sum of squares of a group: of a smaller one fp32 may have lost what the tail adds
 
 
 class Filtered:
-    """The two backward products of one chunk, as those of HeadProducts, for ∂L/∂a (n, V) split in place.
+    """The two backward products of one group, as those of HeadProducts, for ∂L/∂a (n, V) split in place.
 
-    kept      (K,) columns, ascending; `values` (n, K) are theirs; the chunk's own memory holds 0 there: the residual
+    kept      (K,) columns, ascending; `values` (n, K) are theirs; the group's own memory holds 0 there: the residual
     squares   (4,) dropped and whole: of ∂L/∂a, then of the sampled tokens' dx; what is done densely drops nothing
     """
 
@@ -42,8 +42,7 @@ class Filtered:
         self.squares = squares.new_zeros(4)
         self.dense = self._decide(0, self.tail.sum(), squares.sum())
 
-    def input_gradient(self, residual: Tensor, rounded: bool = True) -> Tensor:  # (n, V)
-        """∂L/∂x (n, H), in the logits' type whatever `rounded` says: sums come after the product."""
+    def input_gradient(self, residual: Tensor) -> Tensor:  # (n, V)
         products, weight = self.products, self.products.weight
         dx = products.product(self.values, weight[self.kept])
         share = self.tail.sqrt()

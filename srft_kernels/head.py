@@ -102,21 +102,19 @@ class HeadProducts:
             return torch.ops.aten.mm.dtype_out(x, self.weight.t(), self.dtype, out=out)
         return torch.mm(x, self.weight.t(), out=out)
 
-    def input_gradient(self, dlogits: Tensor, rounded: bool = True) -> Tensor:  # (n, V)
-        """∂L/∂x = ∂L/∂a · W (n, H), in the operands' type: each row is complete, so it is rounded once.
-
-        Not `rounded`, in the logits' type: a part of a sum over ranks, or scaled.
-        """
-        return torch.mm(dlogits, self.weight) if rounded else self.product(dlogits, self.weight)
+    def input_gradient(self, dlogits: Tensor) -> Tensor:  # (n, V)
+        """∂L/∂x = ∂L/∂a · W (n, H) in the logits' type, to be rounded once: in a 16-bit product over so many columns
+        cuBLAS may round the parts of its sum."""
+        return self.product(dlogits, self.weight)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:  # (m, k), (k, n)
         """a · b of operands in their type, in the logits' type."""
         return torch.ops.aten.mm.dtype(a, b, self.dtype) if self.mixed else torch.mm(a, b)
 
     def add_weight_gradient(self, total: Tensor, dlogits: Tensor, x: Tensor, first: bool) -> None:
-        """total (V, H) += (∂L/∂a (n, V))ᵀ x (n, H); on the first chunk `total` is only written.
+        """total (V, H) += (∂L/∂a (n, V))ᵀ x (n, H); on the first group `total` is only written.
 
-        `total` is fp32 whatever the inputs; of the inputs' type where there is one chunk: the product itself sums in
+        `total` is fp32 whatever the inputs; of the inputs' type where there is one group: the product itself sums in
         fp32 and rounds once.
         """
         if self.mixed and total.dtype == self.dtype:

@@ -21,9 +21,13 @@ TRITON_DEVICES = ("cuda", "xpu")  # that Triton compiles for; torch calls ROCm's
 SAMPLE = 16  # tokens of a chunk, at even distances, that a filter's error in dx is measured on
 MIB = 2**20
 # Enough rows for the products to run at full rate, in memory that nobody misses. Measured for CPU; on accelerators the
-# weight-gradient product reads and writes its V·H accumulator once per chunk, so chunks there are larger.
+# weight-gradient product reads and writes its V·H sum every time, so more rows wait for it there.
 CPU_WORKSPACE, WORKSPACE = 40_000_000, 1024 * MIB
 MIN_CHUNK_ROWS = 64
+# Where ∂L/∂a has a buffer of its own: rows of logits at most, where both share one budget, and at least, unless memory
+# is short (fewer would read the head faster than memory can); rows whose gradients there is always memory for.
+MOST_LOGITS, SHARED_LOGITS, LEAST_LOGITS, WAITING = 1024, 512, 256, 8192
+MULTIPROCESSORS, TILE = 132, (128, 256)  # Hopper's, and the part of a product that one of them makes
 FILLED_ROWS = 2048  # at most, where every chunk is filled up to its size
 BLOCK_BYTES = 4 * MIB  # of logits per block of the torch row backend: about the L2 caches of two cores
 
@@ -63,6 +67,8 @@ class Plan:
                      chunk_rows rows, the last chunk is filled up with zeros
     filter           a Filter: the backward products leave out columns of ∂L/∂a that hardly matter (filter.py)
     workspace_bytes  what `choose` counted beside inputs and returned gradients (0 in a plan made by hand)
+    gradient_rows    tokens whose ∂L/∂a exists at one time: dx and dW are multiplied once for so many. Of 16-bit inputs
+                     on CUDA it has a buffer of its own, in 16 bits; elsewhere logits become it. None: chunk_rows
     """
 
     backend: str = "torch"
@@ -73,6 +79,7 @@ class Plan:
     batch_invariant: bool = False
     filter: Filter | None = None
     workspace_bytes: int = 0
+    gradient_rows: int | None = None
 
     def __post_init__(self):
         if self.backend not in ("torch", "triton"):
@@ -85,9 +92,17 @@ class Plan:
             raise ValueError(
                 "Plan(filter=..., batch_invariant=True): which columns are kept depends on the whole chunk"
             )
-        for name in ("chunk_rows", "block_rows"):
-            if not (isinstance(value := getattr(self, name), int) and value > 0):
+        for name in ("chunk_rows", "block_rows", "gradient_rows"):
+            value = getattr(self, name)
+            if value is None and name == "gradient_rows":
+                continue
+            if not (isinstance(value, int) and value > 0):
                 raise ValueError(f"Plan({name}={value!r}): expected a positive integer")
+        if self.gradient_rows is not None and self.gradient_rows < self.chunk_rows:
+            raise ValueError(
+                f"Plan(chunk_rows={self.chunk_rows}, gradient_rows={self.gradient_rows}): gradients of whole chunks "
+                "are multiplied at once, so take gradient_rows >= chunk_rows"
+            )
 
     @classmethod
     def choose(
@@ -103,13 +118,15 @@ class Plan:
         compact: bool | None = None,
         batch_invariant: bool = False,
         filter: Filter | None = None,
+        head_gradient: bool = True,
     ) -> Plan:
         """The plan for `tokens` rows of size `hidden` against a head of `vocab` entries.
 
-        `workspace_bytes` bounds the logits that exist at one time (and their scratch); by default 40 MB on CPU and
-        1 GiB elsewhere, but no fewer than 64 rows. What a 16-bit head takes in fp32 comes on top, and is counted in the
-        plan's `workspace_bytes`: the accumulator of its gradient, which a bf16 head on CUDA does without where one
-        chunk holds all tokens, and outside of CUDA the head itself, widened.
+        `workspace_bytes` bounds the logits and their gradients that exist at one time (and scratch); by default 40 MB
+        on CPU and 1 GiB elsewhere, but no fewer than 64 rows. What a 16-bit head takes in fp32 comes on top, and is
+        counted in the plan's `workspace_bytes`: the sum of its gradient, and outside of CUDA the head itself, widened.
+        On CUDA that sum is not needed where one product makes dW: bf16 gradients of all tokens may then take its
+        memory and, by default, no less than those of 8192 tokens. With `head_gradient` False nothing comes on top.
 
         Triton rows where Triton drives the device (CUDA, ROCm, XPU) and is installed, but for fp64; PyTorch rows on all
         others. A TypeError for fp64 on MPS, which has none.
@@ -129,28 +146,34 @@ class Plan:
             budget, least = workspace_bytes, 1
             block_rows = max(1, min(block_rows, budget // (4 * row_bytes)))
         scratch = 0 if triton else block_rows * row_bytes
-        rows = max((budget - scratch) // row_bytes, least)
-        rows = max(1, rows // _step(rows) * _step(rows))
-        if batch_invariant:  # nothing may depend on the number of tokens, nor a row on its place in a block
-            rows = min(rows, FILLED_ROWS)
-            block_rows = math.gcd(rows, 2 ** int(math.log2(block_rows)))
+        head_bytes = vocab * hidden * itemsize * head_gradient
+        gradient_rows = None
+        if mixes(device, dtype):
+            single = dtype == torch.bfloat16 and filter is None
+            waiting = min(WAITING, tokens) * row_bytes // 2 * head_gradient if workspace_bytes is None else 0
+            memory = _Memory(hidden, vocab, head_bytes, single, budget - scratch, max(head_bytes, waiting))
+            rows, gradient_rows, counted = memory.shared_out(max(tokens, 1), batch_invariant)
         else:
-            rows = max(1, min(rows, tokens))
-        narrow = dtype.itemsize < itemsize
-        mixed = mixes(device, dtype)
-        single = mixed and dtype == torch.bfloat16 and rows >= tokens and filter is None
-        accumulator = 0 if single else narrow * vocab * hidden * itemsize
-        gathered = round((rows * row_bytes + 2 * vocab * hidden * itemsize) * filter.columns) if filter else 0
-        widened = 0 if mixed else accumulator
+            rows = max((budget - scratch) // row_bytes, least)
+            rows = max(1, rows // _step(rows) * _step(rows))
+            rows = min(rows, FILLED_ROWS) if batch_invariant else max(1, min(rows, tokens))
+            widened = vocab * hidden * itemsize * (dtype.itemsize < itemsize)
+            counted = rows * row_bytes + head_bytes * (dtype.itemsize < itemsize) + widened
+        if batch_invariant:  # nothing may depend on the number of tokens, nor a row on its place in a block
+            block_rows = math.gcd(rows, 2 ** int(math.log2(block_rows)))
+        if filter:
+            gathered = round(((gradient_rows or rows) * row_bytes + 2 * vocab * hidden * itemsize) * filter.columns)
+            counted += gathered
         return cls(
             backend="triton" if triton else "torch",
             chunk_rows=rows,
+            gradient_rows=gradient_rows,
             block_rows=min(block_rows, rows),
             passes=passes,
             compact=compact,
             batch_invariant=batch_invariant,
             filter=filter,
-            workspace_bytes=rows * row_bytes + scratch + accumulator + widened + gathered,
+            workspace_bytes=counted + scratch,
         )
 
     def check(self, input: torch.Tensor, compute: torch.dtype) -> None:  # (..., H)
@@ -185,16 +208,85 @@ class Plan:
         """
         count = -(-rows // self.chunk_rows)
         size = -(-rows // max(count, 1))
-        size = min(self.chunk_rows, -(-size // _step(size)) * _step(size))
-        for start in range(0, rows, max(size, 1)):
-            yield slice(start, min(start + size, rows))
+        return _cut(rows, min(self.chunk_rows, -(-size // _step(size)) * _step(size)))
+
+    def groups(self, rows: int) -> Iterator[slice]:
+        """Slices that cut `rows` rows into those whose dx and dW are multiplied at once."""
+        return self.chunks(rows) if self.gradient_rows is None else _cut(rows, self.gradient_rows)
 
     def __str__(self) -> str:
         passes = {None: "one pass where the objective allows", 1: "one pass", 2: "two passes"}[self.passes]
         passes += ", batch-invariant" * self.batch_invariant
         passes += f", {self.filter.columns:.1%} of the columns in the backward" if self.filter else ""
         memory = f", {self.workspace_bytes / 1e6:.1f} MB of workspace" if self.workspace_bytes else ""
-        return f"{self.backend} rows, chunks of {self.chunk_rows} tokens, {passes}{memory}"
+        gradients = f", gradients of {self.gradient_rows}" if self.gradient_rows else ""
+        return f"{self.backend} rows, chunks of {self.chunk_rows} tokens{gradients}, {passes}{memory}"
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What 16-bit products with fp32 results have to share: logits in fp32 beside their gradients in 16 bits.
+
+    head    bytes of dW's sum in fp32, 0 where nobody wants it
+    single  whether one product makes dW without that sum
+    budget  bytes for logits and gradients beside that sum
+    beside  bytes for the sum or, without it, for more gradients
+    """
+
+    hidden: int
+    vocab: int
+    head: int
+    single: bool
+    budget: int
+    beside: int
+
+    def shared_out(self, tokens: int, batch_invariant: bool) -> tuple[int, int, int]:
+        """(logits rows, gradient rows, bytes in use)"""
+        row = aligned_size(max(self.vocab, 1))
+        logits, gradient = 4 * row, 2 * row
+        products = 6 * self.hidden  # of a gradient row: its hidden states once more, and dx in fp32
+        least = max(1, min(LEAST_LOGITS, self.budget // logits, tokens))
+        total = 0 if self.single else self.head
+        if batch_invariant:  # every product of the same size
+            rows = _rounded(max(1, min(MOST_LOGITS, self.budget // (logits + gradient + products))))
+            return rows, rows, rows * (logits + gradient + products) + self.head
+        chunk = (self.budget + self.beside - total - tokens * (gradient + products)) // logits
+        if chunk >= least:  # dx and dW of all tokens at once
+            chunk = _rounded(min(chunk, MOST_LOGITS, tokens))
+            return chunk, tokens, chunk * logits + tokens * (gradient + products) + total
+        room = self.budget + self.beside - self.head
+        chunk = _rounded(max(1, min(SHARED_LOGITS, room // (logits + gradient + products))))
+        rows = max(chunk, (room - chunk * logits) // (gradient + products))
+        if self.single and self.head:  # gradients may wait in the memory of the dW that is returned
+            free = min(self.vocab * self.hidden // row, (room - least * logits) // products)
+            if free > rows:
+                chunk, rows, gradient = _rounded(min((room - free * products) // logits, MOST_LOGITS)), free, 0
+        if rows < tokens:
+            fewest = -(-tokens // rows)  # each reads and writes dW's sum once more
+            rows = _filling(-(-tokens // fewest) if self.head else 3 * rows // 4, rows, self.hidden)
+        rows = min(rows, tokens)
+        chunk = min(chunk, rows)
+        return chunk, rows, chunk * logits + rows * (gradient + products) + self.head
+
+
+def _filling(least: int, most: int, hidden: int) -> int:
+    """Rows, between `least` and `most`, whose dx leaves the fewest multiprocessors idle at the end."""
+
+    def full(rows: int) -> float:
+        tiles = rows // TILE[0] * -(-hidden // TILE[1])
+        return tiles / (-(-tiles // MULTIPROCESSORS) * MULTIPROCESSORS)
+
+    most = _rounded(most)
+    return max(range(most, max(least, TILE[0]) - 1, -TILE[0]), key=full, default=most)
+
+
+def _cut(rows: int, size: int) -> Iterator[slice]:
+    for start in range(0, rows, max(size, 1)):
+        yield slice(start, min(start + size, rows))
+
+
+def _rounded(rows: int) -> int:
+    return rows // _step(rows) * _step(rows)
 
 
 def _step(rows: int) -> int:

@@ -218,16 +218,16 @@ class ShardedRows:
         return stats, Normalizer(m, log_total, mean)
 
     def loss_and_gradient(
-        self, logits: Tensor, tokens: Tokens, weight: Tensor, objective: Objective, head: Head, dtype: torch.dtype,
+        self, logits: Tensor, dlogits: Tensor, tokens: Tokens, weight: Tensor, objective: Objective, head: Head,
         extras: ExtrasBuffer | None = None,
-    ) -> tuple[TokenStats, Tensor, Tensor]:  # (n, V_r), (n,)  # fmt: skip
-        return in_three_steps(self, logits, tokens, weight, objective, head, dtype)
+    ) -> tuple[TokenStats, Tensor]:  # (n, V_r), (n, V_r), (n,)  # fmt: skip
+        return in_three_steps(self, logits, dlogits, tokens, weight, objective, head)
 
     def gradient(
-        self, logits: Tensor, target: Tensor, normalizer: Normalizer, coefs: Coefs, head: Head, dtype: torch.dtype
-    ) -> Tensor:  # (n, V_r), (n,)
+        self, logits: Tensor, dlogits: Tensor, target: Tensor, normalizer: Normalizer, coefs: Coefs, head: Head
+    ) -> None:  # (n, V_r), (n, V_r), (n,)
         if logits.shape[1] == 0:
-            return logits.to(dtype)
+            return
         g, h, k, u = (*coefs, None)[:4]
         mine, place = self.shard.local(target)
         if g is not None:
@@ -237,7 +237,7 @@ class ShardedRows:
         if u is not None:  # the row operation knows of Σω on this rank alone
             elsewhere = -u * (self.shard.smooth.sum() - self.shard.smooth[self.shard.rank])
             k = elsewhere if k is None else k + elsewhere
-        return self.rows.gradient(logits, place, normalizer, (g, h, k, u), head, dtype)
+        self.rows.gradient(logits, dlogits, place, normalizer, (g, h, k, u), head)
 
     def _part(self, logits: Tensor, target: Tensor, head: Head) -> Tensor:  # (n, V_r), (n,)
         """(4 or 5, n): m_r, log s_r, mean_r, d at the target (−inf where it lies elsewhere), Σ ω_v d_v."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from ..head import Head
@@ -23,7 +22,8 @@ class DivergenceRows(Protocol):
     """The row operation of distillation, in PyTorch (torch_rows.py) and in Triton (triton_rows.py)."""
 
     def divergence_and_gradient(
-        self, student: Tensor, teacher: Tensor, weight: Tensor, divergence: Divergence, head: Head,
-        teacher_head: Head, dtype: torch.dtype | None,
-    ) -> tuple[Tensor, Tensor | None]:  # (n, V), (n, V), (n,)  # fmt: skip
-        """(divergences (n,), ∂(Σ weight·divergence)/∂(raw student logits) (n, V) as `dtype`; without one, None)."""
+        self, student: Tensor, teacher: Tensor, dlogits: Tensor | None, weight: Tensor, divergence: Divergence,
+        head: Head, teacher_head: Head,
+    ) -> Tensor:  # (n, V), (n, V), (n, V), (n,)  # fmt: skip
+        """Divergences (n,), and ∂(Σ weight·divergence)/∂(raw student logits) into `dlogits`, if given: the student's
+        logits themselves, or rows of another buffer, in any type."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from .. import checks
 from ..batch import select
 from ..call import Call, HeadArguments, Tensors
-from ..engine import Gradients, OnePass, chunks_of, fp16_scale, plain_matmul, weighted_sum
+from ..engine import Gradients, OnePass, fp16_scale, plain_matmul, weighted_sum
 from ..head import Head, HeadProducts, accumulation_dtype
 from ..objectives.objective import Objective, Tokens
 from ..plan import Plan
@@ -104,8 +105,14 @@ class DistillationArguments(HeadArguments):
         compute, teacher_compute, vocab = self.checked()
         dtype, device = accumulation_dtype(compute), self.input.device
         input, shape = self.input, self.input.shape[:-1]
-        # two rows of logits per token are one of twice the vocabulary
-        plan = self.plan or Plan.choose(shape.numel(), input.shape[-1], 2 * vocab, compute, device)
+        plan = self.plan
+        if plan is None:
+            head_gradient = self.linear_weight.requires_grad
+            plan = Plan.choose(
+                shape.numel(), input.shape[-1], vocab, compute, device, head_gradient=head_gradient
+            )  # fmt: skip
+            rows = max(1, plan.chunk_rows // 2)  # two rows of logits per token
+            plan = replace(plan, chunk_rows=rows, block_rows=min(plan.block_rows, rows))
         compact = device.type == "cpu" if plan.compact is None else plan.compact
         plan = replace(plan, passes=1, compact=compact)
         mask, token_weight = (
@@ -191,21 +198,18 @@ def distillation_pass(
         products = HeadProducts(weight[: call.vocab], call.compute)
         teacher_products = HeadProducts(teacher.weight, teacher.compute)
         gradients = Gradients(tensors, needs_grad, products, call)
-        buffer, teacher_buffer = call.logits_buffer(products), call.logits_buffer(teacher_products)
+        teacher_buffer = call.logits_buffer(teacher_products)
         scale = fp16_scale(batch.weight) if call.compute == torch.float16 else None
         token_weight = batch.weight if scale is None else batch.weight * scale
-        for chunk in chunks_of(call):
-            x = products.operand(batch.hidden(input, chunk))
+        others = ((*piece, None) for piece in gradients.other_chunks(input))
+        for chunk, logits, dlogits in chain(gradients.chunks(input), others):
             teacher_x = teacher_products.operand(batch.hidden(teacher.input, chunk))
-            active = any(needs_grad) and chunk.start < batch.active
-            part, dlogits = row_ops.divergence_and_gradient(
-                products.logits(x, buffer[: len(x)]),
-                teacher_products.logits(teacher_x, teacher_buffer[: len(x)]),
-                token_weight[chunk], divergence, call.head, teacher.head, products.compute if active else None,
-            )  # fmt: skip
-            if active:
-                gradients.add(dlogits, x, chunk)
-            parts.append(part)
+            teacher_logits = teacher_products.logits(teacher_x, teacher_buffer[: len(teacher_x)])
+            parts.append(
+                row_ops.divergence_and_gradient(
+                    logits, teacher_logits, dlogits, token_weight[chunk], divergence, call.head, teacher.head
+                )
+            )
     divergences = torch.cat(parts) if parts else torch.empty_like(batch.weight)
     return weighted_sum(divergences, batch.weight), divergences, gradients, scale
 

@@ -14,29 +14,29 @@ from .divergence import Divergence
 
 @dataclass(frozen=True)
 class TorchDivergenceRows:
-    """DivergenceRows (see divergence.py) on blocks of `block_rows` rows; the gradient is written over the student's."""
+    """DivergenceRows (see divergence.py) on blocks of `block_rows` rows."""
 
     block_rows: int
 
     def divergence_and_gradient(
-        self, student: Tensor, teacher: Tensor, weight: Tensor, divergence: Divergence, head: Head,
-        teacher_head: Head, dtype: torch.dtype | None,
-    ) -> tuple[Tensor, Tensor | None]:  # (n, V), (n, V), (n,)  # fmt: skip
+        self, student: Tensor, teacher: Tensor, dlogits: Tensor | None, weight: Tensor, divergence: Divergence,
+        head: Head, teacher_head: Head,
+    ) -> Tensor:  # (n, V), (n, V), (n, V), (n,)  # fmt: skip
         divergences = []
         for rows, scratch in blocks(student, self.block_rows):
             ds, dt = student[rows], teacher[rows]
-            _, cap_slope = shifted_(ds, head, with_slope=dtype is not None)
+            _, cap_slope = shifted_(ds, head, with_slope=dlogits is not None)
             shifted_(dt, teacher_head)
             es, et = torch.exp(ds, out=scratch), dt.exp()
             values, dz = KINDS[divergence.kind](ds, dt, es, et, divergence.beta)
             divergences.append(values)
-            if dtype is not None:
+            if dlogits is not None:
                 silent = weight[rows] == 0  # whatever the derivative is, infinite or not
                 dz.mul_((weight[rows] * head.slope)[:, None]).masked_fill_(silent[:, None], 0)
                 if cap_slope is not None:
                     dz.mul_(cap_slope)
-                student[rows] = dz
-        return torch.cat(divergences), None if dtype is None else student.to(dtype)
+                dlogits[rows] = dz
+        return torch.cat(divergences)
 
 
 # Each: (divergence (b,), ∂divergence/∂z (b, V)) from d = z − max z and e = e^d of the student and of the teacher.

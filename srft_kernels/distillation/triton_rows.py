@@ -1,19 +1,18 @@
 """The divergence of two rows of logits, and its gradient, in Triton: one program per token.
 
 A program reads both rows twice, or three times where the gradient needs the divergence first (all but the forward KL),
-and writes the gradient over the student's row as the loss kernels do: see rows/triton_rows.py, also for how rows lie.
+and writes the gradient as the loss kernels do: see rows/triton_rows.py, also for how rows lie.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..head import Head
 from ..rows.triton_kernels import _logits, _through_cap, _through_scale
-from ..rows.triton_rows import device_of, order, over
+from ..rows.triton_rows import device_of
 from .divergence import Divergence
 
 # Columns per loop step, and of each row per warp: 8 of both rows in a thread's registers. With 16, and 2048 a step, the
@@ -79,12 +78,12 @@ def _compared(zs, zt, ms, mt, ss, st, guess, beta, KIND: tl.constexpr):
 @triton.jit
 def _distillation_kernel(
     student_ptr, teacher_ptr,  # (n, stride) fp32 each
-    dlogits_ptr,  # (n, dstride), the student's memory; None: the divergences alone
+    dlogits_ptr,  # (n, dstride), the student's memory if fp32; None: the divergences alone
     weight_ptr,  # (n,) fp32 token weights
     bias_ptr, teacher_bias_ptr,  # (V,) fp32 or None
     out_ptr,  # (n,) fp32
     vocab, stride, dstride, head, teacher_head, beta,
-    KIND: tl.constexpr, ORDER: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # row · stride passes 2³¹
     student_ptr += row * stride
@@ -153,12 +152,7 @@ def _distillation_kernel(
             dz = tl.where(weight == 0, 0.0, slope * dz)  # whatever the derivative is, infinite or not
             dz = _through_cap(dz, level, head)
             dz = tl.where(columns < vocab, dz, 0.0)
-            written = columns < stride
-            if ORDER == "barrier":  # a narrow gradient lands on bytes of this block: see triton_kernels.py
-                tl.debug_barrier()
-            if ORDER == "reduction":
-                written &= tl.max(p, 0) != -1.0
-            tl.store(dlogits_ptr + columns, dz.to(dlogits_ptr.dtype.element_ty), mask=written)
+            tl.store(dlogits_ptr + columns, dz.to(dlogits_ptr.dtype.element_ty), mask=columns < stride)
     tl.store(out_ptr + row, value)
 
 
@@ -166,25 +160,23 @@ def _distillation_kernel(
 
 
 class TritonDivergenceRows:
-    """DivergenceRows (see divergence.py) on fp32 logits with padded rows of one stride; the gradient lies over the
-    student's."""
+    """DivergenceRows (see divergence.py) on fp32 logits with padded rows of one stride."""
 
     def divergence_and_gradient(
-        self, student: Tensor, teacher: Tensor, weight: Tensor, divergence: Divergence, head: Head,
-        teacher_head: Head, dtype: torch.dtype | None,
-    ) -> tuple[Tensor, Tensor | None]:  # (n, V), (n, V), (n,)  # fmt: skip
+        self, student: Tensor, teacher: Tensor, dlogits: Tensor | None, weight: Tensor, divergence: Divergence,
+        head: Head, teacher_head: Head,
+    ) -> Tensor:  # (n, V), (n, V), (n, V), (n,)  # fmt: skip
         n, vocab = student.shape
         out = student.new_empty(n)
-        dlogits = None if dtype is None else over(student, dtype)
         with device_of(student):
             _distillation_kernel[(n,)](
                 student_ptr=student, teacher_ptr=teacher, dlogits_ptr=dlogits, weight_ptr=weight,
                 bias_ptr=head.bias, teacher_bias_ptr=teacher_head.bias, out_ptr=out,
                 vocab=vocab, stride=student.stride(0), dstride=0 if dlogits is None else dlogits.stride(0),
                 head=head.numbers, teacher_head=teacher_head.numbers, beta=divergence.beta, KIND=divergence.kind,
-                ORDER="none" if dlogits is None else order(student, dlogits), **launch(vocab),
+                **launch(vocab),
             )  # fmt: skip
-        return out, dlogits
+        return out
 
 
 def launch(vocab: int) -> dict[str, int]:

@@ -87,7 +87,9 @@ def call_of(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, others: Sequence[Tensor],
     live_tokens: int | None, constants: str,
 ) -> CompiledCall:  # fmt: skip
-    leaves = [tensor.detach() for tensor in (input, linear_weight, linear_bias) if tensor is not None]
+    tensors = zip((input, linear_weight, linear_bias), decoded(constants).needs_grad)
+    # marked for the plan, which looks; nothing is differentiated below autograd
+    leaves = [tensor.detach().requires_grad_(needed) for tensor, needed in tensors if tensor is not None]
     return restored(constants, [*leaves, *others], live_tokens)
 
 

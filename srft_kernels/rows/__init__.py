@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from ..extras import ExtrasBuffer
@@ -33,8 +32,8 @@ Coefs = tuple[Tensor | None, ...]  # ∂L/∂(each statistic), (n,) or None wher
 class RowOps(Protocol):
     """Of n rows of raw logits a = x Wᵀ (n, V), fp32 or fp64, at aligned addresses (see `Call.logits_buffer`).
 
-    extras  to be filled on the way, if given
-    dtype   that the gradient is to have; it is written over the logits, and may lie in rows of another stride
+    extras   to be filled on the way, if given
+    dlogits  (n, V), where ∂L/∂a goes: the logits themselves, or another buffer in any type, its rows padded alike
     """
 
     def statistics(
@@ -43,22 +42,23 @@ class RowOps(Protocol):
         """Statistics, NaN for a target out of range, and what the second pass needs of them; the logits stay."""
 
     def loss_and_gradient(
-        self, logits: Tensor, tokens: Tokens, weight: Tensor, objective: Objective, head: Head, dtype: torch.dtype,
+        self, logits: Tensor, dlogits: Tensor, tokens: Tokens, weight: Tensor, objective: Objective, head: Head,
         extras: ExtrasBuffer | None = None,
-    ) -> tuple[TokenStats, Tensor, Tensor]:  # (n, V), (n,)  # fmt: skip
-        """One pass: (statistics, losses (n,), ∂(Σ weight·loss)/∂a (n, V)) of an objective that is token-local."""
+    ) -> tuple[TokenStats, Tensor]:  # (n, V), (n, V), (n,)  # fmt: skip
+        """One pass: (statistics, losses (n,)) and ∂(Σ weight·loss)/∂a of an objective that is token-local."""
 
     def gradient(
-        self, logits: Tensor, target: Tensor, normalizer: Normalizer, coefs: Coefs, head: Head, dtype: torch.dtype
-    ) -> Tensor:  # (n, V), (n,)
-        """Second pass: ∂L/∂a (n, V) from logits made again."""
+        self, logits: Tensor, dlogits: Tensor, target: Tensor, normalizer: Normalizer, coefs: Coefs, head: Head
+    ) -> None:  # (n, V), (n, V), (n,)
+        """Second pass: ∂L/∂a from logits made again."""
 
 
 def in_three_steps(
-    rows: RowOps, logits: Tensor, tokens: Tokens, weight: Tensor, objective: Objective, head: Head, dtype: torch.dtype,
+    rows: RowOps, logits: Tensor, dlogits: Tensor, tokens: Tokens, weight: Tensor, objective: Objective, head: Head,
     extras: ExtrasBuffer | None = None,
-) -> tuple[TokenStats, Tensor, Tensor]:  # (n, V), (n,)  # fmt: skip
+) -> tuple[TokenStats, Tensor]:  # (n, V), (n, V), (n,)  # fmt: skip
     """`loss_and_gradient` made of the other two, with the objective between them, which is shown all rows at once."""
     stats, normalizer = rows.statistics(logits, tokens.target, head, extras)
     loss, coefs = differentiate(objective, stats, tokens, weight)
-    return stats, loss, rows.gradient(logits, tokens.target, normalizer, coefs, head, dtype)
+    rows.gradient(logits, dlogits, tokens.target, normalizer, coefs, head)
+    return stats, loss

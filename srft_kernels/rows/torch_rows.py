@@ -44,9 +44,9 @@ class TorchRows:
         return TokenStats.cat(stats), Normalizer(*map(cat, zip(*normalizers)))
 
     def loss_and_gradient(
-        self, logits: Tensor, tokens: Tokens, weight: Tensor, objective: Objective, head: Head, dtype: torch.dtype,
+        self, logits: Tensor, dlogits: Tensor, tokens: Tokens, weight: Tensor, objective: Objective, head: Head,
         extras: ExtrasBuffer | None = None,
-    ) -> tuple[TokenStats, Tensor, Tensor]:  # (n, V), (n,)  # fmt: skip
+    ) -> tuple[TokenStats, Tensor]:  # (n, V), (n, V), (n,)  # fmt: skip
         parts, losses = [], []
         for rows, exp in blocks(logits, self.block_rows):
             d, block_tokens, block_head = logits[rows], tokens[rows], head[rows]
@@ -55,13 +55,15 @@ class TorchRows:
             )
             loss, coefs = differentiate(objective, stats, block_tokens, weight[rows])
             _gradient_(d, exp, total, normalizer.mean, block_tokens.target, coefs, block_head, cap_slope)
+            if dlogits is not logits:
+                dlogits[rows] = d
             parts.append(stats)
             losses.append(loss)
-        return TokenStats.cat(parts), cat(losses), logits.to(dtype)
+        return TokenStats.cat(parts), cat(losses)
 
     def gradient(
-        self, logits: Tensor, target: Tensor, normalizer: Normalizer, coefs: Coefs, head: Head, dtype: torch.dtype
-    ) -> Tensor:  # (n, V), (n,)
+        self, logits: Tensor, dlogits: Tensor, target: Tensor, normalizer: Normalizer, coefs: Coefs, head: Head
+    ) -> None:  # (n, V), (n, V), (n,)
         for rows, exp in blocks(logits, self.block_rows):
             d, block_head = logits[rows], head[rows]
             _, cap_slope = shifted_(d, block_head, normalizer.shift[rows, None], with_slope=True)
@@ -69,7 +71,8 @@ class TorchRows:
             block_coefs = tuple(None if coef is None else coef[rows] for coef in coefs)
             total = normalizer.log_total[rows].exp()
             _gradient_(d, exp, total, normalizer.mean[rows], target[rows], block_coefs, block_head, cap_slope)
-        return logits.to(dtype)
+            if dlogits is not logits:
+                dlogits[rows] = d
 
 
 def blocks(logits: Tensor, block_rows: int) -> Iterator[tuple[slice, Tensor]]:  # (n, V)

@@ -1,8 +1,8 @@
 """The row kernels in Triton: one program per row of logits (or walking over several), statistics and gradients.
 
-Logits are fp32; a gradient is written over them, a 16-bit one into the front of its own row. Device code alone: what
-launches it, and how rows lie in memory, is in triton_rows.py. A kernel is compiled once for any number of rows. `head`
-has the numbers that logits are scored with (head.Numbers), None for what changes nothing.
+Logits are fp32; a gradient is written over them, or to rows of its own. Device code alone: what launches it, and how
+rows lie in memory, is in triton_rows.py. A kernel is compiled once for any number of rows. `head` has the numbers that
+logits are scored with (head.Numbers), None for what changes nothing.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def _of_lanes(x):
 def _write_gradient(
     row_ptr, out_ptr, target, d, level, m, log_s, mean, g, h, k, u,
     bias_ptr, smooth_ptr, smooth_total, vocab, stride, head, temperature,
-    ORDER: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """∂L/∂a of a row: g(1[v=y] − p_v) − h p_v(log p_v + H) + k p_v + u(ω_v − Σω·p_v), through temperature, cap
     and scale.
@@ -235,12 +235,12 @@ def _write_gradient(
         for start in range(0, whole, BLOCK):
             _write_block(
                 row_ptr, out_ptr, at, of_target, start, m, alpha, beta, u,
-                bias_ptr, smooth_ptr, vocab, stride, head, temperature, ORDER, False, BLOCK,
+                bias_ptr, smooth_ptr, vocab, stride, head, temperature, False, BLOCK,
             )  # fmt: skip
         if whole < vocab:
             _write_block(
                 row_ptr, out_ptr, at, of_target, whole, m, alpha, beta, u,
-                bias_ptr, smooth_ptr, vocab, stride, head, temperature, ORDER, True, BLOCK,
+                bias_ptr, smooth_ptr, vocab, stride, head, temperature, True, BLOCK,
             )  # fmt: skip
 
 
@@ -248,7 +248,7 @@ def _write_gradient(
 def _write_block(
     row_ptr, out_ptr, target, of_target, start, m, alpha, beta, u,
     bias_ptr, smooth_ptr, vocab, stride, head, temperature,
-    ORDER: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr,
+    TAIL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     columns = start + tl.arange(0, BLOCK)
     z, level = _logits(row_ptr, bias_ptr, columns, vocab, stride, head, temperature, TAIL)
@@ -260,18 +260,9 @@ def _write_block(
     dz = _through_cap(dz, level, head)
     if (target >= start) & (target < start + BLOCK):
         dz = tl.where(columns == target, of_target, dz)
-    # A narrow gradient lands on bytes of this block or of earlier ones: every thread must have read its part first.
-    if ORDER == "barrier":
-        tl.debug_barrier()
     if TAIL:
         dz = tl.where(columns < vocab, dz, 0.0)
-        written = columns < stride
-    else:
-        written = columns >= 0
-    if ORDER == "reduction":
-        written &= tl.max(e, 0) != -1.0  # always so, but known only when every thread's loads are there
-    if TAIL or ORDER == "reduction":
-        tl.store(out_ptr + columns, dz.to(out_ptr.dtype.element_ty), mask=written)
+        tl.store(out_ptr + columns, dz.to(out_ptr.dtype.element_ty), mask=columns < stride)
     else:
         tl.store(out_ptr + columns, dz.to(out_ptr.dtype.element_ty))
 
@@ -326,13 +317,13 @@ def _statistics_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _gradient_kernel(
-    logits_ptr, dlogits_ptr,  # (n, stride) fp32; (n, dstride), the same memory
+    logits_ptr, dlogits_ptr,  # (n, stride) fp32; (n, dstride), the same memory if fp32
     target_ptr, m_ptr, log_s_ptr, mean_ptr,  # (n,)
     g_ptr, h_ptr, k_ptr, u_ptr,  # (n,) fp32 or None
     bias_ptr, smooth_ptr, smooth_total_ptr,  # (V,), (V,), () fp32 or None
     temperature_ptr,  # (n,) fp32, or None
     rows, vocab, stride, dstride, head,
-    ORDER: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, WALK: tl.constexpr,
+    LANES: tl.constexpr, BLOCK: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
     for row in tl.range(tl.program_id(0), _stop(rows, WALK), _step(WALK), disable_licm=True):
         target = tl.load(target_ptr + row)
@@ -353,13 +344,13 @@ def _gradient_kernel(
         _write_gradient(
             row_ptr, dlogits_ptr + row * dstride.to(tl.int64), target, z - m, level,
             m, log_s, tl.load(mean_ptr + row), g, h, k, u,
-            bias_ptr, smooth_ptr, smooth_total, vocab, stride, head, temperature, ORDER, BLOCK,
+            bias_ptr, smooth_ptr, smooth_total, vocab, stride, head, temperature, BLOCK,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _loss_gradient_kernel(
-    logits_ptr, dlogits_ptr,  # (n, stride) fp32; (n, dstride), the same memory
+    logits_ptr, dlogits_ptr,  # (n, stride) fp32; (n, dstride), the same memory if fp32
     target_ptr, weight_ptr,  # (n,) int64, (n,) fp32 token weights
     columns,  # annotations by name, each (n,) or None
     numbers,  # the objective's coefficients by name
@@ -370,7 +361,7 @@ def _loss_gradient_kernel(
     temperature_ptr,  # (n,) fp32, or None
     rows, vocab, stride, dstride, head,
     FORMULA: tl.constexpr, OBJECTIVE: tl.constexpr,
-    ORDER: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, WALK: tl.constexpr,
+    LANES: tl.constexpr, BLOCK: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
     for row in tl.range(tl.program_id(0), _stop(rows, WALK), _step(WALK), disable_licm=True):
         target = tl.load(target_ptr + row)
@@ -401,7 +392,7 @@ def _loss_gradient_kernel(
         smooth_total = m * 0.0 if smooth_total_ptr is None else tl.load(smooth_total_ptr)
         _write_gradient(
             row_ptr, dlogits_ptr + row * dstride.to(tl.int64), target, d, level, m, log_s, mean, g, h, k, u,
-            bias_ptr, smooth_ptr, smooth_total, vocab, stride, head, temperature, ORDER, BLOCK,
+            bias_ptr, smooth_ptr, smooth_total, vocab, stride, head, temperature, BLOCK,
         )  # fmt: skip
 
 

@@ -2,12 +2,12 @@
 
     statistics         reads a row once
     loss_and_gradient  one kernel for the built-in objectives: reads the row, forms the token's loss and derivatives,
-                       reads it again (from L2 where the rows in flight fit there) and writes its gradient;
-                       for any other callable two kernels, with the callable between them on n-long vectors
+                       reads it again and writes its gradient; for any other callable two kernels, with the callable
+                       between them on n-long vectors
     gradient           reads a row, writes its gradient
 
-Logits are fp32 and die here: the gradient is written over them. A 16-bit gradient fills the front of its own row, so
-the chunk needs no second buffer; its rows are then 2·stride apart, which matrix products take as they are.
+Logits are fp32. A 16-bit gradient goes to rows of its own, an fp32 one over the logits: a thread then overwrites what
+it has read itself, but for the target's logit, which all threads read before any of them writes.
 
 A row starts on a 64-byte boundary and its stride is a multiple of 16 numbers, whatever V is: see head.py. Loads run to
 the padded end, so that they stay 16 bytes wide, and what lies past V is replaced once the soft cap has been applied.
@@ -52,12 +52,12 @@ class TritonRows:
         return TokenStats(out[0], out[1], out[2], smooth), Normalizer(out[4], out[5], out[6])
 
     def loss_and_gradient(
-        self, logits: Tensor, tokens: Tokens, weight: Tensor, objective: Objective, head: Head, dtype: torch.dtype,
+        self, logits: Tensor, dlogits: Tensor, tokens: Tokens, weight: Tensor, objective: Objective, head: Head,
         extras: ExtrasBuffer | None = None,
-    ) -> tuple[TokenStats, Tensor, Tensor]:  # (n, V), (n,)  # fmt: skip
+    ) -> tuple[TokenStats, Tensor]:  # (n, V), (n, V), (n,)  # fmt: skip
         if (code := twin(objective, tokens)) is None:
-            return in_three_steps(self, logits, tokens, weight, objective, head, dtype, extras)
-        out, dlogits = logits.new_empty(4, len(logits)), over(logits, dtype)
+            return in_three_steps(self, logits, dlogits, tokens, weight, objective, head, extras)
+        out = logits.new_empty(4, len(logits))
         normalizer = None
         if extras is not None:
             extras.take_entries(logits, head.bias)  # before the gradient is written over them
@@ -73,12 +73,11 @@ class TritonRows:
             )  # fmt: skip
         if extras is not None:
             extras.normalize(partial(_score_, head), *normalizer)
-        return TokenStats(out[1], out[2], out[3]), out[0], dlogits
+        return TokenStats(out[1], out[2], out[3]), out[0]
 
     def gradient(
-        self, logits: Tensor, target: Tensor, normalizer: Normalizer, coefs: Coefs, head: Head, dtype: torch.dtype
-    ) -> Tensor:  # (n, V), (n,)
-        dlogits = over(logits, dtype)
+        self, logits: Tensor, dlogits: Tensor, target: Tensor, normalizer: Normalizer, coefs: Coefs, head: Head
+    ) -> None:  # (n, V), (n, V), (n,)
         g, h, k, u = (None if coef is None else coef.contiguous() for coef in (*coefs, None)[:4])
         grid, options = _launch("gradient", logits)
         with device_of(logits):
@@ -88,7 +87,6 @@ class TritonRows:
                 g_ptr=g, h_ptr=h, k_ptr=k, u_ptr=u, smooth_total_ptr=_total(head),
                 **_of_head(head), **_of_rows(logits, dlogits), **options,
             )  # fmt: skip
-        return dlogits
 
 
 def scale_(x: Tensor, factor: Tensor) -> Tensor:  # any shape, ()
@@ -126,26 +124,10 @@ def _of_extras(extras: ExtrasBuffer | None) -> dict[str, Tensor | None]:
 
 
 def _of_rows(logits: Tensor, dlogits: Tensor | None = None) -> dict[str, object]:  # (n, V), (n, V)
-    """Where the rows lie, and the gradient's over them."""
+    """Where the rows lie, and the gradient's."""
     n, vocab = logits.shape
     rows = {"rows": n, "vocab": vocab, "stride": logits.stride(0)}
-    return rows if dlogits is None else {**rows, "dstride": dlogits.stride(0), "ORDER": order(logits, dlogits)}
-
-
-def over(logits: Tensor, dtype: torch.dtype) -> Tensor:  # (n, V)
-    """The memory of the logits as a gradient (n, V) of `dtype`: narrow rows fill the front of their own wide rows."""
-    if dtype == logits.dtype:
-        return logits
-    n, vocab = logits.shape
-    rows = logits.as_strided((n, logits.stride(0)), (logits.stride(0), 1))
-    return rows.view(dtype)[:, :vocab]
-
-
-def order(logits: Tensor, dlogits: Tensor) -> str:  # (n, V), (n, V)
-    """How a row's reads are kept before its writes where they overlap: a barrier waits for loads on NVIDIA alone."""
-    if dlogits.dtype == logits.dtype:  # each thread overwrites what it has read itself
-        return "none"
-    return "reduction" if torch.version.hip or logits.device.type == "xpu" else "barrier"
+    return rows if dlogits is None else {**rows, "dstride": dlogits.stride(0)}
 
 
 def _launch(kernel: str, logits: Tensor) -> tuple[tuple[int], dict[str, int]]:

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import srft_kernels as sk
+from srft_kernels.head import aligned_size
+from srft_kernels.rows import RowOps
 
 BACKENDS = ["torch"]
 ULPS = 4
@@ -175,6 +177,24 @@ def problem(
 def plans(backend: str, passes: int | None = None, chunks: tuple[int, ...] = (1, 5, 64)) -> list[sk.Plan]:
     """Chunkings from one row at a time to everything at once."""
     return [sk.Plan(backend=backend, chunk_rows=rows, block_rows=min(rows, 3), passes=passes) for rows in chunks]
+
+
+def buffer(logits: Tensor, dtype: torch.dtype | None = None) -> Tensor:  # (n, V)
+    """A copy in rows as the engine lays them out."""
+    n, vocab = logits.shape
+    return logits.new_empty(n, aligned_size(vocab), dtype=dtype)[:, :vocab].copy_(logits)
+
+
+def in_one_pass(rows: RowOps, logits: Tensor, *arguments: Any, dtype: torch.dtype | None = None) -> tuple[Any, ...]:
+    """(statistics, losses, ∂L/∂a) of row operations: over the logits, or in rows of its own of another type."""
+    dlogits = logits if dtype in (None, logits.dtype) else buffer(logits, dtype).fill_(torch.nan)
+    return *rows.loss_and_gradient(logits, dlogits, *arguments), dlogits
+
+
+def in_second_pass(rows: RowOps, logits: Tensor, *arguments: Any, dtype: torch.dtype | None = None) -> Tensor:
+    dlogits = logits if dtype in (None, logits.dtype) else buffer(logits, dtype).fill_(torch.nan)
+    rows.gradient(logits, dlogits, *arguments)
+    return dlogits
 
 
 def scored(a: Tensor, head: dict[str, Any], tanh: Callable = torch.tanh) -> Tensor:

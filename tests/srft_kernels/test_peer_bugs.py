@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import srft_kernels as sk
 from srft_kernels.head import Head
 
-from .cases import BACKENDS, problem
+from .cases import BACKENDS, in_one_pass, problem
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 both_passes = pytest.mark.parametrize("passes", [1, 2])
@@ -212,9 +212,8 @@ def test_target_out_of_range(backend, bad):
     assert stats.logprobs.isnan().tolist() == [False, True, False]
     tokens = sk.Tokens(y)
     room = torch.empty(3, 16)[:, :11].copy_(logits)
-    stats, loss, gradient = sk.Plan(backend=backend).row_ops.loss_and_gradient(
-        room, tokens, torch.ones(3), sk.sft(), Head(), torch.float32
-    )
+    rows = sk.Plan(backend=backend).row_ops
+    _, loss, gradient = in_one_pass(rows, room, tokens, torch.ones(3), sk.sft(), Head())
     assert loss.isnan().tolist() == [False, True, False]
     assert gradient.isnan().any(1).tolist() == [False, True, False]
 
@@ -230,11 +229,11 @@ def test_offsets_past_2_to_the_31(backend):
     wide = torch.empty(2 * stride + 32).as_strided((3, vocab), (stride, 1))
     logits, target = torch.randn(3, vocab), torch.tensor([3, 0, 19])
     expected = logits.double().log_softmax(-1)
-    arguments = sk.Tokens(target), torch.ones(3), sk.sft(), Head(), torch.float32
+    arguments = sk.Tokens(target), torch.ones(3), sk.sft(), Head()
     wide.copy_(logits)
     stats, _ = sk.Plan(backend=backend).row_ops.statistics(wide.clone(), target, Head())
     torch.testing.assert_close(stats.logprobs.double(), expected.gather(1, target[:, None])[:, 0])
-    stats, loss, gradient = sk.Plan(backend=backend).row_ops.loss_and_gradient(wide, *arguments)
+    stats, loss, gradient = in_one_pass(sk.Plan(backend=backend).row_ops, wide, *arguments)
     torch.testing.assert_close(loss.double(), -expected.gather(1, target[:, None])[:, 0])
     torch.testing.assert_close(gradient.double(), expected.exp() - torch.nn.functional.one_hot(target, vocab))
 

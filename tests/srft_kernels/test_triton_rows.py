@@ -11,6 +11,7 @@ from srft_kernels.rows import tuning
 from srft_kernels.rows.torch_rows import TorchRows
 
 from . import cases
+from .cases import buffer
 
 triton_rows = pytest.importorskip("srft_kernels.rows.triton_rows")
 TORCH, TRITON = TorchRows(8), triton_rows.TritonRows()
@@ -83,7 +84,7 @@ def test_fused_objectives_are_the_pytorch_formulas(objective):
     columns = annotations(n)
     tokens, weight = sk.Tokens(torch.randint(vocab, (n,)), **columns), torch.rand(n)
     run = {
-        name: rows.loss_and_gradient(buffer(logits), tokens, weight, objective, Head(), torch.float32)
+        name: cases.in_one_pass(rows, buffer(logits), tokens, weight, objective, Head())
         for name, rows in (("torch", TORCH), ("triton", TRITON))
     }
     for index in (1, 2):  # loss, gradient
@@ -117,8 +118,8 @@ def test_a_sure_target_keeps_what_the_other_derivatives_leave_there(options, lau
         given = [c.to(dtype) for c in (coefs if "smooth" in options else coefs[:3])]
         loss = sk.CrossEntropy(z_loss=1e-7, label_smoothing=1e-7 if "smooth" in options else 0.0)
         _, normalizer = rows.statistics(room(), target, head)
-        yield rows.gradient(room(), target, normalizer, given, head, dtype)
-        yield rows.loss_and_gradient(room(), sk.Tokens(target), weight.to(dtype), loss, head, dtype)[2]
+        yield cases.in_second_pass(rows, room(), target, normalizer, given, head)
+        yield cases.in_one_pass(rows, room(), sk.Tokens(target), weight.to(dtype), loss, head)[2]
 
     with tuning.forced(launch):
         own = list(gradients(TRITON, torch.float32))
@@ -146,15 +147,15 @@ def test_label_smoothing(class_weight, blocks):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_gradient_over_wide_logits(dtype, blocks):
-    """The 16-bit gradient is the fp32 one rounded once, and lies at the front of the logits' own rows."""
+def test_narrow_gradient_beside_wide_logits(dtype, blocks):
+    """The 16-bit gradient is the fp32 one rounded once; it goes to its own rows and the logits stay."""
     logits = buffer(torch.randn(7, 131))
     columns, target = annotations(7), torch.arange(7)
-    tokens, weight = sk.Tokens(target, **columns), torch.ones(7)
-    wide = TRITON.loss_and_gradient(buffer(logits), tokens, weight, MIXED, Head(), torch.float32)[2]
-    narrow = TRITON.loss_and_gradient(logits, tokens, weight, MIXED, Head(), dtype)[2]
-    assert narrow.dtype == dtype and narrow.data_ptr() == logits.data_ptr()
-    assert narrow.stride(0) == 2 * logits.stride(0)
+    arguments = sk.Tokens(target, **columns), torch.ones(7), MIXED, Head()
+    wide = cases.in_one_pass(TRITON, buffer(logits), *arguments)[2]
+    kept = logits.clone()
+    narrow = cases.in_one_pass(TRITON, logits, *arguments, dtype=dtype)[2]
+    assert torch.equal(logits, kept)
     rounded = wide.to(dtype)
     if dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":  # the interpreter truncates to bf16
         rounded = (wide.contiguous().view(torch.int32) & -65536).view(torch.float32).to(dtype)
@@ -177,8 +178,8 @@ def test_rows_that_end_with_a_block_or_within_one(vocab):
     target = torch.tensor([0, vocab - 1, vocab // 2, 0])
     tokens, weight = sk.Tokens(target, **annotations(4, seed=1)), torch.ones(4)
     with tuning.forced(tuning.Launch(16, 1)):
-        got = TRITON.loss_and_gradient(buffer(values), tokens, weight, MIXED, Head(), torch.float32)
-    want = TORCH.loss_and_gradient(buffer(values), tokens, weight, MIXED, Head(), torch.float32)
+        got = cases.in_one_pass(TRITON, buffer(values), tokens, weight, MIXED, Head())
+    want = cases.in_one_pass(TORCH, buffer(values), tokens, weight, MIXED, Head())
     for own, other in zip((*got[0].fields(), *got[1:]), (*want[0].fields(), *want[1:])):
         torch.testing.assert_close(own, other, rtol=2e-5, atol=1e-6)
 
@@ -191,22 +192,22 @@ def test_rows_past_two_to_the_31():
     values = torch.randn(n, vocab)
     logits.copy_(values)
     target, tokens = torch.arange(n), sk.Tokens(torch.arange(n), **annotations(n))
-    got = TRITON.loss_and_gradient(logits, tokens, torch.ones(n), MIXED, Head(), torch.float32)
-    want = TORCH.loss_and_gradient(buffer(values), tokens, torch.ones(n), MIXED, Head(), torch.float32)
+    got = cases.in_one_pass(TRITON, logits, tokens, torch.ones(n), MIXED, Head())
+    want = cases.in_one_pass(TORCH, buffer(values), tokens, torch.ones(n), MIXED, Head())
     torch.testing.assert_close(got[2], want[2], rtol=2e-5, atol=1e-6)
     logits.copy_(values)
     stats, normalizer = TRITON.statistics(logits, target, Head())
     torch.testing.assert_close(stats.entropy, want[0].entropy)
     coefs = (torch.ones(n), None, None)
-    got = TRITON.gradient(logits, target, normalizer, coefs, Head(), torch.float32)
-    want = TORCH.gradient(buffer(values), target, normalizer, coefs, Head(), torch.float32)
+    got = cases.in_second_pass(TRITON, logits, target, normalizer, coefs, Head())
+    want = cases.in_second_pass(TORCH, buffer(values), target, normalizer, coefs, Head())
     torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-6)
 
 
 def test_target_outside_the_vocabulary_is_nan_and_stays_in_its_row():
     logits = buffer(torch.randn(3, 40))
     tokens = sk.Tokens(torch.tensor([1, 40, -7]))
-    run = TRITON.loss_and_gradient(logits, tokens, torch.ones(3), sk.sft(), Head(), torch.float32)
+    run = cases.in_one_pass(TRITON, logits, tokens, torch.ones(3), sk.sft(), Head())
     stats, loss, gradient = run
     assert gradient.isnan().all(-1).tolist() == gradient.isnan().any(-1).tolist() == [False, True, True]
     assert loss.isnan().tolist() == [False, True, True]
@@ -216,9 +217,7 @@ def test_target_outside_the_vocabulary_is_nan_and_stays_in_its_row():
 
 def test_a_row_without_weight_has_no_gradient_whatever_its_derivatives():
     logits, tokens = torch.randn(2, 40), sk.Tokens(torch.tensor([1, 2]), advantages=torch.tensor([torch.inf, 1.0]))
-    run = TRITON.loss_and_gradient(
-        buffer(logits), tokens, torch.tensor([0.0, 1.0]), sk.reinforce(), Head(), torch.float32
-    )
+    run = cases.in_one_pass(TRITON, buffer(logits), tokens, torch.tensor([0.0, 1.0]), sk.reinforce(), Head())
     assert (run[2][0] == 0).all() and run[2][1].isfinite().all()
 
 
@@ -253,12 +252,6 @@ def test_scale_in_place():
     x = torch.randn(10_001)
     assert torch.equal(triton_rows.scale_(x.clone(), torch.tensor(1.0)), x)
     assert torch.equal(triton_rows.scale_(x.clone(), torch.tensor(0.3)), x * torch.tensor(0.3))
-
-
-def buffer(logits: torch.Tensor) -> torch.Tensor:
-    """A copy in rows as the engine lays them out."""
-    n, vocab = logits.shape
-    return logits.new_empty(n, aligned_size(vocab))[:, :vocab].copy_(logits)
 
 
 def test_aligned_vectors_can_be_read_as_zeros_past_their_end():

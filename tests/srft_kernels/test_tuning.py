@@ -10,6 +10,8 @@ import srft_kernels as sk
 from srft_kernels.head import Head, aligned_size
 from srft_kernels.rows import tuning
 
+from .cases import in_one_pass, in_second_pass
+
 ROWS = pytest.importorskip("srft_kernels.rows.triton_rows").TritonRows()
 tune = pytest.importorskip("bench.tune")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy on infinities
@@ -28,9 +30,9 @@ def results(launch: tuning.Launch, dtype: torch.dtype = torch.bfloat16) -> list[
 
     with tuning.forced(launch):
         stats, normalizer = ROWS.statistics(logits(), tokens.target, Head())
-        fused = ROWS.loss_and_gradient(logits(), tokens, weight, sk.grpo(entropy_coef=0.1), Head(), dtype)
+        fused = in_one_pass(ROWS, logits(), tokens, weight, sk.grpo(entropy_coef=0.1), Head(), dtype=dtype)
         coefs = tuple(torch.randn(3, n, generator=generator))
-        second = ROWS.gradient(logits(), tokens.target, normalizer, coefs, Head(), dtype)
+        second = in_second_pass(ROWS, logits(), tokens.target, normalizer, coefs, Head(), dtype=dtype)
     return [*stats.fields(), *normalizer, *fused[0].fields(), *fused[1:], second]
 
 
