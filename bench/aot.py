@@ -48,6 +48,7 @@ EXTRAS = {"rank_ptr": "*i64", "argmax_ptr": "*i64", "normalizer_ptr": F32, "temp
 PLAIN = dict.fromkeys(("bias_ptr", "smooth_ptr", *EXTRAS)) | {"head": Numbers(None, None, None)}
 RICH = PLAIN | {"bias_ptr": F32, "smooth_ptr": F32, "head": Numbers("fp32", "fp32", "fp32")}
 TOLD = PLAIN | EXTRAS
+FORWARD = {"BACKWARD": False}  # the order of a row's second read that the table does not have
 POINTERS = {
     "logits_ptr": F32,
     "target_ptr": I64,
@@ -118,8 +119,14 @@ def variants() -> Iterator[tuple[Any, str, dict[str, Any]]]:
         }
         for out, output in outputs if name in FP32_TOO else outputs[:1]:
             yield triton_kernels._loss_gradient_kernel, f"{out} {name}", arguments | output
+            if name == "srft_paper":
+                yield triton_kernels._loss_gradient_kernel, f"{out} {name}, forward", arguments | output | FORWARD
             if name == "sft":
-                yield triton_kernels._loss_gradient_kernel, f"{out} {name}, {told[0]}", arguments | output | TOLD
+                yield (
+                    triton_kernels._loss_gradient_kernel,
+                    f"{out} {name}, {told[0]}",
+                    arguments | output | TOLD | FORWARD,
+                )
     for kind in DIVERGENCES:
         for name, head in (("plain", PLAIN), ("biases, scales, caps, temperatures", RICH)):
             of_teacher = {f"teacher_{option}": head[option] for option in ("bias_ptr", "head")}
@@ -167,7 +174,7 @@ def report(kernel, variant: str, arguments: dict[str, Any], name: str) -> dict[s
     settings = launch(title, arguments, target)
     options = {option: settings.pop(option) for option in ("num_warps", "num_stages") if option in settings}
     warps = options["num_warps"]
-    compiled = compile_for(kernel, arguments | settings, target, options)
+    compiled = compile_for(kernel, settings | arguments, target, options)
     block = settings.get("BLOCK") or settings["BLOCK_M"] * settings["BLOCK_N"]
     numbers = block / (warps * target.warp_size)  # per thread and step
     found = amd(compiled) if target.backend == "hip" else nvidia(compiled)
@@ -213,7 +220,7 @@ def nvidia(compiled) -> dict[str, Any]:
         "spill": field("STACK") + field("LOCAL"),
         **{
             f"{what}s": [int(vector or 1) * int(bits) for vector, bits in
-                         re.findall(rf"\b{ptx}\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)", compiled.asm["ptx"])]
+                         re.findall(rf"\b{ptx}\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.b(\d+)", compiled.asm["ptx"])]
             for what, ptx in (("load", "ld"), ("store", "st"))
         },
         "code": re.sub(r"/\*[0-9a-f]{4,}\*/|@!?U?P\d+ ", "", code.stdout).splitlines(),

@@ -102,7 +102,7 @@ TARGETS = (
            over(MAIN, {"task": "frozen head"}, {"task": "cross entropy"}), most=True),
     Target(f"10 % of the tokens live, {LARGE}: of the full time", 0.13,
            over(LARGE, {"task": "cross entropy", "live": 0.1}, {"task": "cross entropy"}), most=True),
-    Target("workspace beside gradients, and dW in fp32 or ∂L/∂a of 8192 tokens, GiB", 1, workspace, most=True, where=True),
+    Target("workspace beside gradients and dW in fp32 or ∂L/∂a of 8192, GiB", 1, workspace, most=True, where=True),
     Target(f"256 MiB of workspace, {MAIN}: of the default's time", 1.25,
            over(MAIN, {"task": BUDGETED_TASK, "provider": BUDGETED.name}, {"task": BUDGETED_TASK}), most=True),
     Target(f"filtered backward, {MAIN}: of the dense time", 0.60,

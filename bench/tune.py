@@ -84,14 +84,16 @@ def tune(
 
 
 def candidates(usual: tuning.Launch, before: list[dict[str, Any]], kind: str) -> list[tuning.Launch]:
-    """At first fewer programs than rows, which takes little to compile, then blocks and warps with the best number."""
+    """At first the other order and fewer programs than rows, which takes little to compile, then blocks and warps with
+    the best of these."""
     if not before:
-        return [replace(usual, programs=programs) for programs in PROGRAMS]
-    programs = min(before, key=lambda timing: timing.get("seconds", float("inf")))["programs"]
+        fewer = [replace(usual, programs=programs) for programs in PROGRAMS]
+        return [replace(usual, backward=not usual.backward), *fewer]
+    best = min(before, key=lambda timing: timing.get("seconds", float("inf")))
     low, high = PER_THREAD
     warp = 64 if torch.version.hip else 32 if kind == "cuda" else 1
     return [
-        tuning.Launch(block, warps, programs)
+        tuning.Launch(block, warps, best["programs"], best["backward"])
         for block in BLOCKS[kind]
         for warps in WARPS[kind]
         if low <= block / (warps * warp) <= high and warps * warp <= 1024
@@ -139,8 +141,10 @@ def measure(
 
     usual = tuning.launch(kernel, vocab, tuning.target(where))
     time_it(usual)
-    tried = {usual, *(tuning.Launch(*map(timing.get, ("block", "warps", "programs"))) for timing in before)}
-    for launch in (launch.fitted(vocab) for launch in candidates(usual, before, kind)):
+    tried = {usual, *(tuning.Launch(*map(timing.get, tuning.SETTINGS)) for timing in before)}
+    either = kernel == "loss_gradient"  # the others read a row once
+    launches = (launch.fitted(vocab) for launch in candidates(usual, before, kind))
+    for launch in (launch for launch in launches if either or launch.backward == usual.backward):
         if time.perf_counter() > deadline:
             return timings, False
         if launch not in tried:
@@ -221,7 +225,7 @@ def best(timings: list[dict[str, Any]], made: dict[str, Any]) -> dict[str, Any] 
     good = [timing for timing in timings if timing["status"] == "ok"]
     if not good or good[0] is not timings[0]:
         return None
-    settings = lambda timing: [timing[name] for name in ("block", "warps", "programs")]  # noqa: E731
+    settings = lambda timing: [timing[name] for name in tuning.SETTINGS]  # noqa: E731
     usual = min((t for t in good if settings(t) == settings(good[0])), key=lambda timing: timing["seconds"])
     fastest = min(good, key=lambda timing: timing["seconds"])
     if fastest["seconds"] > (1 - GAIN) * usual["seconds"]:
@@ -229,7 +233,7 @@ def best(timings: list[dict[str, Any]], made: dict[str, Any]) -> dict[str, Any] 
     return {
         **{name: fastest[name] for name in ("kernel", "target")},
         "vocab": 1 << (fastest["vocab"] - 1).bit_length(),  # sizes up to a power of two, from half of it, share a row
-        **{name: fastest[name] for name in ("block", "warps", "programs")},
+        **{name: fastest[name] for name in tuning.SETTINGS},
         "measured": {
             "device": made["device"],
             "vocab": fastest["vocab"],
@@ -262,6 +266,7 @@ def write(rows: list[dict[str, Any]], path: Path) -> None:
 def lines(found: dict[str, Any]) -> Iterator[str]:
     for timing in found["timings"]:
         launch = f"block {timing['block']:>6} warps {timing['warps']:>2} programs {timing['programs'] or 'rows':>4}"
+        launch += f" {'backward' if timing['backward'] else 'forward':<8}"
         speed = f"{1e6 * timing['seconds']:>10.1f} µs {timing['bytes_per_second'] / 1e12:6.2f} TB/s" \
             if timing["status"] == "ok" else timing["status"]  # fmt: skip
         yield f"{timing['kernel']:<14} {timing['target']:<7} {timing['vocab']:>7} {launch} {speed}"

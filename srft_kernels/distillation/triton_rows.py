@@ -95,8 +95,10 @@ def _distillation_kernel(
     square = zero  # Jensen–Shannon: Σ e^{2 (zs − ms)} so far
     for start in range(0, vocab, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        zs, _ = _logits(student_ptr, bias_ptr, columns, vocab, stride, head, head.temperature)
-        zt, _ = _logits(teacher_ptr, teacher_bias_ptr, columns, vocab, stride, teacher_head, teacher_head.temperature)
+        zs, _ = _logits(student_ptr, bias_ptr, columns, vocab, stride, head, head.temperature, True, "")
+        zt, _ = _logits(
+            teacher_ptr, teacher_bias_ptr, columns, vocab, stride, teacher_head, teacher_head.temperature, True, ""
+        )
         top_s, grown_s, shrunk_s, e = _grown(ms, ss, zs)
         top_t, st, shrunk_t, f = _grown(mt, st, zt)
         if KIND == "reverse_kl":
@@ -116,9 +118,9 @@ def _distillation_kernel(
     if KIND != "forward_kl" or dlogits_ptr is None:  # else the next loop does it
         for start in range(0, vocab, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            zs, _ = _logits(student_ptr, bias_ptr, columns, vocab, stride, head, head.temperature)
+            zs, _ = _logits(student_ptr, bias_ptr, columns, vocab, stride, head, head.temperature, True, "")
             zt, _ = _logits(
-                teacher_ptr, teacher_bias_ptr, columns, vocab, stride, teacher_head, teacher_head.temperature
+                teacher_ptr, teacher_bias_ptr, columns, vocab, stride, teacher_head, teacher_head.temperature, True, "",
             )  # fmt: skip
             p, terms, v = _compared(zs, zt, ms, mt, ss, st, guess, beta, KIND)
             value += tl.sum(terms, 0)
@@ -139,9 +141,9 @@ def _distillation_kernel(
         dlogits_ptr += row * dstride
         for start in range(0, vocab, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            zs, level = _logits(student_ptr, bias_ptr, columns, vocab, stride, head, head.temperature)
+            zs, level = _logits(student_ptr, bias_ptr, columns, vocab, stride, head, head.temperature, True, "")
             zt, _ = _logits(
-                teacher_ptr, teacher_bias_ptr, columns, vocab, stride, teacher_head, teacher_head.temperature
+                teacher_ptr, teacher_bias_ptr, columns, vocab, stride, teacher_head, teacher_head.temperature, True, "",
             )  # fmt: skip
             p, terms, v = _compared(zs, zt, ms, mt, ss, st, guess, beta, KIND)
             if KIND == "forward_kl":

@@ -42,27 +42,29 @@ def _rounded_product(x, factor):
 
 
 @triton.jit
-def _load(ptr, columns, stride, TAIL: tl.constexpr):
-    """Columns of a row, or of a vector that is padded like one; zeros past the padding."""
+def _load(ptr, columns, stride, TAIL: tl.constexpr, KEEP: tl.constexpr):
+    """Columns of a row, or of a vector that is padded like one; zeros past the padding. KEEP is a hint to L2."""
     if TAIL:
-        return tl.load(ptr + columns, mask=columns < stride, other=0.0)
+        return tl.load(ptr + columns, mask=columns < stride, other=0.0, eviction_policy=KEEP)
     else:
-        return tl.load(ptr + columns)
+        return tl.load(ptr + columns, eviction_policy=KEEP)
 
 
 @triton.jit
-def _raw(row_ptr, bias_ptr, columns, stride, TAIL: tl.constexpr):
+def _raw(row_ptr, bias_ptr, columns, stride, TAIL: tl.constexpr, KEEP: tl.constexpr):
     """a + b of some columns of a row; anything past the vocabulary."""
-    a = _load(row_ptr, columns, stride, TAIL)
+    a = _load(row_ptr, columns, stride, TAIL, KEEP)
     if bias_ptr is not None:
-        a += _load(bias_ptr, columns, stride, TAIL)
+        a += _load(bias_ptr, columns, stride, TAIL, "")
     return a
 
 
 @triton.jit
-def _logits(row_ptr, bias_ptr, columns, vocab, stride, head, temperature, TAIL: tl.constexpr = True):
+def _logits(
+    row_ptr, bias_ptr, columns, vocab, stride, head, temperature, TAIL: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
     """(z, tanh of the soft cap) of some columns of a row; z is −inf past the vocabulary, which only TAIL can reach."""
-    return _scored(_raw(row_ptr, bias_ptr, columns, stride, TAIL), columns, vocab, head, temperature, TAIL)
+    return _scored(_raw(row_ptr, bias_ptr, columns, stride, TAIL, KEEP), columns, vocab, head, temperature, TAIL)
 
 
 @triton.jit
@@ -101,17 +103,19 @@ def _through_cap(dz, level, head):
 @triton.jit
 def _statistics(
     row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, head, temperature,
-    RANK: tl.constexpr, ARGMAX: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+    RANK: tl.constexpr, ARGMAX: tl.constexpr, BACKWARD: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """(ℓ, H, lse, smooth, max, log Σ e^d, Σ p·d, rank, argmax) of a row, and d and the cap's tanh at its target.
 
     Online, in one read. Over blocks run, in each of LANES (the program's threads) apart, the maximum m, s = Σ e^d and
     t = Σ e^d·d for d = z − m ≤ 0. When the maximum rises by δ, every d falls by δ: t ← e^{−δ}(t − δ·s), s ← e^{−δ}·s.
     The maximum starts at −inf, so all-negative rows are ordinary rows. Threads meet once, at the end.
+
+    BACKWARD: the row will be read again from its end, so of all rows in flight L2 should keep the last third.
     """
     inside = (target >= 0) & (target < vocab)
     place = tl.where(inside, target, 0)
-    raw_target = _raw(row_ptr, bias_ptr, place, stride, False)
+    raw_target = _raw(row_ptr, bias_ptr, place, stride, False, "")
     at_target, level = _scored(raw_target, place, vocab, head, temperature, False)
     at_target = tl.where(inside, at_target, float("nan"))
 
@@ -125,17 +129,27 @@ def _statistics(
     first = tl.full((LANES,), 2147483647, tl.int32)
     smooth_shift = tl.where(tl.abs(at_target) < float("inf"), at_target, 0.0)
     whole = vocab // BLOCK * BLOCK  # only the last block has a padding to look out for
-    for start in range(0, whole, BLOCK):
+    front = 0
+    if BACKWARD:
+        front = whole // BLOCK * 2 // 3 * BLOCK
+        for start in range(0, front, BLOCK):
+            m, s, t, smooth_sum, smooth_total, rank, best, first = _add_block(
+                m, s, t, smooth_sum, smooth_total, rank, best, first, smooth_shift, raw_target, start,
+                row_ptr, bias_ptr, smooth_ptr, vocab, stride, head, temperature,
+                RANK, ARGMAX, False, "evict_first", LANES, BLOCK,
+            )  # fmt: skip
+    KEEP: tl.constexpr = "evict_last" if BACKWARD else ""
+    for start in range(front, whole, BLOCK):
         m, s, t, smooth_sum, smooth_total, rank, best, first = _add_block(
             m, s, t, smooth_sum, smooth_total, rank, best, first, smooth_shift, raw_target, start,
             row_ptr, bias_ptr, smooth_ptr, vocab, stride, head, temperature,
-            RANK, ARGMAX, False, LANES, BLOCK,
+            RANK, ARGMAX, False, KEEP, LANES, BLOCK,
         )  # fmt: skip
     if whole < vocab:
         m, s, t, smooth_sum, smooth_total, rank, best, first = _add_block(
             m, s, t, smooth_sum, smooth_total, rank, best, first, smooth_shift, raw_target, whole,
             row_ptr, bias_ptr, smooth_ptr, vocab, stride, head, temperature,
-            RANK, ARGMAX, True, LANES, BLOCK,
+            RANK, ARGMAX, True, KEEP, LANES, BLOCK,
         )  # fmt: skip
     top = tl.max(m, 0)
     fall = tl.where(m == -float("inf"), 0.0, m - top)  # −inf − (−inf) is not a number; s and t are 0 there
@@ -157,13 +171,14 @@ def _statistics(
 def _add_block(
     m, s, t, smooth_sum, smooth_total, rank, best, first, smooth_shift, raw_target, start,
     row_ptr, bias_ptr, smooth_ptr, vocab, stride, head, temperature,
-    RANK: tl.constexpr, ARGMAX: tl.constexpr, TAIL: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+    RANK: tl.constexpr, ARGMAX: tl.constexpr, TAIL: tl.constexpr, KEEP: tl.constexpr, LANES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     # (BLOCK / 4·LANES, LANES, 4): a thread loads 16 bytes at a time and reduces the other axes of its lane alone
     steps = tl.arange(0, BLOCK // (4 * LANES)) * (4 * LANES)
     lanes = tl.arange(0, LANES) * 4
     columns = start + steps[:, None, None] + lanes[None, :, None] + tl.arange(0, 4)[None, None, :]
-    a = _raw(row_ptr, bias_ptr, columns, stride, TAIL)
+    a = _raw(row_ptr, bias_ptr, columns, stride, TAIL, KEEP)
     z, _ = _scored(a, columns, vocab, head, temperature, TAIL)
     if TAIL:
         a = tl.where(columns < vocab, a, -float("inf"))
@@ -175,7 +190,7 @@ def _add_block(
         first = tl.where(highest > best, tl.min(tl.min(where, 2), 0), first)
         best = tl.maximum(best, highest)
     if smooth_ptr is not None:
-        omega = _load(smooth_ptr, columns, stride, TAIL)
+        omega = _load(smooth_ptr, columns, stride, TAIL, "")
         weighted = omega * (z - smooth_shift)
         if TAIL:
             weighted = tl.where(columns < vocab, weighted, 0.0)
@@ -202,7 +217,7 @@ def _of_lanes(x):
 def _write_gradient(
     row_ptr, out_ptr, target, d, level, m, log_s, mean, g, h, k, u,
     bias_ptr, smooth_ptr, smooth_total, vocab, stride, head, temperature,
-    BLOCK: tl.constexpr,
+    BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """∂L/∂a of a row: g(1[v=y] − p_v) − h p_v(log p_v + H) + k p_v + u(ω_v − Σω·p_v), through temperature, cap
     and scale.
@@ -232,15 +247,16 @@ def _write_gradient(
         alpha = (rest - g) / s
         beta = -h / s
         whole = vocab // BLOCK * BLOCK
-        for start in range(0, whole, BLOCK):
+        for done in range(0, whole, BLOCK):
+            start = whole - BLOCK - done if BACKWARD else done
             _write_block(
                 row_ptr, out_ptr, at, of_target, start, m, alpha, beta, u,
-                bias_ptr, smooth_ptr, vocab, stride, head, temperature, False, BLOCK,
+                bias_ptr, smooth_ptr, vocab, stride, head, temperature, False, BACKWARD, BLOCK,
             )  # fmt: skip
         if whole < vocab:
             _write_block(
                 row_ptr, out_ptr, at, of_target, whole, m, alpha, beta, u,
-                bias_ptr, smooth_ptr, vocab, stride, head, temperature, True, BLOCK,
+                bias_ptr, smooth_ptr, vocab, stride, head, temperature, True, BACKWARD, BLOCK,
             )  # fmt: skip
 
 
@@ -248,23 +264,24 @@ def _write_gradient(
 def _write_block(
     row_ptr, out_ptr, target, of_target, start, m, alpha, beta, u,
     bias_ptr, smooth_ptr, vocab, stride, head, temperature,
-    TAIL: tl.constexpr, BLOCK: tl.constexpr,
+    TAIL: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    DONE: tl.constexpr = "evict_first" if BACKWARD else ""  # what is read here is dead, what is written waits long
     columns = start + tl.arange(0, BLOCK)
-    z, level = _logits(row_ptr, bias_ptr, columns, vocab, stride, head, temperature, TAIL)
+    z, level = _logits(row_ptr, bias_ptr, columns, vocab, stride, head, temperature, TAIL, DONE)
     d = z - m
     e = _exp(d)
     dz = e * (alpha + beta * tl.maximum(d, -128.0))  # 0 · (−inf) is 0 here
     if smooth_ptr is not None:
-        dz += u * _load(smooth_ptr, columns, stride, TAIL)
+        dz += u * _load(smooth_ptr, columns, stride, TAIL, "")
     dz = _through_cap(dz, level, head)
     if (target >= start) & (target < start + BLOCK):
         dz = tl.where(columns == target, of_target, dz)
     if TAIL:
         dz = tl.where(columns < vocab, dz, 0.0)
-        tl.store(out_ptr + columns, dz.to(out_ptr.dtype.element_ty), mask=columns < stride)
+        tl.store(out_ptr + columns, dz.to(out_ptr.dtype.element_ty), mask=columns < stride, eviction_policy=DONE)
     else:
-        tl.store(out_ptr + columns, dz.to(out_ptr.dtype.element_ty))
+        tl.store(out_ptr + columns, dz.to(out_ptr.dtype.element_ty), eviction_policy=DONE)
 
 
 @triton.jit
@@ -300,7 +317,7 @@ def _statistics_kernel(
         temperature = head.temperature if temperature_ptr is None else tl.load(temperature_ptr + row)
         logprob, entropy, logsumexp, smooth, m, log_s, mean, rank, argmax, _, _ = _statistics(
             row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, head, temperature,
-            rank_ptr is not None, argmax_ptr is not None, LANES, BLOCK,
+            rank_ptr is not None, argmax_ptr is not None, False, LANES, BLOCK,
         )  # fmt: skip
         if rank_ptr is not None:
             tl.store(rank_ptr + row, rank.to(tl.int64))
@@ -339,12 +356,12 @@ def _gradient_kernel(
         temperature = head.temperature if temperature_ptr is None else tl.load(temperature_ptr + row)
         place = tl.where((target >= 0) & (target < vocab), target, 0)
         # by every thread, and reduced: so all have read it before any of them writes over it
-        a = tl.max(_raw(row_ptr, bias_ptr, place + tl.zeros((LANES,), tl.int64), stride, False), 0)
+        a = tl.max(_raw(row_ptr, bias_ptr, place + tl.zeros((LANES,), tl.int64), stride, False, ""), 0)
         z, level = _scored(a, place, vocab, head, temperature, False)
         _write_gradient(
             row_ptr, dlogits_ptr + row * dstride.to(tl.int64), target, z - m, level,
             m, log_s, tl.load(mean_ptr + row), g, h, k, u,
-            bias_ptr, smooth_ptr, smooth_total, vocab, stride, head, temperature, BLOCK,
+            bias_ptr, smooth_ptr, smooth_total, vocab, stride, head, temperature, False, BLOCK,
         )  # fmt: skip
 
 
@@ -360,7 +377,7 @@ def _loss_gradient_kernel(
     rank_ptr, argmax_ptr,  # (n,) int64 or None
     temperature_ptr,  # (n,) fp32, or None
     rows, vocab, stride, dstride, head,
-    FORMULA: tl.constexpr, OBJECTIVE: tl.constexpr,
+    FORMULA: tl.constexpr, OBJECTIVE: tl.constexpr, BACKWARD: tl.constexpr,
     LANES: tl.constexpr, BLOCK: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
     for row in tl.range(tl.program_id(0), _stop(rows, WALK), _step(WALK), disable_licm=True):
@@ -369,7 +386,7 @@ def _loss_gradient_kernel(
         temperature = head.temperature if temperature_ptr is None else tl.load(temperature_ptr + row)
         logprob, entropy, logsumexp, smooth, m, log_s, mean, rank, argmax, d, level = _statistics(
             row_ptr, target, bias_ptr, smooth_ptr, vocab, stride, head, temperature,
-            rank_ptr is not None, argmax_ptr is not None, LANES, BLOCK,
+            rank_ptr is not None, argmax_ptr is not None, BACKWARD, LANES, BLOCK,
         )  # fmt: skip
         if rank_ptr is not None:
             tl.store(rank_ptr + row, rank.to(tl.int64))
@@ -392,7 +409,7 @@ def _loss_gradient_kernel(
         smooth_total = m * 0.0 if smooth_total_ptr is None else tl.load(smooth_total_ptr)
         _write_gradient(
             row_ptr, dlogits_ptr + row * dstride.to(tl.int64), target, d, level, m, log_s, mean, g, h, k, u,
-            bias_ptr, smooth_ptr, smooth_total, vocab, stride, head, temperature, BLOCK,
+            bias_ptr, smooth_ptr, smooth_total, vocab, stride, head, temperature, BACKWARD, BLOCK,
         )  # fmt: skip
 
 

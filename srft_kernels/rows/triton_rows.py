@@ -63,6 +63,8 @@ class TritonRows:
             extras.take_entries(logits, head.bias)  # before the gradient is written over them
             normalizer = logits.new_empty(2, len(logits))
         grid, options = _launch("loss_gradient", logits)
+        if extras is not None:  # which take the registers that a loop with other hints would spill (sm_80)
+            options["BACKWARD"] = False
         with device_of(logits):
             _loss_gradient_kernel[grid](
                 logits_ptr=logits, dlogits_ptr=dlogits, target_ptr=tokens.target, weight_ptr=weight,
@@ -139,7 +141,9 @@ def _launch(kernel: str, logits: Tensor) -> tuple[tuple[int], dict[str, int]]:
 
 def options(kernel: str, settings: tuning.Launch, warp_size: int) -> dict[str, int]:
     lanes = max(1, min(settings.warps * warp_size, settings.block // 4))
-    return {"BLOCK": settings.block, "LANES": lanes, "WALK": settings.programs is not None, "num_warps": settings.warps}
+    walk = settings.programs is not None
+    order = {"BACKWARD": settings.backward} if kernel == "loss_gradient" else {}
+    return {"BLOCK": settings.block, "LANES": lanes, "WALK": walk, "num_warps": settings.warps, **order}
 
 
 def _temperatures(head: Head) -> Tensor | None:

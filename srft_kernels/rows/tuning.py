@@ -8,6 +8,7 @@ Nothing is searched for while a model trains. tuning.json is the table, a list o
     block      columns per loop step
     warps      per program
     programs   per multiprocessor (0.5: half as many), each walking over many rows; null: one program per row
+    backward   whether loss_gradient reads a row the second time from its end, of which L2 is told to keep a third
     measured   device, time and versions; null where nobody has measured, and then `why` gives the reason
 
 `python -m bench.tune` measures on the device that is there and puts its rows first. A row's sums are formed block by
@@ -19,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -32,21 +33,24 @@ KERNELS = ("statistics", "gradient", "loss_gradient")
 
 @dataclass(frozen=True)
 class Launch:
-    """Columns per step, warps per program, and programs per multiprocessor (None: a program per row)."""
+    """Columns per step, warps per program, programs per multiprocessor (None: a program per row), and whether a row's
+    second read starts at its end."""
 
     block: int
     warps: int
     programs: float | None = None
+    backward: bool = False
 
     def fitted(self, vocab: int) -> Launch:
         """For rows of `vocab` numbers: no larger a block than the row, and as many numbers per thread as before."""
         block = min(self.block, max(4, 1 << (vocab - 1).bit_length()))
-        return Launch(block, max(1, self.warps * block // self.block), self.programs)
+        return replace(self, block=block, warps=max(1, self.warps * block // self.block))
 
     def grid(self, rows: int, device: torch.device) -> tuple[int]:
         return (rows if self.programs is None else min(rows, max(1, round(self.programs * multiprocessors(device)))),)
 
 
+SETTINGS = tuple(setting.name for setting in fields(Launch))
 _forced: Launch | None = None
 
 
@@ -100,5 +104,5 @@ def _choose(kernel: str, vocab: int, target: str) -> Launch:
     for row in table():
         near = row["vocab"] is None or row["vocab"] / 2 < vocab <= row["vocab"]
         if near and row["kernel"] in (kernel, "*") and row["target"] in (target, "*"):
-            return Launch(row["block"], row["warps"], row["programs"])
+            return Launch(*(row[name] for name in SETTINGS))
     raise LookupError(f"{TABLE} has no row for the {kernel} kernel on {target}: its last row should be for any")

@@ -43,6 +43,15 @@ def test_programs_that_walk_over_rows_give_bitwise_what_a_program_per_row_gives(
         assert torch.equal(walking, own)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", [16, 32, 128, 256])
+def test_either_order_of_the_second_read_gives_the_same_bits(block, dtype):
+    """131 numbers: more than three blocks, in two of three parts of which L2 is told to keep nothing, or none whole."""
+    forward = results(tuning.Launch(block, 1), dtype)
+    for backward, own in zip(results(tuning.Launch(block, 1, backward=True), dtype), forward):
+        assert torch.equal(backward, own)
+
+
 def test_grid(monkeypatch):
     monkeypatch.setattr(tuning, "multiprocessors", lambda device: 132)
     grid = lambda programs, rows: tuning.Launch(8192, 16, programs).grid(rows, torch.device("cpu"))  # noqa: E731
@@ -71,7 +80,7 @@ def test_small_rows_keep_the_numbers_per_thread():
 
 def test_the_table_in_the_package_has_a_row_for_anything():
     for row in tuning.table():
-        assert set(row) - {"why"} == {"kernel", "target", "vocab", "block", "warps", "programs", "measured"}
+        assert set(row) - {"why"} == {"kernel", "target", "vocab", "block", "warps", "programs", "backward", "measured"}
         assert row["measured"] or row["why"], "a row that nobody measured gives its reason"
     assert [tuning.table()[-1][name] for name in ("kernel", "target", "vocab")] == ["*", "*", None]
     for kernel in tuning.KERNELS:
@@ -95,7 +104,7 @@ def table(monkeypatch, tmp_path):
 
 def row(block, kernel="*", target="*", vocab=None, **more):
     return {"kernel": kernel, "target": target, "vocab": vocab, "block": block, "warps": 1, "programs": None,
-            "measured": None, **more}  # fmt: skip
+            "backward": False, "measured": None, **more}  # fmt: skip
 
 
 def test_the_first_row_that_fits_is_used(table):
@@ -127,7 +136,7 @@ def test_measured_rows_come_first_and_replace_their_own(table):
 
 def timing(block, seconds, status="ok"):
     return {"kernel": "gradient", "target": "sm_90", "vocab": 151_936, "rows": 8, "block": block, "warps": 4,
-            "programs": None, "status": status, "seconds": seconds}  # fmt: skip
+            "programs": None, "backward": False, "status": status, "seconds": seconds}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -180,7 +189,8 @@ def test_what_is_cheap_to_know_comes_first_and_is_kept_at_once(monkeypatch):
     tune.tune("cpu", 100, each=lambda found: rows.append(len(found["rows"])))
     assert [vocab for vocab, _ in asked[::3]] == [151_936, 32_000, 128_256, 65_536] * 2
     first, second = asked[0][1], asked[12][1]
-    assert first == [tuning.Launch(64, 2, programs) for programs in tune.PROGRAMS]
+    other = tuning.Launch(64, 2, backward=True)
+    assert first == [other, *(tuning.Launch(64, 2, programs) for programs in tune.PROGRAMS)]
     assert len(second) > 4 and {launch.programs for launch in second} == {0.5}
     assert rows == [*range(1, 13), *[12] * 12]
 
