@@ -30,7 +30,7 @@ import srft_kernels as sk
 from srft_kernels.distillation import DIVERGENCES
 from srft_kernels.distillation import triton_rows as triton_distillation
 from srft_kernels.head import Numbers
-from srft_kernels.rows import triton_kernels, triton_residual, triton_rows, tuning
+from srft_kernels.rows import triton_kernels, triton_residual, triton_rows, triton_vectors, tuning
 from srft_kernels.rows.triton_objectives import Structure, column_names, twin
 
 TARGETS = {
@@ -49,11 +49,15 @@ PLAIN = dict.fromkeys(("bias_ptr", "smooth_ptr", *EXTRAS)) | {"head": Numbers(No
 RICH = PLAIN | {"bias_ptr": F32, "smooth_ptr": F32, "head": Numbers("fp32", "fp32", "fp32")}
 TOLD = PLAIN | EXTRAS
 FORWARD = {"BACKWARD": False}  # the order of a row's second read that the table does not have
+VECTORS = {"scale": triton_rows.SCALE, "scored": triton_rows.SCORED, "prepare": triton_rows.PREPARE}
 POINTERS = {
     "logits_ptr": F32,
     "target_ptr": I64,
     "weight_ptr": F32,
     "out_ptr": F32,
+    "live_ptr": U8,
+    **dict.fromkeys(("loss_ptr", "logprob_ptr", "entropy_ptr", "logsumexp_ptr", "smooth_sum_ptr"), F32),
+    "safe_ptr": I64,
     "mean_ptr": F32,
     "m_ptr": F32,
     "log_s_ptr": F32,
@@ -141,9 +145,11 @@ def variants() -> Iterator[tuple[Any, str, dict[str, Any]]]:
             yield triton_residual._add_product_kernel, f"{name} {product}", arguments
     capped = TOLD | {"head": Numbers(None, "fp32", None)}
     for name, head in (("scale, cap, temperature", RICH), ("cap, temperatures", capped)):
-        yield triton_kernels._scored_kernel, name, {**head, "a_ptr": F32, "count": "i32", "k": "i32"}
+        yield triton_vectors._scored_kernel, name, {**head, "a_ptr": F32, "count": "i32", "k": "i32"}
     for out, pointer in (("bf16", BF16), ("fp32", F32)):
-        yield triton_kernels._scale_kernel, out, {"x_ptr": pointer, "factor_ptr": F32, "count": "i64"}
+        yield triton_vectors._scale_kernel, out, {"x_ptr": pointer, "factor_ptr": F32, "count": "i64"}
+    for name, weight in (("mean", None), ("token weights", F32)):
+        yield triton_vectors._prepare_kernel, name, {"weight_ptr": weight, "count": "i32"}
 
 
 def compile_for(kernel, arguments: dict[str, Any], target: GPUTarget, options: dict[str, int]):
@@ -199,8 +205,8 @@ def launch(kernel: str, arguments: dict[str, Any], target: GPUTarget) -> dict[st
         return triton_distillation.launch(VOCAB)
     if kernel == "add_product":
         return triton_residual.launch({BF16: torch.bfloat16, F32: torch.float32}[arguments["a_ptr"]])
-    if kernel in ("scale", "scored"):
-        settings = triton_rows.SCALE if kernel == "scale" else triton_rows.SCORED
+    if kernel in VECTORS:
+        settings = VECTORS[kernel]
     else:
         settings = tuning.launch(kernel, VOCAB, next(name for name, known in TARGETS.items() if known == target))
     return triton_rows.options(kernel, settings, target.warp_size)

@@ -88,6 +88,7 @@ def as_on_cuda(counter: list[Counter]) -> Iterator[None]:
         mock.patch("srft_kernels.plan.mixes", narrow),
         mock.patch("srft_kernels.checks.may_look", lambda *_: False),
         mock.patch("srft_kernels.engine.runs_triton", lambda *_: True),
+        mock.patch("srft_kernels.batch.runs_triton", lambda *_: True),
         mock.patch.dict("os.environ", {"TRITON_INTERPRET": "1"}),
     ]
     for name in KERNELS:
@@ -133,7 +134,12 @@ def counted(objective: Any, masked: bool = True) -> tuple[Counts, Counts]:
 def host_seconds(objective: Any, masked: bool, seconds: float) -> float:
     """Median of a forward and backward."""
     run, times = call(objective, masked), []
-    with as_on_cuda([]), Products():
+    instead = {
+        "logits": lambda self, x, out: out,
+        "product": lambda self, a, b: a.new_empty(a.shape[0], b.shape[1], dtype=self.dtype),
+        "add_weight_gradient": lambda *_: None,
+    }
+    with as_on_cuda([]), mock.patch.multiple("srft_kernels.head.HeadProducts", **instead):
         end = time.perf_counter() + seconds
         while time.perf_counter() < end or len(times) < 10:
             start = time.perf_counter()

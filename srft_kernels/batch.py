@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .head import rows_of
 from .objectives.objective import Objective, Tokens
+from .plan import runs_triton
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Batch:
     index     places among the N of those that are no padding, (n,) or fewer; None: all N, in place
     live      (n,) False where dead; None: nowhere
     overfull  () whether more tokens are live than the caller said, and every result NaN; None: that cannot be
+    zero      () a 0 on the device, where one is there: PyTorch makes that of a number by a kernel
     """
 
     shape: torch.Size
@@ -47,18 +50,19 @@ class Batch:
     index: Tensor | None = None
     live: Tensor | None = None
     overfull: Tensor | None = None
+    zero: Tensor | int = 0
 
     def __len__(self) -> int:
         return len(self.weight)
 
     def hidden(self, input: Tensor, chunk: slice) -> Tensor:  # (N, H)
         """Hidden states (n, H) of some of the rows; zeros where dead, since 0 · NaN would reach the head's gradient."""
-        x = input[chunk] if self.index is None else input[self.index[chunk]]
+        x = rows_of(input, chunk) if self.index is None else input[rows_of(self.index, chunk)]
         if self.live is None:
             return x
-        live = self.live[chunk]
+        live = rows_of(self.live, chunk)
         missing = len(live) - len(x)  # rows of padding
-        return torch.where(live[:, None], x if missing == 0 else pad(x, (0, 0, 0, missing)), 0)
+        return torch.where(live[:, None], x if missing == 0 else pad(x, (0, 0, 0, missing)), self.zero)
 
     def __getitem__(self, rows: Tensor) -> Batch:  # (m,)
         """Some of the rows, by their numbers: all active."""
@@ -74,17 +78,23 @@ class Batch:
 
     def spread(self, field: Tensor) -> Tensor:  # (n, ...)
         """A field of the rows back in the shape of the input's tokens, with 0, of integers −1, at ignored ones."""
+        if (live := self.live) is not None:
+            empty = 0 if field.is_floating_point() else -1
+            field = torch.where(live if field.dim() == 1 else live[:, None], field, empty)
+        return self.placed(field)
+
+    def placed(self, field: Tensor) -> Tensor:  # (n, ...)
+        """The same of a field that has these already where a row is dead."""
         empty, wrong = (0, torch.nan) if field.is_floating_point() else (-1, -1)
         rows = self.shape.numel() if self.index is None else self.index.numel()
-        field, live = field[:rows], None if self.live is None else self.live[:rows]
-        if live is not None:
-            field = torch.where(live if field.dim() == 1 else live[:, None], field, empty)
+        if rows != field.shape[0]:
+            field = field[:rows]
         if self.overfull is not None:
             field = torch.where(self.overfull, wrong, field)
         if self.index is not None:
             all_tokens = field.new_full((self.shape.numel(), *field.shape[1:]), empty)
             field = all_tokens.index_copy(0, self.index, field)
-        return field.reshape(self.shape + field.shape[1:])
+        return field if self.shape == field.shape[:1] else field.reshape(self.shape + field.shape[1:])
 
     def padded(self, multiple: int) -> Batch:
         """Dead rows added at the end, up to a multiple of so many; `index` does not name them."""
@@ -132,6 +142,13 @@ def _masked(
         if weight is None:
             weight = torch.full((total,), 1 / max(total, 1), dtype=dtype, device=tokens.target.device)
         return Batch(shape, tokens, weight, total)
+    device = tokens.target.device
+    if runs_triton(device, dtype) and (live_tokens is None or live_tokens >= total):
+        from .rows.triton_rows import prepare
+
+        target, weight, zero = prepare(live, tokens.target, None if weight is None else weight.to(dtype))
+        tokens = _tempered(tokens.replace(target=target, live=live))
+        return Batch(shape, tokens, weight, total, live=live, zero=zero)
     count = live.sum()
     weight = live.to(dtype) / count.clamp(min=1) if weight is None else torch.where(live, weight, 0).to(dtype)
     index = overfull = None

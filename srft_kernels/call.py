@@ -19,7 +19,7 @@ from . import checks
 from .averages import summed
 from .batch import Batch, select, sequence_chunks
 from .extras import Extras, ExtrasBuffer, TokenExtras
-from .head import Head, HeadProducts, accumulation_dtype, aligned, aligned_size
+from .head import Head, HeadProducts, accumulation_dtype, aligned, aligned_size, flat
 from .objectives.cross_entropy import CrossEntropy
 from .objectives.objective import Objective, Tokens, TokenStats, check_annotations, objective_of
 from .plan import Plan
@@ -222,8 +222,8 @@ class Arguments(HeadArguments):
         tokens = self._tokens(checked, dtype)
         weight = self._token_weight(live, tokens.get("class_weight"), dtype)
         plan = self._plan(checked, objective, tokens)
-        live = None if live is None else live.reshape(-1)
-        weight = None if weight is None else weight.reshape(-1).contiguous()
+        live = None if live is None else flat(live)
+        weight = None if weight is None else flat(weight)
         batch = select(
             tokens, live, weight, objective, dtype, shape=target.shape, compact=plan.compact,
             live_tokens=self.live_tokens, multiple=plan.chunk_rows if plan.batch_invariant else 1,
@@ -240,7 +240,8 @@ class Arguments(HeadArguments):
             here, self.head(here, dtype, smooth), batch, objective, plan, compute, self.weight_grad, filtered, shard,
             chunks, _extras_buffer(self.extras, batch),
         )  # fmt: skip
-        return (self.input.reshape(-1, self.input.shape[-1]), self.linear_weight, self.linear_bias), call
+        input = self.input if self.input.dim() == 2 else self.input.reshape(-1, self.input.shape[-1])
+        return (input, self.linear_weight, self.linear_bias), call
 
     def _tokens(self, checked: Checked, dtype: torch.dtype) -> Tokens:
         """The annotations of the N tokens, flat, and what else belongs to each."""
@@ -254,7 +255,7 @@ class Arguments(HeadArguments):
             columns["temperature"] = torch.where(temperature > 0, temperature, torch.nan)
         columns["target"] = _constant(target)
         # kernels read their columns one number after the other, whatever view the caller passed
-        return Tokens(**{name: column.reshape(-1).contiguous() for name, column in columns.items()})
+        return Tokens(**{name: flat(column) for name, column in columns.items()})
 
     def _plan(self, checked: Checked, objective: Objective, tokens: Tokens) -> Plan:
         plan, total = self.plan, tokens.target.numel()
@@ -344,7 +345,9 @@ class Call:
     def logits_buffer(self, products: HeadProducts) -> Tensor:
         """Room for one chunk's logits (chunk_rows, V), its rows at aligned addresses."""
         rows = min(self.plan.chunk_rows, max(len(self.batch), 1))
-        return products.weight.new_empty(rows, aligned_size(self.vocab), dtype=products.dtype)[:, : self.vocab]
+        stride = aligned_size(self.vocab)
+        room = products.weight.new_empty(rows, stride, dtype=products.dtype)
+        return room if stride == self.vocab else room[:, : self.vocab]
 
 
 def passes(plan: Plan, objective: Objective, names: Collection[str]) -> int | None:
@@ -376,7 +379,9 @@ def _with_sequences(
 
 def _constant(value: Tensor) -> Tensor:  # any shape
     """Detached, and fit to be kept for a backward, as what torch.inference_mode made is not."""
-    return value.clone() if value.is_inference() and not torch.is_inference_mode_enabled() else value.detach()
+    if value.is_inference() and not torch.is_inference_mode_enabled():
+        return value.clone()
+    return value.detach() if value.requires_grad else value
 
 
 def _of_target(class_weight: Tensor, target: Tensor, live: Tensor, vocab: int, shard: Shard | None) -> Tensor:

@@ -179,8 +179,8 @@ def reduction(value: Any) -> None:
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', found {value!r}")
 
 
-def shaped_like_target(name: str, value: Any, target: Tensor) -> Tensor:  # (...)
-    """An annotation, detached: the loss is differentiated to input, linear_weight and linear_bias alone."""
+def shaped_like_target(name: str, value: Any, target: Tensor) -> None:  # (...)
+    """An annotation: the loss is differentiated to input, linear_weight and linear_bias alone."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"{name} must be a tensor shaped like target {tuple(target.shape)}, found {type(value).__name__}"
@@ -194,7 +194,6 @@ def shaped_like_target(name: str, value: Any, target: Tensor) -> Tensor:  # (...
         raise TypeError(f"sequence_ids must hold integers, found {value.dtype}, which would be rounded: cast them")
     if name == "advantages" and value.dtype == torch.bool:
         raise TypeError("advantages must hold numbers, found torch.bool: write torch.where(value, 1.0, -1.0), say")
-    return value.detach()
 
 
 def per_token(name: str, value: Any, input: Tensor) -> None:  # (..., H)

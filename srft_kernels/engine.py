@@ -23,8 +23,8 @@ from torch import Tensor
 from .batch import Batch
 from .call import Arguments, Call, Tensors
 from .filter import Filtered
-from .head import HeadProducts, accumulation_dtype, aligned_size
-from .objectives.objective import Objective, TokenStats, cat, couples, token_losses
+from .head import HeadProducts, accumulation_dtype, aligned_size, rows_of
+from .objectives.objective import Objective, TokenStats, cat, couples, token_losses, weighted
 from .output import LossOutput
 from .plan import runs_triton
 from .rows import Coefs, Normalizer, in_three_steps
@@ -38,8 +38,12 @@ DIFFERENTIABLE_ONCE = (
 def linear_loss(arguments: Arguments) -> LossOutput:
     tensors, call = arguments.prepared()
     loss, stats = _loss_and_statistics(tensors, call)
-    batch, extras = call.batch, call.token_extras(stats)
-    return LossOutput.of(loss, stats, batch.tokens, call.objective, batch.spread, call.filtered, extras, batch.weight)
+    batch, extras, argmax = call.batch, call.token_extras(stats), None
+    if extras is not None:
+        argmax, extras = extras.argmax, extras.map(batch.spread)
+    return LossOutput.of(
+        loss, stats, batch.tokens, call.objective, batch.placed, call.filtered, extras, argmax, batch.weight
+    )  # fmt: skip
 
 
 def linear_logprobs(arguments: Arguments) -> TokenStats:
@@ -58,13 +62,16 @@ def linear_cross_entropy(arguments: Arguments) -> Tensor:
 
 
 def _loss_and_statistics(tensors: Tensors, call: Call) -> tuple[Tensor, TokenStats]:
-    """(Σ weight · loss, statistics) in one pass where a gradient is needed and the plan says so, else in two."""
+    """(Σ weight · loss, statistics) in one pass where a gradient is needed and the plan says so, else in two.
+
+    Statistics of dead rows are 0.
+    """
     differentiable = any(tensor is not None and tensor.requires_grad for tensor in tensors)
     if call.plan.passes == 1 and torch.is_grad_enabled() and differentiable:
         loss, *fields = OnePass.apply(*tensors, call)
         return loss, TokenStats(*fields)
     stats = _statistics(tensors, call)
-    return weighted_loss(call.objective, stats, call.batch), stats
+    return weighted_loss(call.objective, stats, call.batch), stats.map(Tensor.detach).where(call.batch.live)
 
 
 def _statistics(tensors: Tensors, call: Call) -> TokenStats:
@@ -166,23 +173,24 @@ def one_pass(
         row_pass = partial(in_three_steps, row_ops)
     parts, losses = [], []
     with plain_matmul(input):
-        products = HeadProducts(weight[: call.vocab], call.compute)
+        products = HeadProducts(rows_of(weight, slice(0, call.vocab)), call.compute)
         gradients = Gradients(tensors, needs_grad, products, call)
         # fp16 gradients of a mean over many tokens would underflow: carry them scaled by a power of two
         scale = fp16_scale(batch.weight) if call.compute == torch.float16 else None
         token_weight = batch.weight if scale is None else batch.weight * scale
         for chunk, logits, dlogits in gradients.chunks(input):
             tokens, head, extras = batch.tokens[chunk], call.head_of(chunk), call.extras and call.extras[chunk]
-            stats, loss = row_pass(logits, dlogits, tokens, token_weight[chunk], call.objective, head, extras)
+            weights = rows_of(token_weight, chunk)
+            stats, loss = row_pass(logits, dlogits, tokens, weights, call.objective, head, extras)
             parts.append(stats)
             losses.append(loss)
         for chunk, logits in gradients.other_chunks(input):
             tokens, extras = batch.tokens[chunk], call.extras and call.extras[chunk]
             stats, _ = row_ops.statistics(logits, tokens.target, call.head_of(chunk), extras)
             parts.append(stats)
-            losses.append(token_losses(call.objective, stats, tokens))
-    loss = weighted_sum(cat(losses) if losses else batch.weight, batch.weight)
-    return loss, _joined(parts, batch.weight), gradients, scale
+            losses.append(weighted(token_losses(call.objective, stats, tokens), token_weight[chunk]))
+    loss = cat(losses).sum() if losses else batch.weight.sum()
+    return loss if scale is None else loss / scale, _joined(parts, batch.weight), gradients, scale
 
 
 def first_pass(tensors: Tensors, call: Call) -> tuple[TokenStats, Normalizer]:
@@ -191,7 +199,7 @@ def first_pass(tensors: Tensors, call: Call) -> tuple[TokenStats, Normalizer]:
     batch, row_ops = call.batch, call.row_ops
     parts, normalizers = [], []
     with plain_matmul(input):
-        products = HeadProducts(weight[: call.vocab], call.compute)
+        products = HeadProducts(rows_of(weight, slice(0, call.vocab)), call.compute)
         buffer = call.logits_buffer(products)
         for chunk in call.plan.chunks(len(batch)):
             x = products.operand(batch.hidden(input, chunk))
@@ -214,7 +222,7 @@ def second_pass(
     coefs, batch, normalizer = _rows_with_gradient(coefs, call, normalizer)
     call = replace(call, batch=batch, chunks=None)
     with plain_matmul(input):
-        products = HeadProducts(weight[: call.vocab], call.compute)
+        products = HeadProducts(rows_of(weight, slice(0, call.vocab)), call.compute)
         gradients = Gradients(tensors, needs_grad, products, call)
         for chunk, logits, dlogits in gradients.chunks(input):
             row_ops.gradient(
@@ -269,7 +277,7 @@ class Gradients:
             room = self.rounded.view(-1)[: rows * stride].view(rows, stride)
         else:
             room = products.weight.new_empty(rows, stride)
-        self.dlogits = room[:, :vocab]
+        self.dlogits = room if stride == vocab else room[:, :vocab]
         self.logits = self.dlogits if one else self.call.logits_buffer(products)
 
     def chunks(self, input: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:  # (N, H)
@@ -282,10 +290,11 @@ class Gradients:
             x = self.products.operand(self.call.batch.hidden(input, group))
             for chunk in chunks:
                 rows = slice(chunk.start - group.start, chunk.stop - group.start)
-                dlogits = self.dlogits[rows]
-                logits = self.products.logits(x[rows], dlogits if one else self.logits[: len(dlogits)])
+                dlogits = rows_of(self.dlogits, rows)
+                room = dlogits if one else rows_of(self.logits, slice(0, dlogits.shape[0]))
+                logits = self.products.logits(rows_of(x, rows), room)
                 yield chunk, dlogits if one else logits, dlogits
-            self._add(self.dlogits[: len(x)], x, group)
+            self._add(rows_of(self.dlogits, slice(0, x.shape[0])), x, group)
 
     def other_chunks(self, input: Tensor) -> Iterator[tuple[slice, Tensor]]:  # (N, H)
         """Each chunk of the rest: (its rows, logits (n, V))."""
@@ -314,7 +323,7 @@ class Gradients:
                 self._put_sum()
                 self.summing = rows, dx, self.shard.add_(dx)
         if self.weight is not None:
-            products.add_weight_gradient(self.weight[:vocab], dlogits, x, self.first)
+            products.add_weight_gradient(rows_of(self.weight, slice(0, vocab)), dlogits, x, self.first)
         if self.filter is not None:
             self.call.filtered.add_(products.squares)
         self.first = False
@@ -334,8 +343,8 @@ class Gradients:
     def _put(self, rows: slice, dx: Tensor) -> None:  # (n, H)
         """A group's rows of dx to their places."""
         if self.index is None:
-            places = self.input[rows]
-            places.copy_(dx[: len(places)])  # not the padding's
+            places = rows_of(self.input, rows)
+            places.copy_(rows_of(dx, slice(0, places.shape[0])))  # not the padding's
         else:
             places = self.index[rows]
             self.input[places] = dx[: len(places)].to(self.input.dtype)
@@ -351,17 +360,12 @@ class Gradients:
 # ---- small parts
 
 
-def weighted_sum(loss: Tensor, weight: Tensor) -> Tensor:  # (n,), (n,)
-    """Σ weight · loss, where a weight of 0 silences even an infinite loss."""
-    return torch.where(weight == 0, 0, loss * weight).sum()
-
-
 def weighted_loss(objective: Objective, stats: TokenStats, batch: Batch) -> Tensor:
     """Σ weight · loss of the rows. A weight of 0 silences the gradient too, which may be 0 · NaN."""
     if not couples(objective, batch.tokens):
         silent = batch.weight == 0
         stats = stats.map(lambda field: torch.where(silent, field.detach(), field))
-    return weighted_sum(token_losses(objective, stats, batch.tokens), batch.weight)
+    return weighted(token_losses(objective, stats, batch.tokens), batch.weight).sum()
 
 
 def _joined(parts: list[TokenStats], like: Tensor, smooth: bool = False) -> TokenStats:  # (n,)

@@ -135,6 +135,16 @@ def accumulation_dtype(compute: torch.dtype) -> torch.dtype:
     return torch.float64 if compute == torch.float64 else torch.float32
 
 
+def rows_of(x: Tensor, rows: slice) -> Tensor:  # (n, ...)
+    """Some of the rows; where they are all, x itself: in a small call views take as long as what is done with them."""
+    return x if rows.start == 0 and rows.stop >= x.shape[0] else x[rows]
+
+
+def flat(column: Tensor) -> Tensor:  # (...)
+    """(N,), contiguous."""
+    return column.contiguous() if column.dim() == 1 else column.reshape(-1).contiguous()
+
+
 def aligned_size(vocab: int) -> int:
     """Numbers that a row of `vocab` takes up in memory."""
     return -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT

@@ -42,13 +42,14 @@ class LossOutput:
     @classmethod
     def of(
         cls, loss: Tensor, stats: TokenStats, tokens: Tokens, objective: Objective, spread: Callable[[Tensor], Tensor],
-        filtered: Tensor | None = None, extras: TokenExtras | None = None, weight: Tensor | None = None,
-    ) -> LossOutput:  # (), (4,), (n,)  # fmt: skip
-        """From the statistics of the n tokens that were worked through; `spread` gives a field target's shape."""
-        stats = stats.map(Tensor.detach)
-        argmax = extras and extras.argmax
+        filtered: Tensor | None = None, extras: TokenExtras | None = None, argmax: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> LossOutput:  # (), (4,), (n,), (n,)  # fmt: skip
+        """From the statistics of the n tokens that were worked through; `spread` gives a field target's shape, which
+        extras have already."""
+        stats = stats.map(lambda field: field.detach() if field.requires_grad else field)
         told = cache(lambda: metrics(objective, stats, tokens, filtered, argmax, weight))
-        return cls(loss, *map(spread, stats.fields()[:3]), extras and extras.map(spread), told)
+        return cls(loss, *map(spread, stats.fields()[:3]), extras, told)
 
 
 def metrics(

@@ -18,9 +18,9 @@ from torch import Tensor
 from .. import checks
 from ..batch import select
 from ..call import Call, HeadArguments, Tensors
-from ..engine import Gradients, OnePass, fp16_scale, plain_matmul, weighted_sum
+from ..engine import Gradients, OnePass, fp16_scale, plain_matmul
 from ..head import Head, HeadProducts, accumulation_dtype
-from ..objectives.objective import Objective, Tokens
+from ..objectives.objective import Objective, Tokens, weighted
 from ..plan import Plan
 from .divergence import DIVERGENCES, Divergence, DivergenceRows
 
@@ -211,7 +211,7 @@ def distillation_pass(
                 )
             )
     divergences = torch.cat(parts) if parts else torch.empty_like(batch.weight)
-    return weighted_sum(divergences, batch.weight), divergences, gradients, scale
+    return weighted(divergences, batch.weight).sum(), divergences, gradients, scale
 
 
 def _row_ops(plan: Plan) -> DivergenceRows:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import checks
 from ..extras import TokenExtras
+from ..head import rows_of
 from .ratios import LOG_RATIO_LIMIT, Correction, log_ratio, silenced, slope
 
 SCOPES = ("token", "sequence", "batch")
@@ -65,6 +66,10 @@ class TokenStats:
     def map(self, function: Callable[[Tensor], Tensor]) -> TokenStats:
         return TokenStats(*(function(field) for field in self.fields()))
 
+    def where(self, live: Tensor | None) -> TokenStats:  # (n,)
+        """0 where not live; None: all are."""
+        return self if live is None else self.map(lambda field: torch.where(live, field, 0))
+
     @classmethod
     def cat(cls, parts: list[TokenStats]) -> TokenStats:
         return cls(*map(cat, zip(*(part.fields() for part in parts))))
@@ -102,7 +107,8 @@ class Tokens:
 
     def __getitem__(self, rows: slice | Tensor) -> Tokens:
         """The same annotations for some of the tokens."""
-        return self.map(lambda column: column[rows])
+        some = rows_of if isinstance(rows, slice) else Tensor.__getitem__
+        return self.map(lambda column: some(column, rows))
 
     rows = __getitem__
 
@@ -279,6 +285,11 @@ def token_losses(objective: Objective, stats: TokenStats, tokens: Tokens) -> Ten
         found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"the objective returned {found}, expected one loss per token: a tensor of shape {expected}")
     return loss
+
+
+def weighted(loss: Tensor, weight: Tensor) -> Tensor:  # (n,), (n,)
+    """weight · loss, where a weight of 0 silences even an infinite loss."""
+    return torch.where(weight == 0, 0, loss * weight)
 
 
 def differentiate(

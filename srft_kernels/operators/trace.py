@@ -96,12 +96,14 @@ def _traced_loss(a: Arguments) -> LossOutput:
     dtype = stats.logprobs.dtype
     columns = {}
     for name, value in a.annotations.items():
-        value = checks.shaped_like_target(name, value, a.target).reshape(-1)
+        checks.shaped_like_target(name, value, a.target)
+        value = value.detach().reshape(-1)
         columns[name] = value.to(dtype) if value.is_floating_point() else value
     target, live = a.target_and_live()
     weight = a.token_weight
     if weight is not None:
-        weight = checks.shaped_like_target("token_weight", weight, a.target).reshape(-1).to(dtype)
+        checks.shaped_like_target("token_weight", weight, a.target)
+        weight = weight.detach().reshape(-1).to(dtype)
     tokens, live = Tokens(target.reshape(-1), **columns), None if live is None else live.reshape(-1)
     batch = select(tokens, live, weight, a.objective, dtype, shape=target.shape, compact=False)
     loss = weighted_loss(a.objective, stats, batch)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..extras import ExtrasBuffer
 from ..head import Head
-from ..objectives.objective import Objective, Tokens, TokenStats, differentiate
+from ..objectives.objective import Objective, Tokens, TokenStats, differentiate, weighted
 
 
 class Normalizer(NamedTuple):
@@ -45,7 +45,10 @@ class RowOps(Protocol):
         self, logits: Tensor, dlogits: Tensor, tokens: Tokens, weight: Tensor, objective: Objective, head: Head,
         extras: ExtrasBuffer | None = None,
     ) -> tuple[TokenStats, Tensor]:  # (n, V), (n, V), (n,)  # fmt: skip
-        """One pass: (statistics, losses (n,)) and ∂(Σ weight·loss)/∂a of an objective that is token-local."""
+        """One pass: (statistics, weight · losses (n,)) and ∂(Σ weight·loss)/∂a of an objective that is token-local.
+
+        What is returned of a dead token (tokens.live) is 0.
+        """
 
     def gradient(
         self, logits: Tensor, dlogits: Tensor, target: Tensor, normalizer: Normalizer, coefs: Coefs, head: Head
@@ -61,4 +64,4 @@ def in_three_steps(
     stats, normalizer = rows.statistics(logits, tokens.target, head, extras)
     loss, coefs = differentiate(objective, stats, tokens, weight)
     rows.gradient(logits, dlogits, tokens.target, normalizer, coefs, head)
-    return stats, loss
+    return stats.where(tokens.get("live")), weighted(loss, weight)

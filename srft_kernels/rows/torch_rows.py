@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..extras import ExtrasBuffer
 from ..head import Head
-from ..objectives.objective import Objective, Tokens, TokenStats, cat, differentiate
+from ..objectives.objective import Objective, Tokens, TokenStats, cat, differentiate, weighted
 from . import Coefs, Normalizer
 
 # Far below where e^d becomes exactly 0 (−104; −746 in fp64), so flooring d changes nothing but 0 · (−inf) into 0. Not
@@ -59,7 +59,7 @@ class TorchRows:
                 dlogits[rows] = d
             parts.append(stats)
             losses.append(loss)
-        return TokenStats.cat(parts), cat(losses)
+        return TokenStats.cat(parts).where(tokens.get("live")), weighted(cat(losses), weight)
 
     def gradient(
         self, logits: Tensor, dlogits: Tensor, target: Tensor, normalizer: Normalizer, coefs: Coefs, head: Head

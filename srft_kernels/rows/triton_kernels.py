@@ -306,7 +306,8 @@ def _statistics_kernel(
     logits_ptr,  # (n, stride) fp32
     target_ptr,  # (n,) int64
     bias_ptr, smooth_ptr,  # (V,) fp32 or None
-    out_ptr,  # (7, n) fp32: ℓ, H, lse, smooth, max, log Σ e^d, Σ p·d
+    logprob_ptr, entropy_ptr, logsumexp_ptr, smooth_sum_ptr,  # (n,) fp32
+    m_ptr, log_s_ptr, mean_ptr,  # (n,) fp32: max, log Σ e^d, Σ p·d
     rank_ptr, argmax_ptr,  # (n,) int64 or None
     temperature_ptr,  # (n,) fp32, or None
     rows, vocab, stride, head, LANES: tl.constexpr, BLOCK: tl.constexpr, WALK: tl.constexpr,
@@ -323,13 +324,14 @@ def _statistics_kernel(
             tl.store(rank_ptr + row, rank.to(tl.int64))
         if argmax_ptr is not None:
             tl.store(argmax_ptr + row, argmax.to(tl.int64))
-        tl.store(out_ptr + row, logprob)
-        tl.store(out_ptr + rows + row, entropy)
-        tl.store(out_ptr + 2 * rows + row, logsumexp)
-        tl.store(out_ptr + 3 * rows + row, smooth)
-        tl.store(out_ptr + 4 * rows + row, m)
-        tl.store(out_ptr + 5 * rows + row, log_s)
-        tl.store(out_ptr + 6 * rows + row, mean)
+        tl.store(logprob_ptr + row, logprob)
+        tl.store(entropy_ptr + row, entropy)
+        tl.store(logsumexp_ptr + row, logsumexp)
+        if smooth_sum_ptr is not None:
+            tl.store(smooth_sum_ptr + row, smooth)
+        tl.store(m_ptr + row, m)
+        tl.store(log_s_ptr + row, log_s)
+        tl.store(mean_ptr + row, mean)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -368,11 +370,11 @@ def _gradient_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def _loss_gradient_kernel(
     logits_ptr, dlogits_ptr,  # (n, stride) fp32; (n, dstride), the same memory if fp32
-    target_ptr, weight_ptr,  # (n,) int64, (n,) fp32 token weights
+    target_ptr, weight_ptr, live_ptr,  # (n,) int64; fp32 token weights; boolean, or None: all are
     columns,  # annotations by name, each (n,) or None
     numbers,  # the objective's coefficients by name
     bias_ptr, smooth_ptr, smooth_total_ptr,  # (V,), (V,), () fp32 or None
-    out_ptr,  # (4, n) fp32: loss, ℓ, H, lse
+    loss_ptr, logprob_ptr, entropy_ptr, logsumexp_ptr,  # (n,) fp32: weight · loss, ℓ, H, lse, 0 where dead
     normalizer_ptr,  # (2, n) fp32: max, log Σ e^d; or None
     rank_ptr, argmax_ptr,  # (n,) int64 or None
     temperature_ptr,  # (n,) fp32, or None
@@ -393,15 +395,16 @@ def _loss_gradient_kernel(
         if argmax_ptr is not None:
             tl.store(argmax_ptr + row, argmax.to(tl.int64))
         loss, g, h, k, u = token_loss(FORMULA, OBJECTIVE, numbers, columns, row, logprob, entropy, logsumexp, smooth)
-        tl.store(out_ptr + row, loss)
-        tl.store(out_ptr + rows + row, logprob)
-        tl.store(out_ptr + 2 * rows + row, entropy)
-        tl.store(out_ptr + 3 * rows + row, logsumexp)
+        weight = tl.load(weight_ptr + row)
+        silent = weight == 0.0  # whatever loss and derivatives are, infinite or not
+        tl.store(loss_ptr + row, tl.where(silent, 0.0, weight * loss))
+        live = True if live_ptr is None else tl.load(live_ptr + row) != 0
+        tl.store(logprob_ptr + row, tl.where(live, logprob, 0.0))
+        tl.store(entropy_ptr + row, tl.where(live, entropy, 0.0))
+        tl.store(logsumexp_ptr + row, tl.where(live, logsumexp, 0.0))
         if normalizer_ptr is not None:
             tl.store(normalizer_ptr + row, m)
             tl.store(normalizer_ptr + rows + row, log_s)
-        weight = tl.load(weight_ptr + row)
-        silent = weight == 0.0  # whatever the derivatives are, infinite or not
         g = tl.where(silent, 0.0, weight * g)
         h = tl.where(silent, 0.0, weight * h)
         k = tl.where(silent, 0.0, weight * k)
@@ -411,30 +414,3 @@ def _loss_gradient_kernel(
             row_ptr, dlogits_ptr + row * dstride.to(tl.int64), target, d, level, m, log_s, mean, g, h, k, u,
             bias_ptr, smooth_ptr, smooth_total, vocab, stride, head, temperature, BACKWARD, BLOCK,
         )  # fmt: skip
-
-
-@triton.jit
-def _scored_kernel(
-    a_ptr,  # (n, k) fp32, a + b of some entries of n rows
-    temperature_ptr,  # (n,) fp32, or None
-    count, k, head, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """z in the place of a + b."""
-    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < count
-    a = tl.load(a_ptr + places, mask=inside)
-    temperature = head.temperature
-    if temperature_ptr is not None:
-        temperature = tl.load(temperature_ptr + places // k, mask=inside, other=1.0)
-    z, _ = _scored(a, places, count, head, temperature, False)
-    tl.store(a_ptr + places, z, mask=inside)
-
-
-@triton.jit
-def _scale_kernel(x_ptr, factor_ptr, count, BLOCK: tl.constexpr):
-    """x *= factor, reading and writing nothing when the factor is 1."""
-    factor = tl.load(factor_ptr)
-    if factor != 1.0:
-        offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + offsets, mask=offsets < count)
-        tl.store(x_ptr + offsets, (x.to(tl.float32) * factor).to(x.dtype), mask=offsets < count)

@@ -26,10 +26,12 @@ from ..extras import ExtrasBuffer
 from ..head import Head
 from ..objectives.objective import Objective, Tokens, TokenStats
 from . import Coefs, Normalizer, in_three_steps, tuning
-from .triton_kernels import _gradient_kernel, _loss_gradient_kernel, _scale_kernel, _scored_kernel, _statistics_kernel
+from .triton_kernels import _gradient_kernel, _loss_gradient_kernel, _statistics_kernel
 from .triton_objectives import columns, twin
+from .triton_vectors import _prepare_kernel, _scale_kernel, _scored_kernel
 
-SCALE, SCORED = tuning.Launch(4096, 8), tuning.Launch(1024, 4)
+SCALE, SCORED, PREPARE = tuning.Launch(4096, 8), tuning.Launch(1024, 4), tuning.Launch(2048, 8)
+PROGRAMS = 8  # per multiprocessor that scale a gradient: each reads one number and, mostly, leaves
 
 
 class TritonRows:
@@ -38,18 +40,21 @@ class TritonRows:
     def statistics(
         self, logits: Tensor, target: Tensor, head: Head, extras: ExtrasBuffer | None = None
     ) -> tuple[TokenStats, Normalizer]:  # (n, V), (n,)
-        out = logits.new_empty(7, len(logits))
+        n = len(logits)
+        logprobs, entropy, logsumexp, *normalizer = (logits.new_empty(n) for _ in range(6))
+        m, log_s, mean = normalizer
+        smooth = None if head.smooth is None else logits.new_empty(n)
         grid, options = _launch("statistics", logits)
         with device_of(logits):
             _statistics_kernel[grid](
-                logits_ptr=logits, target_ptr=target, out_ptr=out,
+                logits_ptr=logits, target_ptr=target, logprob_ptr=logprobs, entropy_ptr=entropy,
+                logsumexp_ptr=logsumexp, smooth_sum_ptr=smooth, m_ptr=m, log_s_ptr=log_s, mean_ptr=mean,
                 **_of_head(head), **_of_extras(extras), **_of_rows(logits), **options,
             )  # fmt: skip
         if extras is not None:
             extras.take_entries(logits, head.bias)
-            extras.normalize(partial(_score_, head), out[4], out[5])
-        smooth = None if head.smooth is None else out[3]
-        return TokenStats(out[0], out[1], out[2], smooth), Normalizer(out[4], out[5], out[6])
+            extras.normalize(partial(_score_, head), m, log_s)
+        return TokenStats(logprobs, entropy, logsumexp, smooth), Normalizer(m, log_s, mean)
 
     def loss_and_gradient(
         self, logits: Tensor, dlogits: Tensor, tokens: Tokens, weight: Tensor, objective: Objective, head: Head,
@@ -57,7 +62,7 @@ class TritonRows:
     ) -> tuple[TokenStats, Tensor]:  # (n, V), (n, V), (n,)  # fmt: skip
         if (code := twin(objective, tokens)) is None:
             return in_three_steps(self, logits, dlogits, tokens, weight, objective, head, extras)
-        out = logits.new_empty(4, len(logits))
+        loss, logprobs, entropy, logsumexp = (logits.new_empty(len(logits)) for _ in range(4))
         normalizer = None
         if extras is not None:
             extras.take_entries(logits, head.bias)  # before the gradient is written over them
@@ -68,14 +73,15 @@ class TritonRows:
         with device_of(logits):
             _loss_gradient_kernel[grid](
                 logits_ptr=logits, dlogits_ptr=dlogits, target_ptr=tokens.target, weight_ptr=weight,
-                columns=columns(objective, tokens), numbers=code.numbers,
+                live_ptr=tokens.get("live"), columns=columns(objective, tokens), numbers=code.numbers,
                 FORMULA=code.formula, OBJECTIVE=code.structure,
-                smooth_total_ptr=_total(head), out_ptr=out, normalizer_ptr=normalizer,
+                smooth_total_ptr=_total(head), loss_ptr=loss, logprob_ptr=logprobs, entropy_ptr=entropy,
+                logsumexp_ptr=logsumexp, normalizer_ptr=normalizer,
                 **_of_head(head), **_of_extras(extras), **_of_rows(logits, dlogits), **options,
             )  # fmt: skip
         if extras is not None:
             extras.normalize(partial(_score_, head), *normalizer)
-        return TokenStats(out[1], out[2], out[3]), out[0]
+        return TokenStats(logprobs, entropy, logsumexp), loss
 
     def gradient(
         self, logits: Tensor, dlogits: Tensor, target: Tensor, normalizer: Normalizer, coefs: Coefs, head: Head
@@ -93,12 +99,26 @@ class TritonRows:
 
 def scale_(x: Tensor, factor: Tensor) -> Tensor:  # any shape, ()
     """x *= factor (on x's device) without a host synchronisation, and for nothing when it is 1."""
-    grid = (triton.cdiv(x.numel(), SCALE.block),)
+    grid = (min(triton.cdiv(x.numel(), SCALE.block), PROGRAMS * tuning.multiprocessors(x.device)),)
     with device_of(x):
         _scale_kernel[grid](
             x_ptr=x, factor_ptr=factor.float(), count=x.numel(), BLOCK=SCALE.block, num_warps=SCALE.warps
         )
     return x
+
+
+def prepare(live: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # (n,)
+    """(targets, 0 where dead; token weights, 0 where dead; a 0 on the device) in one launch. Without weights each is
+    1 / (number of live tokens)."""
+    count = target.numel()
+    safe = torch.empty_like(target)
+    room = target.new_empty(count + 1, dtype=torch.float32)
+    with device_of(target):
+        _prepare_kernel[(1,)](
+            live_ptr=live, target_ptr=target, weight_ptr=weight, safe_ptr=safe, out_ptr=room, count=count,
+            BLOCK=PREPARE.block, num_warps=PREPARE.warps,
+        )  # fmt: skip
+    return safe, room[:-1], room[-1]
 
 
 def _score_(head: Head, a: Tensor) -> None:  # (n, k)

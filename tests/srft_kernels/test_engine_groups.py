@@ -126,6 +126,33 @@ def test_every_plan_gives_the_same(gradient_rows):
                 torch.testing.assert_close(value, expected, rtol=1e-2, atol=1e-5)
 
 
+@pytest.mark.parametrize("active", [0, 1, 15, 16, 17, 40, 64])
+def test_chunks_of_idle_rows_start_where_kernels_are_compiled_for(active):
+    """At a multiple of 16, whatever the number of active rows: the rows between have weight 0 or no derivative."""
+    pytest.importorskip("triton")
+    x, w, y = torch.randn(64, 8), torch.randn(40, 8), torch.randint(40, (64,))
+    advantages = (torch.randperm(64) < active).float() * 0.7
+    starts, results = [], []
+    for backend in ("triton", "torch"):
+        ops = type(Plan(backend=backend).row_ops)
+        leaves = [x.clone().requires_grad_(), w.clone().requires_grad_()]
+        with pytest.MonkeyPatch.context() as patch:
+            seen = lambda self, logits, target, *a, run=ops.statistics: (
+                starts.append(len(target))
+                or run(  # noqa: E731
+                    self, logits, target, *a
+                )
+            )
+            patch.setattr(ops, "statistics", seen)
+            plan = Plan(backend=backend, chunk_rows=64, compact=True)
+            loss = sk.linear_loss(*leaves, y, sk.reinforce(), plan=plan, advantages=advantages).loss
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    rounded = -(-active // 16) * 16
+    assert starts == [rows for rows in (64 - rounded, 64 - active) if rows]
+    for own, other in zip(*results):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-7)
+
+
 def test_frozen_parts_and_gradients_in_the_returned_memory():
     """dW's own memory holds ∂L/∂a while its sum is made in fp32: nothing is left of it there."""
     p = problem("random", tokens=30, hidden=64, vocab=80, dtype=torch.bfloat16)

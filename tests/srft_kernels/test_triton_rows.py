@@ -248,7 +248,52 @@ def test_tanh():
     torch.testing.assert_close(scored(ends), ends.tanh(), equal_nan=True)
 
 
-def test_scale_in_place():
+@pytest.mark.parametrize("weights", [None, torch.linspace(0.5, 2, 5000)])
+@pytest.mark.parametrize("alive", ["some", "all", "none"])
+@pytest.mark.parametrize("count", [0, 1, 7, 2048, 5000])
+def test_tokens_are_prepared_in_one_launch(count, alive, weights):
+    """As PyTorch does it, for counts within a step of the loop, at its end and past it."""
+    live = {"some": torch.arange(count) % 3 > 0, "all": torch.arange(count) >= 0}.get(alive, torch.arange(count) < 0)
+    target = torch.where(live, torch.arange(count) * 2**33, -100)
+    weight = None if weights is None else weights[:count]
+    safe, found, zero = triton_rows.prepare(live, target, weight)
+    expected = live.float() / live.sum().clamp(min=1) if weight is None else torch.where(live, weight, 0)
+    assert torch.equal(safe, torch.where(live, target, 0)) and torch.equal(found, expected)
+    assert zero.shape == () and zero == 0
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("name, objective", [("sft", sk.sft()), ("callable", CALLABLE), ("srft", sk.srft_official())])
+def test_prepared_tokens_give_what_pytorch_gives(monkeypatch, name, objective, passes):
+    """Ignored tokens whose hidden states and annotations are NaN, with and without token weights."""
+    n, vocab = 13, 131
+    x, w, y = torch.randn(n, 16), torch.randn(vocab, 16), torch.randint(vocab, (n,))
+    y[::4] = -100
+    x[::4] = torch.nan
+    columns = annotations(n)
+    columns["advantages"][::4] = torch.nan
+    read = {"sft": (), "callable": ("advantages",)}.get(name, ("advantages", "is_demo"))
+    columns = {name: columns[name] for name in read}
+    results = []
+    for token_weight in (None, torch.rand(n)):
+        for prepared in (False, True):
+            monkeypatch.setattr("srft_kernels.batch.runs_triton", lambda *_, prepared=prepared: prepared)
+            leaves = [t.clone().requires_grad_() for t in (x, w)]
+            plan = sk.Plan(backend="triton", chunk_rows=5, passes=passes, compact=False)
+            out = sk.linear_loss(*leaves, y, objective, plan=plan, token_weight=token_weight, **columns)
+            told = (out.loss.detach(), out.logprobs, out.entropy, out.logsumexp)
+            results.append((*told, *torch.autograd.grad(out.loss, leaves)))
+    for plain, prepared in (results[:2], results[2:]):
+        for own, other in zip(plain, prepared):
+            assert torch.equal(own, other) and other.isfinite().all()
+        assert all((value[::4] == 0).all() for value in prepared[1:4])
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 500])
+def test_scale_in_place(monkeypatch, multiprocessors):
+    """By fewer programs than blocks, which then walk, and by enough."""
+    monkeypatch.setattr(tuning, "multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(triton_rows, "PROGRAMS", 1)
     x = torch.randn(10_001)
     assert torch.equal(triton_rows.scale_(x.clone(), torch.tensor(1.0)), x)
     assert torch.equal(triton_rows.scale_(x.clone(), torch.tensor(0.3)), x * torch.tensor(0.3))
