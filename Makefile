@@ -85,7 +85,8 @@ aot: $(AOT_VENV)/.ready
 OLDEST = .venv-triton-3.6.0
 oldest-test: $(OLDEST)/.ready
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/srft_kernels/test_triton_kernels_aot.py -n auto \
-		tests/srft_kernels/test_triton_objectives.py tests/srft_kernels/test_triton_rows.py -k "sm_90 or not compiles"
+		tests/srft_kernels/test_triton_objectives.py tests/srft_kernels/test_triton_rows.py \
+		tests/srft_kernels/test_triton_launch.py -k "sm_90 or not compiles"
 
 lint: $(READY)
 	$(BIN)/ruff check .

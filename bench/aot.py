@@ -55,7 +55,7 @@ POINTERS = {
     "target_ptr": I64,
     "weight_ptr": F32,
     "out_ptr": F32,
-    "live_ptr": U8,
+    "live_ptr": "*i1",
     **dict.fromkeys(("loss_ptr", "logprob_ptr", "entropy_ptr", "logsumexp_ptr", "smooth_sum_ptr"), F32),
     "safe_ptr": I64,
     "mean_ptr": F32,
@@ -168,7 +168,7 @@ def compile_for(kernel, arguments: dict[str, Any], target: GPUTarget, options: d
             constants[(i,)] = value
             continue
         signature[name] = value
-        if str(value).startswith("*") or name in DIVISIBLE:
+        if str(value).startswith("*") or (name in DIVISIBLE and not kernel.params[i].do_not_specialize):
             hints[(i,)] = [["tt.divisibility", 16]]
     return triton.compile(ASTSource(kernel, signature, constants, hints), target, options)
 

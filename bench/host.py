@@ -80,8 +80,8 @@ class Launches:
 
 
 @contextlib.contextmanager
-def as_on_cuda(counter: list[Counter]) -> Iterator[None]:
-    """Calls on CPU tensors take the way of CUDA's, without running kernels."""
+def as_on_cuda() -> Iterator[None]:
+    """Calls on CPU tensors take the way of CUDA's."""
     narrow = lambda device, compute: compute.itemsize == 2  # noqa: E731
     changes = [
         mock.patch("srft_kernels.head.mixes", narrow),
@@ -89,14 +89,20 @@ def as_on_cuda(counter: list[Counter]) -> Iterator[None]:
         mock.patch("srft_kernels.checks.may_look", lambda *_: False),
         mock.patch("srft_kernels.engine.runs_triton", lambda *_: True),
         mock.patch("srft_kernels.batch.runs_triton", lambda *_: True),
-        mock.patch.dict("os.environ", {"TRITON_INTERPRET": "1"}),
+        mock.patch("srft_kernels.filter.runs_triton", lambda *_: True),
+        mock.patch("srft_kernels.plan.Plan.check", lambda *_: None),
     ]
-    for name in KERNELS:
-        if hasattr(triton_rows, name):
-            changes.append(mock.patch.object(triton_rows, name, Launches(name, counter)))
     with contextlib.ExitStack() as stack:
         for change in changes:
             stack.enter_context(change)
+        yield
+
+
+@contextlib.contextmanager
+def counting(counter: list[Counter]) -> Iterator[None]:
+    """The same, without running Triton's kernels."""
+    kernels = {name: Launches(name, counter) for name in KERNELS}
+    with as_on_cuda(), mock.patch.multiple(triton_rows, **kernels):
         yield
 
 
@@ -117,7 +123,7 @@ def call(objective: Any, masked: bool) -> Callable[[], torch.Tensor]:
 def counted(objective: Any, masked: bool = True) -> tuple[Counts, Counts]:
     """(forward, backward) of a small call."""
     run, counter = call(objective, masked), []
-    with as_on_cuda(counter), Products():
+    with counting(counter), Products():
         run()  # what is looked up once and kept
         with Counter() as forward:
             counter.append(forward)
@@ -139,7 +145,7 @@ def host_seconds(objective: Any, masked: bool, seconds: float) -> float:
         "product": lambda self, a, b: a.new_empty(a.shape[0], b.shape[1], dtype=self.dtype),
         "add_weight_gradient": lambda *_: None,
     }
-    with as_on_cuda([]), mock.patch.multiple("srft_kernels.head.HeadProducts", **instead):
+    with counting([]), mock.patch.multiple("srft_kernels.head.HeadProducts", **instead):
         end = time.perf_counter() + seconds
         while time.perf_counter() < end or len(times) < 10:
             start = time.perf_counter()

@@ -206,9 +206,9 @@ class Plan:
 
         Every chunk then starts at an aligned address of each annotation too, for which kernels are compiled once.
         """
-        count = -(-rows // self.chunk_rows)
+        count, step = -(-rows // self.chunk_rows), _step(self.chunk_rows)
         size = -(-rows // max(count, 1))
-        return _cut(rows, min(self.chunk_rows, -(-size // _step(size)) * _step(size)))
+        return _cut(rows, min(self.chunk_rows, -(-size // step) * step))
 
     def groups(self, rows: int) -> Iterator[slice]:
         """Slices that cut `rows` rows into those whose dx and dW are multiplied at once."""

@@ -11,7 +11,7 @@ import triton.language as tl
 from .triton_kernels import _scored
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "k"])
 def _scored_kernel(
     a_ptr,  # (n, k) fp32, a + b of some entries of n rows
     temperature_ptr,  # (n,) fp32, or None

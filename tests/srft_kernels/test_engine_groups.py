@@ -137,12 +137,11 @@ def test_chunks_of_idle_rows_start_where_kernels_are_compiled_for(active):
         ops = type(Plan(backend=backend).row_ops)
         leaves = [x.clone().requires_grad_(), w.clone().requires_grad_()]
         with pytest.MonkeyPatch.context() as patch:
-            seen = lambda self, logits, target, *a, run=ops.statistics: (
+
+            def seen(self, logits, target, *more, run=ops.statistics):
                 starts.append(len(target))
-                or run(  # noqa: E731
-                    self, logits, target, *a
-                )
-            )
+                return run(self, logits, target, *more)
+
             patch.setattr(ops, "statistics", seen)
             plan = Plan(backend=backend, chunk_rows=64, compact=True)
             loss = sk.linear_loss(*leaves, y, sk.reinforce(), plan=plan, advantages=advantages).loss
