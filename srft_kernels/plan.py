@@ -22,14 +22,14 @@ SAMPLE = 16  # tokens of a chunk, at even distances, that a filter's error in dx
 MIB = 2**20
 # Enough rows for the products to run at full rate, in memory that nobody misses. Measured for CPU; on accelerators the
 # weight-gradient product reads and writes its V·H sum every time, so more rows wait for it there.
-CPU_WORKSPACE, WORKSPACE = 40_000_000, 1024 * MIB
+CPU_WORKSPACE, WORKSPACE = 80_000_000, 1024 * MIB
 MIN_CHUNK_ROWS = 64
 # Where ∂L/∂a has a buffer of its own: rows of logits at most, where both share one budget, and at least, unless memory
 # is short (fewer would read the head faster than memory can); rows whose gradients there is always memory for.
 MOST_LOGITS, SHARED_LOGITS, LEAST_LOGITS, WAITING = 1024, 512, 256, 8192
 MULTIPROCESSORS, TILE = 132, (128, 256)  # Hopper's, and the part of a product that one of them makes
 FILLED_ROWS = 2048  # at most, where every chunk is filled up to its size
-BLOCK_BYTES = 4 * MIB  # of logits per block of the torch row backend: about the L2 caches of two cores
+BLOCK_BYTES = 6 * MIB  # of logits per block of the torch row backend: about what two cores have of L2 and L3 to themselves
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Plan:
     ) -> Plan:
         """The plan for `tokens` rows of size `hidden` against a head of `vocab` entries.
 
-        `workspace_bytes` bounds the logits and their gradients that exist at one time (and scratch); by default 40 MB
+        `workspace_bytes` bounds the logits and their gradients that exist at one time (and scratch); by default 80 MB
         on CPU and 1 GiB elsewhere, but no fewer than 64 rows. What a 16-bit head takes in fp32 comes on top, and is
         counted in the plan's `workspace_bytes`: the sum of its gradient, and outside of CUDA the head itself, widened.
         On CUDA that sum is not needed where one product makes dW: bf16 gradients of all tokens may then take its
