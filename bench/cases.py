@@ -127,6 +127,7 @@ def cpu_cases() -> list[Case]:
         Case("full loss", "cross entropy", small, "peaked"),
         Case("full loss", "cross entropy", head),
         Case("full loss", "srft", head, "model"),
+        Case("full loss", "srft", Shape(2048, *model), "peaked"),
     ]
 
 

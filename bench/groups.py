@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from .busy import NAMES as WAYS_TO_WAIT
+from .busy import busy_case, measure_busy
 from .cases import Case, cases
 from .measure import Row
 from .sharded import NAMES, measure_sharded, sharded_case
@@ -21,6 +23,7 @@ class Group(NamedTuple):
 
 OWN = {
     "training step": Group(step_case, measure_step, tuple(LOSSES)),
+    "beside busy programs": Group(busy_case, measure_busy, tuple(WAYS_TO_WAIT)),
     "sharded": Group(sharded_case, measure_sharded, NAMES),
 }
 

@@ -138,7 +138,12 @@ COMPILED = Provider("srft_kernels, compiled", compiled)
 BUDGETED = Provider("srft_kernels, 256 MiB", budgeted)
 OWN = (OURS, FILTERED, COMPILED, BUDGETED)
 ALONE = "one process"  # beside the ranks of sharded.py: the same loss
-OUR_NAMES = (*(provider.name for provider in OWN), ALONE)  # no peers: where one of these is wrong, the run has failed
+SHORT_WAITS = "srft_kernels, short waits"  # of threads for work: in busy.py
+OUR_NAMES = (
+    *(provider.name for provider in OWN),
+    ALONE,
+    SHORT_WAITS,
+)  # no peers: where one of these is wrong, the run has failed
 
 
 def bare_products(inputs: Inputs, task: Task) -> Callable[[Inputs], None]:

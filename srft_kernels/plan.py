@@ -29,7 +29,7 @@ MIN_CHUNK_ROWS = 64
 MOST_LOGITS, SHARED_LOGITS, LEAST_LOGITS, WAITING = 1024, 512, 256, 8192
 MULTIPROCESSORS, TILE = 132, (128, 256)  # Hopper's, and the part of a product that one of them makes
 FILLED_ROWS = 2048  # at most, where every chunk is filled up to its size
-BLOCK_BYTES = 6 * MIB  # of logits per block of the torch row backend: about what two cores have of L2 and L3 to themselves
+BLOCK_BYTES = 6 * MIB  # of logits per block of the torch row backend: more fall out of the caches of two cores
 
 
 @dataclass(frozen=True)

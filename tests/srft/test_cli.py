@@ -16,6 +16,22 @@ from srft.errors import UserError
 pytest.importorskip("jsonargparse")
 
 
+@pytest.mark.parametrize(
+    "before, environment, expected",
+    [
+        ("", {}, "10000"),
+        ("", {"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
+        ("", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("import torch", {}, "None"),  # which has read it
+    ],
+)
+def test_threads_spin_shorter_where_nobody_has_said(before, environment, expected):
+    script = f"{before}\nimport os, srft.cli\nprint(os.environ.get('GOMP_SPINCOUNT'))"
+    others = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=others | environment)
+    assert run.stdout.split() == [expected], run.stderr
+
+
 @pytest.fixture
 def rooms(monkeypatch):
     """What the commands would call, recorded."""
