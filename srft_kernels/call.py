@@ -285,7 +285,7 @@ class Arguments(HeadArguments):
 
 
 # Those of `linear_loss`, which takes any other name for an annotation's.
-OPTIONS = tuple(o.name for o in fields(Arguments) if o.name not in ("annotations", "weight", "reduction"))
+OPTIONS = dict.fromkeys(o.name for o in fields(Arguments) if o.name not in ("annotations", "weight", "reduction"))
 PER_TOKEN = ("token_weight", "temperature")  # of the options, those that may be shaped like target
 NUMBERS = tuple(o.name for o in fields(Arguments) if {"int", "float", "str"} & set(o.type.split(" | ")))
 PLAN_FACTS = ("chunk_rows", "gradient_rows", "passes", "compact", "batch_invariant")
