@@ -18,6 +18,7 @@ Programming Guide of tanhf).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import subprocess
@@ -38,6 +39,7 @@ from srft_kernels.objectives.ratios import SHAPES
 
 from .interpreter import interpret_fast
 from .srft_kernels import cases
+from .srft_kernels.mixed import mixed_products
 from .srft_kernels.test_distillation import formula
 
 ORDERS = 12
@@ -53,6 +55,7 @@ class Case:
     options: dict[str, Any]  # of the call
     columns: dict[str, Tensor]  # annotations and upstream gradients, one number per token
     extras: sk.Extras | None = None
+    mixed: bool = False  # 16-bit products with fp32 results, as on CUDA
 
     def __str__(self) -> str:
         p = self.problem
@@ -157,11 +160,20 @@ def draw(seed: int, rng: random.Random | None = None, backend: str = "torch") ->
                            rng.choice([None, torch.where(problem.live[:, None], candidates, -7)]))  # fmt: skip
     if backend != "torch":
         plan = replace(plan or sk.Plan(), backend=backend)
-    return Case(seed, call, problem, plan, options, columns, extras)
+    waiting = rng.choice([None, 1, 2, 20])  # chunks whose gradients are multiplied at once
+    if plan is not None and waiting is not None and not plan.batch_invariant:
+        plan = replace(plan, gradient_rows=waiting * plan.chunk_rows)
+    mixed = rng.random() < 0.6 and problem.input.dtype.itemsize == 2
+    return Case(seed, call, problem, plan, options, columns, extras, mixed)
 
 
 def fused(case: Case) -> Values:
     """The outputs of live tokens and the gradients, by the package."""
+    with mixed_products() if case.mixed else contextlib.nullcontext():
+        return _fused(case)
+
+
+def _fused(case: Case) -> Values:
     p, columns, options = case.problem, case.columns, dict(case.options)
     leaves = p.leaves()
     common = {"linear_bias": leaves[2] if len(leaves) == 3 else None, "plan": case.plan}
