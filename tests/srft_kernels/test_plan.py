@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -24,6 +26,25 @@ def test_choose(tokens, hidden, vocab, dtype, budget):
     if budget and plan.chunk_rows > 1:
         assert plan.chunk_rows * vocab * numbers <= budget
     assert plan.workspace_bytes >= plan.chunk_rows * vocab * numbers
+
+
+@pytest.mark.parametrize("options", [{}, {"head_gradient": False}, {"batch_invariant": True}, {"filter": sk.Filter()}])
+@pytest.mark.parametrize("budget", [None, 1, 10**5, 10**8, 10**11])
+def test_choose_where_gradients_have_a_buffer_of_their_own(budget, options):
+    """Over shapes of any size: within the memory that was allowed, unless one row is more, and no more than is there."""
+    rng = random.Random(0)
+    for _ in range(300):
+        size = tokens, hidden, vocab = [int(2 ** rng.uniform(0, most)) for most in (20, 13, 19)]
+        dtype = rng.choice([torch.bfloat16, torch.float16])
+        plan = sk.Plan.choose(*size, dtype, "cuda", workspace_bytes=budget, **options)
+        assert 1 <= plan.chunk_rows <= plan.gradient_rows, (size, plan)
+        assert plan.batch_invariant or plan.gradient_rows <= tokens
+        assert sum(rows.stop - rows.start for rows in plan.groups(tokens)) == tokens
+        total = 4 * vocab * hidden * options.get("head_gradient", True)
+        beside = max(total, 2 * 8192 * (vocab + 15) * bool(total)) if budget is None else total
+        gathered = plan.filter and (4 * plan.gradient_rows * (vocab + 15) + 8 * vocab * hidden) * plan.filter.columns
+        allowed = (2**30 if budget is None else budget) + beside + (gathered or 0)
+        assert plan.workspace_bytes <= allowed or plan.chunk_rows == 1, (size, plan)
 
 
 def test_bar_of_the_default_on_cpu():

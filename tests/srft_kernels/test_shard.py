@@ -17,6 +17,7 @@ from bench.ranks import Ranks
 from srft_kernels import checks
 
 from .cases import FP16_KINDS, KINDS, Problem, Result, assert_exact, eager, ours, problem, truth
+from .mixed import mixed_products
 from .test_exactness import columns_of, everything
 
 PADDING = 7  # head rows that do not exist, beside those of a problem's own
@@ -118,6 +119,22 @@ def test_fp32(ranks, kind, passes):
 @pytest.mark.parametrize("kind", KINDS)
 def test_bf16(ranks, kind, passes):
     check(ranks, problem(kind, dtype=torch.bfloat16), plan_of(passes))
+
+
+def mixed(p: Problem, objective, plan: sk.Plan, columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    with mixed_products():
+        return shared(p, objective, plan, columns)
+
+
+@passes_of
+@pytest.mark.parametrize("gradient_rows", [5, 10, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_beside_the_logits(ranks, dtype, gradient_rows, passes):
+    """As on CUDA: also on the rank whose part is all padding."""
+    p, plan = problem("everything", dtype=dtype), plan_of(passes, gradient_rows=gradient_rows)
+    columns = columns_of(p)
+    found = Result(whole(ranks(mixed, p, everything, plan, columns), p))
+    assert_exact(found, eager(p, everything, plan, **columns), truth(p, everything, **columns), plan)
 
 
 @pytest.mark.parametrize("kind", ["random", "peaked", "softcap", "padded"])
