@@ -88,7 +88,6 @@ def as_on_cuda() -> Iterator[None]:
         mock.patch("srft_kernels.plan.mixes", narrow),
         mock.patch("srft_kernels.checks.may_look", lambda *_: False),
         mock.patch("srft_kernels.engine.runs_triton", lambda *_: True),
-        mock.patch("srft_kernels.batch.runs_triton", lambda *_: True),
         mock.patch("srft_kernels.filter.runs_triton", lambda *_: True),
         mock.patch("srft_kernels.plan.Plan.check", lambda *_: None),
     ]

@@ -26,7 +26,6 @@ from torch.nn.functional import pad
 
 from .head import rows_of
 from .objectives.objective import Objective, Tokens
-from .plan import runs_triton
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,8 @@ class Batch:
             return x
         live = rows_of(self.live, chunk)
         missing = len(live) - len(x)  # rows of padding
-        return torch.where(live[:, None], x if missing == 0 else pad(x, (0, 0, 0, missing)), self.zero)
+        zero = self.zero if x.is_floating_point() else 0
+        return torch.where(live[:, None], x if missing == 0 else pad(x, (0, 0, 0, missing)), zero)
 
     def __getitem__(self, rows: Tensor) -> Batch:  # (m,)
         """Some of the rows, by their numbers: all active."""
@@ -109,7 +109,7 @@ class Batch:
 
 def select(
     tokens: Tokens, live: Tensor | None, weight: Tensor | None, objective: Objective, dtype: torch.dtype, *,
-    shape: torch.Size, compact: bool, live_tokens: int | None = None, multiple: int = 1,
+    shape: torch.Size, compact: bool, live_tokens: int | None = None, multiple: int = 1, by_triton: bool = False,
 ) -> Batch:  # (N,), (N,)  # fmt: skip
     """The batch of a call with N tokens.
 
@@ -119,13 +119,14 @@ def select(
     live_tokens  no more tokens than this are live; with more of them every result is NaN
     compact      count on the host: leave out every ignored token, and put those without gradient last
     multiple     so many rows, or a multiple, are worked through: dead ones fill up the last chunk
+    by_triton    prepare fp32 tokens that stay in place by one kernel; columns are contiguous then
     """
     alone = objective.scope(tokens) == "token"
     # a loss over several tokens that does not read `tokens.live` would average over ignored ones
     if compact or not (alone or objective.reads_live):
         batch = _compacted(tokens, live, weight, objective, dtype, shape, reorder=multiple == 1)
     else:
-        batch = _masked(tokens, live, weight, dtype, shape, live_tokens)
+        batch = _masked(tokens, live, weight, dtype, shape, live_tokens, by_triton)
     batch = batch.padded(multiple)
     if weight is not None and objective.reads_live and not alone:
         batch = replace(batch, tokens=batch.tokens.replace(counted=batch.weight != 0))
@@ -134,7 +135,7 @@ def select(
 
 def _masked(
     tokens: Tokens, live: Tensor | None, weight: Tensor | None, dtype: torch.dtype, shape: torch.Size,
-    live_tokens: int | None,
+    live_tokens: int | None, by_triton: bool,
 ) -> Batch:  # (N,), (N,)  # fmt: skip
     """All tokens in place, or the live ones first and no more than `live_tokens`; nothing waits for the device."""
     total = tokens.target.numel()  # len() would be a constant of an exported graph, here and below
@@ -142,8 +143,7 @@ def _masked(
         if weight is None:
             weight = torch.full((total,), 1 / max(total, 1), dtype=dtype, device=tokens.target.device)
         return Batch(shape, tokens, weight, total)
-    device = tokens.target.device
-    if runs_triton(device, dtype) and (live_tokens is None or live_tokens >= total):
+    if by_triton and (live_tokens is None or live_tokens >= total):
         from .rows.triton_rows import prepare
 
         target, weight, zero = prepare(live, tokens.target, None if weight is None else weight.to(dtype))

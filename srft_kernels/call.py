@@ -227,6 +227,7 @@ class Arguments(HeadArguments):
         batch = select(
             tokens, live, weight, objective, dtype, shape=target.shape, compact=plan.compact,
             live_tokens=self.live_tokens, multiple=plan.chunk_rows if plan.batch_invariant else 1,
+            by_triton=plan.backend == "triton",
         )  # fmt: skip
         plan, chunks = _with_sequences(plan, objective, batch, tokens, whole=shard is None)
         here = shard.size if shard else vocab  # entries on this rank
@@ -325,8 +326,6 @@ class Call:
         """Of the rows that may have a gradient, those whose dx and dW are multiplied at once, and their chunks."""
         plan, active = self.plan, self.batch.active
         if self.chunks is None:
-            if plan.backend == "triton":  # no other kernels for the chunks after them
-                active = min(-(-active // LIKE_THE_FIRST) * LIKE_THE_FIRST, len(self.batch))
             for rows in plan.groups(active):
                 chunks = plan.chunks(rows.stop - rows.start)
                 yield rows, [slice(rows.start + chunk.start, rows.start + chunk.stop) for chunk in chunks]
@@ -341,6 +340,17 @@ class Call:
             group = [*group, chunk]
         if group:
             yield slice(group[0].start, group[-1].stop), group
+
+    def other_chunks(self, start: int) -> Iterator[tuple[slice, int]]:
+        """Of the rows from `start` on, which no group has: (a chunk, how many of its rows come before `start`)."""
+        if self.chunks is not None:
+            yield from ((chunk, 0) for chunk in self.chunks if chunk.start >= start)
+            return
+        # no other kernels than for the chunks before: their annotations are aligned as those of the first
+        before = start % LIKE_THE_FIRST if self.plan.backend == "triton" else 0
+        if (rest := len(self.batch) - start) > 0:
+            for rows in self.plan.chunks(rest + before):
+                yield slice(rows.start + start - before, rows.stop + start - before), max(before - rows.start, 0)
 
     def logits_buffer(self, products: HeadProducts) -> Tensor:
         """Room for one chunk's logits (chunk_rows, V), its rows at aligned addresses."""

@@ -184,11 +184,12 @@ def one_pass(
             stats, loss = row_pass(logits, dlogits, tokens, weights, call.objective, head, extras)
             parts.append(stats)
             losses.append(loss)
-        for chunk, logits in gradients.other_chunks(input):
+        for chunk, known, logits in gradients.other_chunks(input):
             tokens, extras = batch.tokens[chunk], call.extras and call.extras[chunk]
             stats, _ = row_ops.statistics(logits, tokens.target, call.head_of(chunk), extras)
-            parts.append(stats)
-            losses.append(weighted(token_losses(call.objective, stats, tokens), token_weight[chunk]))
+            loss = weighted(token_losses(call.objective, stats, tokens), token_weight[chunk])
+            parts.append(stats.map(lambda field, known=known: field[known:]) if known else stats)
+            losses.append(loss[known:])
     loss = cat(losses).sum() if losses else batch.weight.sum()
     return loss if scale is None else loss / scale, _joined(parts, batch.weight), gradients, scale
 
@@ -271,41 +272,37 @@ class Gradients:
         products, plan, vocab = self.products, self.call.plan, self.call.vocab
         stride = aligned_size(vocab)
         rows = max((rows.stop - rows.start for rows, _ in self.groups), default=0)
-        if one := products.compute == products.dtype:
+        self.one = products.compute == products.dtype
+        if self.one:
             rows = max(rows, min(plan.chunk_rows, len(self.call.batch)))
         if self.rounded is not None and rows * stride <= self.rounded.numel():
             room = self.rounded.view(-1)[: rows * stride].view(rows, stride)
         else:
             room = products.weight.new_empty(rows, stride)
         self.dlogits = room if stride == vocab else room[:, :vocab]
-        self.logits = self.dlogits if one else self.call.logits_buffer(products)
+        self.logits = self.dlogits if self.one else self.call.logits_buffer(products)
 
     def chunks(self, input: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:  # (N, H)
         """Each chunk of the rows that may have a gradient: (its rows, logits (n, V), dlogits (n, V)).
 
         ∂L/∂a is to be put into dlogits, which may be the logits, before the next chunk is asked for.
         """
-        one = self.logits is self.dlogits
         for group, chunks in self.groups:
             x = self.products.operand(self.call.batch.hidden(input, group))
             for chunk in chunks:
                 rows = slice(chunk.start - group.start, chunk.stop - group.start)
                 dlogits = rows_of(self.dlogits, rows)
-                room = dlogits if one else rows_of(self.logits, slice(0, dlogits.shape[0]))
+                room = dlogits if self.one else rows_of(self.logits, slice(0, dlogits.shape[0]))
                 logits = self.products.logits(rows_of(x, rows), room)
-                yield chunk, dlogits if one else logits, dlogits
+                yield chunk, dlogits if self.one else logits, dlogits
             self._add(rows_of(self.dlogits, slice(0, x.shape[0])), x, group)
 
-    def other_chunks(self, input: Tensor) -> Iterator[tuple[slice, Tensor]]:  # (N, H)
-        """Each chunk of the rest: (its rows, logits (n, V))."""
-        batch, plan = self.call.batch, self.call.plan
+    def other_chunks(self, input: Tensor) -> Iterator[tuple[slice, int, Tensor]]:  # (N, H)
+        """Each chunk of the rest: (its rows, how many of them were in a chunk already, logits (n, V))."""
         start = self.groups[-1][0].stop if self.groups else 0
-        if (chunks := self.call.chunks) is None:
-            chunks = (slice(start + rows.start, start + rows.stop) for rows in plan.chunks(len(batch) - start))
-        for chunk in chunks:
-            if chunk.start >= start:
-                x = self.products.operand(batch.hidden(input, chunk))
-                yield chunk, self.products.logits(x, self.logits[: len(x)])
+        for chunk, known in self.call.other_chunks(start):
+            x = self.products.operand(self.call.batch.hidden(input, chunk))
+            yield chunk, known, self.products.logits(x, self.logits[: len(x)])
 
     def _add(self, dlogits: Tensor, x: Tensor, rows: slice) -> None:  # (n, V), (n, H)
         """Add what a group's ∂L/∂a and its hidden states make."""

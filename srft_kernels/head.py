@@ -137,7 +137,8 @@ def accumulation_dtype(compute: torch.dtype) -> torch.dtype:
 
 def rows_of(x: Tensor, rows: slice) -> Tensor:  # (n, ...)
     """Some of the rows; where they are all, x itself: in a small call views take as long as what is done with them."""
-    return x if rows.start == 0 and rows.stop >= x.shape[0] else x[rows]
+    all_of_them = rows.step is None and not rows.start and (rows.stop is None or rows.stop >= x.shape[0])
+    return x if all_of_them else x[rows]
 
 
 def flat(column: Tensor) -> Tensor:  # (...)

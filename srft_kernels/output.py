@@ -48,8 +48,21 @@ class LossOutput:
         """From the statistics of the n tokens that were worked through; `spread` gives a field target's shape, which
         extras have already."""
         stats = stats.map(lambda field: field.detach() if field.requires_grad else field)
-        told = cache(lambda: metrics(objective, stats, tokens, filtered, argmax, weight))
-        return cls(loss, *map(spread, stats.fields()[:3]), extras, told)
+        versions = _versions(stats)
+
+        def told() -> dict[str, Tensor]:
+            if _versions(stats) != versions:
+                raise RuntimeError(
+                    "logprobs, entropy or logsumexp of this output was changed in place before its metrics were read, "
+                    "which are made of them: read out.metrics first, or change a copy"
+                )
+            return metrics(objective, stats, tokens, filtered, argmax, weight)
+
+        return cls(loss, *map(spread, stats.fields()[:3]), extras, cache(told))
+
+
+def _versions(stats: TokenStats) -> list[int | None]:  # (n,)
+    return [None if field.is_inference() else field._version for field in stats.fields()]
 
 
 def metrics(

@@ -37,7 +37,7 @@ class Filter:
     """Which part of ∂L/∂a the backward products leave out.
 
     columns             the part of the vocabulary that is kept, in (0, 1]
-    max_relative_error  bound, for each chunk of tokens, on ‖dropped‖ / ‖∂L/∂a‖ (all norms Frobenius), which is about
+    max_relative_error  bound, for each group of tokens, on ‖dropped‖ / ‖∂L/∂a‖ (all norms Frobenius), which is about
                         dW's relative error, and on dx's relative error over SAMPLE of its tokens. A product that would
                         pass it is done densely.
     """
@@ -98,6 +98,11 @@ class Plan:
                 continue
             if not (isinstance(value, int) and value > 0):
                 raise ValueError(f"Plan({name}={value!r}): expected a positive integer")
+        if self.batch_invariant and self.gradient_rows not in (None, self.chunk_rows):
+            raise ValueError(
+                f"Plan(batch_invariant=True, chunk_rows={self.chunk_rows}, gradient_rows={self.gradient_rows}): every "
+                "product has chunk_rows rows, so leave gradient_rows out"
+            )
         if self.gradient_rows is not None and self.gradient_rows < self.chunk_rows:
             raise ValueError(
                 f"Plan(chunk_rows={self.chunk_rows}, gradient_rows={self.gradient_rows}): gradients of whole chunks "

@@ -201,15 +201,15 @@ def distillation_pass(
         teacher_buffer = call.logits_buffer(teacher_products)
         scale = fp16_scale(batch.weight) if call.compute == torch.float16 else None
         token_weight = batch.weight if scale is None else batch.weight * scale
+        with_gradient = ((chunk, 0, logits, dlogits) for chunk, logits, dlogits in gradients.chunks(input))
         others = ((*piece, None) for piece in gradients.other_chunks(input))
-        for chunk, logits, dlogits in chain(gradients.chunks(input), others):
+        for chunk, known, logits, dlogits in chain(with_gradient, others):
             teacher_x = teacher_products.operand(batch.hidden(teacher.input, chunk))
             teacher_logits = teacher_products.logits(teacher_x, teacher_buffer[: len(teacher_x)])
-            parts.append(
-                row_ops.divergence_and_gradient(
-                    logits, teacher_logits, dlogits, token_weight[chunk], divergence, call.head, teacher.head
-                )
+            part = row_ops.divergence_and_gradient(
+                logits, teacher_logits, dlogits, token_weight[chunk], divergence, call.head, teacher.head
             )
+            parts.append(part[known:] if known else part)
     divergences = torch.cat(parts) if parts else torch.empty_like(batch.weight)
     return weighted(divergences, batch.weight).sum(), divergences, gradients, scale
 

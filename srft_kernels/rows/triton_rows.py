@@ -9,8 +9,9 @@
 Logits are fp32. A 16-bit gradient goes to rows of its own, an fp32 one over the logits: a thread then overwrites what
 it has read itself, but for the target's logit, which all threads read before any of them writes.
 
-A row starts on a 64-byte boundary and its stride is a multiple of 16 numbers, whatever V is: see head.py. Loads run to
-the padded end, so that they stay 16 bytes wide, and what lies past V is replaced once the soft cap has been applied.
+A row of logits starts on a 64-byte boundary and its stride is a multiple of 16 numbers, whatever V is: see head.py.
+Loads run to the padded end, so that they stay 16 bytes wide, and what lies past V is replaced once the soft cap has
+been applied.
 """
 
 from __future__ import annotations

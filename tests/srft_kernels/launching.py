@@ -52,7 +52,7 @@ def calls() -> Iterator[tuple[str, Callable[[int], None]]]:
         target[::5] = -100
         return x.requires_grad_(), w.requires_grad_(), target
 
-    def loss(objective, names, dtype, passes, how=ON_DEVICE, **options):
+    def loss(objective, names, dtype, passes, how=ON_DEVICE, candidates=0, **options):
         def run(tokens: int) -> None:
             columns = {name: torch.rand(tokens) for name in names}
             if "advantages" in columns:
@@ -60,7 +60,9 @@ def calls() -> Iterator[tuple[str, Callable[[int], None]]]:
             if "is_demo" in columns:
                 columns["is_demo"] = columns["is_demo"] > 0.5
             plan = sk.Plan(backend="triton", chunk_rows=16, gradient_rows=32, passes=passes, **how)
-            sk.linear_loss(*inputs(tokens, dtype), objective, plan=plan, **options, **columns).loss.backward()
+            each = {"extras": sk.Extras(candidates=torch.randint(VOCAB, (tokens, candidates)))} if candidates else {}
+            columns |= options | each
+            sk.linear_loss(*inputs(tokens, dtype), objective, plan=plan, **columns).loss.backward()
 
         return run
 
@@ -72,6 +74,7 @@ def calls() -> Iterator[tuple[str, Callable[[int], None]]]:
     yield "fp32, head", loss(sk.grpo(), {"advantages"}, torch.float32, 1, **head)
     yield "fp16, two passes, smoothed", loss(sk.CrossEntropy(label_smoothing=0.1), (), torch.float16, 2)
     yield "extras", loss(sk.sft(), (), torch.bfloat16, 1, extras=sk.Extras(rank=True, argmax=True, top_k=4))
+    yield "candidates", loss(sk.sft(), (), torch.bfloat16, 1, candidates=3)
     yield "filter", loss(sk.sft(), (), torch.bfloat16, 1, ON_DEVICE | {"filter": sk.Filter(columns=0.1)})
     yield "callable", loss(lambda stats, tokens: -stats.logprobs, (), torch.bfloat16, 1)
     yield "idle tokens", loss(sk.reinforce(), {"advantages"}, torch.bfloat16, 1, {"compact": True})

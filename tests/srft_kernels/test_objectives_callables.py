@@ -93,6 +93,16 @@ def test_an_objective_that_is_one_says_it_by_its_scope():
 
 def test_tokens_are_a_collection_of_names():
     tokens = sk.Tokens(torch.arange(5), advantages=torch.ones(5), ref_logprobs=None)
+    for rows in (
+        slice(0, None),
+        slice(None),
+        slice(1, None),
+        slice(0, 5, 2),
+        slice(-2, None),
+        slice(0, -1),
+        slice(0, 9),
+    ):
+        assert torch.equal(tokens[rows].target, torch.arange(5)[rows])
     assert list(tokens) == ["target", "advantages"] and len(tokens) == 2 and "ref_logprobs" not in tokens
     for rows in (tokens[1:3], tokens.rows(slice(1, 3))):
         assert rows.target.tolist() == [1, 2]

@@ -83,3 +83,23 @@ def test_clip_fraction_of_cispo_counts_both_sides():
         for objective in (sk.cispo(clip_low=0.2, clip_high=0.2), sk.grpo())
     ]
     assert fractions == [0.75, 0.5]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_statistics_changed_before_metrics_are_read(masked):
+    """They are made of them, when first read."""
+    x, w, y = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4), torch.randint(9, (6,))
+    plan = sk.Plan(compact=False)
+    ref = -torch.rand(6)
+    out = sk.linear_loss(
+        x, w, y, sk.sft(kl_coef=0.1), plan=plan, ref_logprobs=ref, ignore_index=-100 if masked else None
+    )
+    kept = out.logprobs.clone()
+    kept.mul_(2)
+    assert out.metrics
+    out = sk.linear_loss(
+        x, w, y, sk.sft(kl_coef=0.1), plan=plan, ref_logprobs=ref, ignore_index=-100 if masked else None
+    )
+    out.entropy.zero_()
+    with pytest.raises(RuntimeError, match="changed in place before its metrics were read"):
+        out.metrics  # noqa: B018

@@ -27,7 +27,8 @@ def test_compiles_without_spills_and_with_wide_loads(target, tmp_path):
         # beside per-row scalars (a row's target, weight, annotations), everything is a 16-byte load
         scalars = [width for width in row["loads"] if width < 128]
         wide = [width for width in row["loads"] if width == 128]
-        assert len(scalars) <= 12 and (wide or row["kernel"] == "scored"), row  # which is one kernel for any number
+        # a few numbers per token, and one kernel for any number of them
+        assert row["kernel"] in ("scored", "prepare") or (wide and len(scalars) <= 12), row
         assert row["registers"] * row["warps"] <= 128 * 16 and row["programs"] >= 1, row  # they fit a multiprocessor
         assert row["loops"] or row["kernel"] in ("scored", "scale", "prepare"), row
         if not any(word in row["variant"] for word in ("cap", "smoothed", "temperatures")):

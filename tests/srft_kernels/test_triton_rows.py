@@ -1,11 +1,13 @@
 """The Triton row kernels, run (in the interpreter where there is no GPU) and held to the same rules as PyTorch's."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
 
 import srft_kernels as sk
+from srft_kernels import batch
 from srft_kernels.head import Head, aligned, aligned_size
 from srft_kernels.rows import tuning
 from srft_kernels.rows.torch_rows import TorchRows
@@ -262,6 +264,11 @@ def test_tokens_are_prepared_in_one_launch(count, alive, weights):
     assert zero.shape == () and zero == 0
 
 
+def prepared_by(triton: bool, *arguments, **options):
+    """As `select`, but for who prepares tokens."""
+    return batch.select(*arguments, **options | {"by_triton": triton})
+
+
 @pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("name, objective", [("sft", sk.sft()), ("callable", CALLABLE), ("srft", sk.srft_official())])
 def test_prepared_tokens_give_what_pytorch_gives(monkeypatch, name, objective, passes):
@@ -277,7 +284,7 @@ def test_prepared_tokens_give_what_pytorch_gives(monkeypatch, name, objective, p
     results = []
     for token_weight in (None, torch.rand(n)):
         for prepared in (False, True):
-            monkeypatch.setattr("srft_kernels.batch.runs_triton", lambda *_, prepared=prepared: prepared)
+            monkeypatch.setattr("srft_kernels.call.select", partial(prepared_by, prepared))
             leaves = [t.clone().requires_grad_() for t in (x, w)]
             plan = sk.Plan(backend="triton", chunk_rows=5, passes=passes, compact=False)
             out = sk.linear_loss(*leaves, y, objective, plan=plan, token_weight=token_weight, **columns)
