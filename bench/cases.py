@@ -123,11 +123,11 @@ def cpu_cases() -> list[Case]:
         *(Case("peak memory", "srft", Shape(n, 128, 32768), ours=True) for n in (128, 256, 512, 1024)),
         Case("small calls", "srft", Shape(64, *model), ours=True),
         Case("1 M tokens", "srft", Shape(8192, 64, 4096), ours=True, note=scaled),
+        Case("full loss", "srft", Shape(2048, *model), "peaked"),
         Case("full loss", "grpo", small, "peaked"),
         Case("full loss", "cross entropy", small, "peaked"),
         Case("full loss", "cross entropy", head),
         Case("full loss", "srft", head, "model"),
-        Case("full loss", "srft", Shape(2048, *model), "peaked"),
     ]
 
 
