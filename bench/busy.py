@@ -22,7 +22,7 @@ from srft import SPINS
 from . import timing
 from .cases import TASKS, Case, Shape
 from .inputs import Unavailable, make
-from .measure import EVERYONE, Limits, Row, attempt, default_dtype, set_times, stage
+from .measure import EVERYONE, Limits, Row, attempt, default_dtype, description, set_times, stage
 from .providers import OURS, SHORT_WAITS, bare_products
 from .timing import kind_of
 
@@ -54,7 +54,7 @@ def measure_busy(
         for name, environment in NAMES.items():
             if name in left_out:
                 continue
-            row = Row(case, name, "ok")
+            row = Row(case, name, "ok", extra=description(case, default_dtype(device)))
             rows.append(row)
             begin(name)
             with attempt(row, device, limits):

@@ -4,9 +4,10 @@ import subprocess
 
 import pytest
 
-from bench import busy
+from bench import busy, report
 from bench.cases import Shape
 from bench.inputs import Unavailable
+from bench.record import timed
 from bench.table import table
 
 
@@ -25,6 +26,9 @@ def test_each_way_to_wait_is_measured_with_its_products():
     assert all(row.extra["ratio_to_products"] > 0 for row in rows)
     assert began == ["srft_kernels", "srft_kernels, short waits", "all providers"]
     assert "GOMP_SPINCOUNT=10000" in table(rows)
+    extra = [timed(row)["extra_info"] | {"median": 1.0, "status": "ok"} for row in rows]
+    assert {row["case"] for row in extra} == {str(rows[0].case)}
+    assert "| srft_kernels, short waits | 1,000.0 ms |" in "\n".join(report.table(str(rows[0].case), extra))
 
 
 def test_the_variable_reaches_the_process_and_an_older_one_does_not(monkeypatch):
