@@ -22,7 +22,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import srft_kernels as sk
-from srft_kernels.rows import triton_rows
 
 TOKENS, HIDDEN, VOCAB = 64, 16, 304
 KERNELS = ("_loss_gradient_kernel", "_gradient_kernel", "_statistics_kernel", "_scale_kernel", "_prepare_kernel")
@@ -80,12 +79,18 @@ class Launches:
 
 
 @contextlib.contextmanager
+def mixing() -> Iterator[None]:
+    """16-bit operands are not widened: who enters this brings products of them with fp32 results."""
+    narrow = lambda device, compute: compute.itemsize == 2  # noqa: E731
+    with mock.patch("srft_kernels.head.mixes", narrow), mock.patch("srft_kernels.plan.mixes", narrow):
+        yield
+
+
+@contextlib.contextmanager
 def as_on_cuda() -> Iterator[None]:
     """Calls on CPU tensors take the way of CUDA's."""
-    narrow = lambda device, compute: compute.itemsize == 2  # noqa: E731
     changes = [
-        mock.patch("srft_kernels.head.mixes", narrow),
-        mock.patch("srft_kernels.plan.mixes", narrow),
+        mixing(),
         mock.patch("srft_kernels.checks.may_look", lambda *_: False),
         mock.patch("srft_kernels.engine.runs_triton", lambda *_: True),
         mock.patch("srft_kernels.filter.runs_triton", lambda *_: True),
@@ -101,7 +106,7 @@ def as_on_cuda() -> Iterator[None]:
 def counting(counter: list[Counter]) -> Iterator[None]:
     """The same, without running Triton's kernels."""
     kernels = {name: Launches(name, counter) for name in KERNELS}
-    with as_on_cuda(), mock.patch.multiple(triton_rows, **kernels):
+    with as_on_cuda(), mock.patch.multiple("srft_kernels.rows.triton_rows", **kernels):
         yield
 
 
@@ -121,6 +126,8 @@ def call(objective: Any, masked: bool) -> Callable[[], torch.Tensor]:
 
 def counted(objective: Any, masked: bool = True) -> tuple[Counts, Counts]:
     """(forward, backward) of a small call."""
+    from srft_kernels.rows.triton_rows import scale_
+
     run, counter = call(objective, masked), []
     with counting(counter), Products():
         run()  # what is looked up once and kept
@@ -130,7 +137,7 @@ def counted(objective: Any, masked: bool = True) -> tuple[Counts, Counts]:
         one = torch.ones_like(loss)
         with Counter() as backward:
             counter[:] = [backward]
-            scaled = mock.patch("srft_kernels.engine._scaled_", lambda gradient, _: triton_rows.scale_(gradient, one))
+            scaled = mock.patch("srft_kernels.engine._scaled_", lambda gradient, _: scale_(gradient, one))
             with scaled:  # as for a tensor that is not on the CPU
                 loss.backward(one)
     return forward.counts, backward.counts

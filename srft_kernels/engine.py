@@ -188,7 +188,7 @@ def one_pass(
             tokens, extras = batch.tokens[chunk], call.extras and call.extras[chunk]
             stats, _ = row_ops.statistics(logits, tokens.target, call.head_of(chunk), extras)
             loss = weighted(token_losses(call.objective, stats, tokens), token_weight[chunk])
-            parts.append(stats.map(lambda field, known=known: field[known:]) if known else stats)
+            parts.append(stats.map(lambda field, known=known: field[known:]))
             losses.append(loss[known:])
     loss = cat(losses).sum() if losses else batch.weight.sum()
     return loss if scale is None else loss / scale, _joined(parts, batch.weight), gradients, scale

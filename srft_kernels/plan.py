@@ -159,8 +159,7 @@ class Plan:
             memory = _Memory(hidden, vocab, head_bytes, single, budget - scratch, max(head_bytes, waiting))
             rows, gradient_rows, counted = memory.shared_out(max(tokens, 1), batch_invariant)
         else:
-            rows = max((budget - scratch) // row_bytes, least)
-            rows = max(1, rows // _step(rows) * _step(rows))
+            rows = max(1, _rounded(max((budget - scratch) // row_bytes, least)))
             rows = min(rows, FILLED_ROWS) if batch_invariant else max(1, min(rows, tokens))
             widened = vocab * hidden * itemsize * (dtype.itemsize < itemsize)
             counted = rows * row_bytes + head_bytes * (dtype.itemsize < itemsize) + widened

@@ -209,7 +209,7 @@ def distillation_pass(
             part = row_ops.divergence_and_gradient(
                 logits, teacher_logits, dlogits, token_weight[chunk], divergence, call.head, teacher.head
             )
-            parts.append(part[known:] if known else part)
+            parts.append(part[known:])
     divergences = torch.cat(parts) if parts else torch.empty_like(batch.weight)
     return weighted(divergences, batch.weight).sum(), divergences, gradients, scale
 

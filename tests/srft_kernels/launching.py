@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 import srft_kernels as sk
 from bench.aot import OBJECTIVES
 from bench.host import Products, as_on_cuda
+from srft_kernels.rows import triton_rows
 
 TOKENS, HIDDEN, VOCAB = (80, 125, 32), 16, 1000
 ON_DEVICE = {"compact": False}
@@ -101,15 +102,13 @@ def main(directory: Path) -> None:
     launches, compiled = directory / "launches", []
     os.environ["LAUNCHES"] = str(launches)
     drive(directory)
-    compile_, name = JITFunction._do_compile, lambda kernel: kernel.fn.__name__
+    compile_ = JITFunction._do_compile
 
     def counted(self, *arguments, **options):
-        compiled.append(name(self))
+        compiled.append(self.fn.__name__)
         return compile_(self, *arguments, **options)
 
-    scale = mock.patch("srft_kernels.engine._scaled_", lambda gradient, factor: triton_rows.scale_(gradient, factor))
-    from srft_kernels.rows import triton_rows
-
+    scale = mock.patch("srft_kernels.engine._scaled_", triton_rows.scale_)
     found = []
     with as_on_cuda(), Products(), scale, mock.patch.object(JITFunction, "_do_compile", counted):
         for what, run in calls():

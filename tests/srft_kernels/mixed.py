@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from srft_kernels import head, plan
+from bench.host import mixing
 
 aten = torch.ops.aten
 
@@ -33,10 +32,7 @@ class _Products(TorchDispatchMode):
 @contextlib.contextmanager
 def mixed_products() -> Iterator[None]:
     """The loss head as on CUDA, where 16-bit operands are not widened and ∂L/∂a has a buffer of its own."""
-    with pytest.MonkeyPatch.context() as patch, _Products():
-        mixes = lambda device, compute: compute.itemsize == 2  # noqa: E731
-        patch.setattr(head, "mixes", mixes)
-        patch.setattr(plan, "mixes", mixes)
+    with mixing(), _Products():
         yield
 
 

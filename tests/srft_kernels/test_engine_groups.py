@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import srft_kernels as sk
-from bench.host import Launches
+from bench.host import Launches, Products
 from srft_kernels import engine, rows
 from srft_kernels.call import Arguments
 from srft_kernels.objectives.objective import TokenStats
@@ -18,18 +18,10 @@ from srft_kernels.plan import Plan
 
 from .cases import BACKENDS, FP16_KINDS, IGNORED, KINDS, assert_exact, eager, ours, problem, truth
 from .mixed import Held, aten, mixed_products
+from .test_exactness import columns_of, everything
 
 GIB = 2**30
 SIZES = [(5, None), (5, 7), (3, 64)]  # one product per chunk, several chunks in each, one for all tokens
-
-
-def everything(stats, tokens):
-    return tokens.g * stats.logprobs + tokens.h * stats.entropy + tokens.k * stats.logsumexp
-
-
-def columns_of(p):
-    n = torch.arange(len(p.target))
-    return {"g": (n % 5 - 2) / 2, "h": (n % 3 - 1) / 4, "k": (n % 4 - 2) / 8}
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
@@ -192,17 +184,6 @@ class NoRows:
 
     def gradient(self, logits, dlogits, target, normalizer, coefs, head):
         pass
-
-
-class Products(TorchDispatchMode):
-    """16-bit products with fp32 results, of tensors without data."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is aten.mm.dtype:
-            return args[0].new_empty(len(args[0]), args[1].shape[1], dtype=args[2])
-        if function in (aten.mm.dtype_out, aten.addmm.dtype_out):
-            return kwargs["out"]
-        return function(*args, **(kwargs or {}))
 
 
 def peak(monkeypatch, tokens: int, hidden: int, vocab: int, frozen: bool = False, masked: bool = True, **options):
