@@ -31,7 +31,7 @@ from srft_kernels.distillation import DIVERGENCES
 from srft_kernels.distillation import triton_rows as triton_distillation
 from srft_kernels.head import Numbers
 from srft_kernels.rows import triton_kernels, triton_residual, triton_rows, triton_vectors, tuning
-from srft_kernels.rows.triton_objectives import Structure, column_names, twin
+from srft_kernels.rows.triton_objectives import column_names, twin
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -157,7 +157,7 @@ def compile_for(kernel, arguments: dict[str, Any], target: GPUTarget, options: d
     signature, constants, hints = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         value = arguments[name] if name in arguments else POINTERS[name]
-        if isinstance(value, tuple) and not isinstance(value, Structure):  # annotations or numbers, by name
+        if isinstance(value, tuple) and name != "OBJECTIVE":  # annotations or numbers, by name
             signature[name] = type(value)(*("constexpr" if item is None else item for item in value))
             constants |= {(i, j): None for j, item in enumerate(value) if item is None}
             hints |= {(i, j): [["tt.divisibility", 16]] for j, item in enumerate(value) if str(item).startswith("*")}

@@ -48,7 +48,7 @@ from srft.optim import Optimizer
 from srft.ranks import Ranks
 from srft.rewards import Scorer
 from srft.rollout import Engine, Rollout, build_engine
-from srft_kernels.objectives.objective import objective_of
+from srft_kernels.objectives.formula import objective_of
 
 
 class Trainer:

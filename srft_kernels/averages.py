@@ -10,41 +10,49 @@ Losses and gradients of the ranks' tokens then have to be summed, not averaged; 
 
 from __future__ import annotations
 
+from math import inf
+from numbers import Real
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import checks
-from .objectives.ratios import groups
+from .objectives.ratios import exact, groups
 
 
 def token_mean(mask: Tensor, *, token_group: ProcessGroup | None = None) -> Tensor:
     """Every live token counts alike: 1 / (number of live tokens). `mask` is boolean, of any shape."""
-    mask = _boolean(mask)
-    return mask.float() / summed(mask.sum(), token_group).clamp(min=1)
+    live = _boolean(mask)
+    return _weights(live, summed(live.sum(), token_group))
 
 
-def sequence_mean(mask: Tensor, sequence_ids: Tensor, *, token_group: ProcessGroup | None = None) -> Tensor:
+def sequence_mean(
+    mask: Tensor, sequence_ids: Tensor, *, sequences: int | None = None, token_group: ProcessGroup | None = None
+) -> Tensor:  # (...), (...)
     """Every sequence counts alike: 1 / (live tokens of its sequence · sequences with a live token). (GRPO)
 
-    `sequence_ids` holds an integer ≥ 0 per token, shaped like mask; ids need not be contiguous.
+    `sequence_ids` holds an integer ≥ 0 per token, shaped like mask; ids need not be contiguous. `sequences` counts
+    instead of those with a live token, where sequences that are masked out are to count too (TRL, Liger: the batch
+    size), or a step's microbatches get their weights one by one; with `token_group`, those of all ranks.
     """
-    mask, lengths, sequences = _sequence_lengths(mask, sequence_ids, token_group)
-    return mask / (lengths * sequences)
+    live, lengths, count = _sequence_lengths(mask, sequence_ids, sequences, token_group)
+    return _weights(live, lengths * count)
 
 
 def constant_length(
-    mask: Tensor, sequence_ids: Tensor, length: float, *, token_group: ProcessGroup | None = None
-) -> Tensor:  # (...), (...)
+    mask: Tensor, sequence_ids: Tensor, length: float, *, sequences: int | None = None,
+    token_group: ProcessGroup | None = None,
+) -> Tensor:  # (...), (...)  # fmt: skip
     """Every token counts 1 / (sequences with a live token · length), whatever its sequence's own length. (Dr. GRPO)
 
-    `length` is in tokens, usually the longest completion allowed.
+    `length` is in tokens, usually the longest completion allowed; `sequences` as in `sequence_mean`.
     """
-    if not length > 0:
-        raise ValueError(f"length must be a positive number of tokens, found {length}")
-    mask, _, sequences = _sequence_lengths(mask, sequence_ids, token_group)
-    return mask / (sequences * length)
+    if not (isinstance(length, Real) and 0 < length < inf):
+        raise ValueError(f"length must be a positive number of tokens, found {length!r}")
+    live, _, count = _sequence_lengths(mask, sequence_ids, sequences, token_group)
+    return _weights(live, count * float(length))
 
 
 def hpt_switch(
@@ -58,24 +66,26 @@ def hpt_switch(
     alone it would count 1/n. `prompt_ids` and `sequence_ids` hold integers ≥ 0; tokens outside `mask` do not count. Use
     the result as a mask: token_weight=constant_length(mask & switch, sequence_ids, length).
     """
-    shape = tuple(is_demo.shape)
-    for name, value in (("rewards", rewards), ("prompt_ids", prompt_ids), ("sequence_ids", sequence_ids)):
-        if tuple(value.shape) != shape:
-            raise ValueError(f"{name} must be shaped like is_demo {shape}, found {tuple(value.shape)}")
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold must lie in [0, 1], the share of successes to exceed, found {threshold}")
-    demo = is_demo.bool().flatten()
-    live = torch.ones_like(demo) if mask is None else _boolean(mask).flatten()
+    checks.tensor("is_demo", is_demo)
+    columns = {"rewards": rewards, "prompt_ids": prompt_ids, "sequence_ids": sequence_ids}
+    for name, value in {**columns, **({} if mask is None else {"mask": mask})}.items():
+        checks.shaped_like(name, value, is_demo, "is_demo")
+    if not (isinstance(threshold, Real) and 0 <= threshold <= 1):
+        raise ValueError(f"threshold must lie in [0, 1], the share of successes to exceed, found {threshold!r}")
+    shape, demo = is_demo.shape, is_demo.bool().flatten()
+    live = torch.ones_like(demo) if mask is None else mask.bool().flatten()
+    if checks.may_look(rewards) and (wrong := rewards.isnan().flatten() & live & ~demo).any():
+        raise ValueError(f"rewards are NaN at {int(wrong.sum())} tokens of rollouts, which neither succeed nor fail")
     (demo, live, rewards, prompt_ids, sequence_ids), own = gathered(
         token_group, demo, live, rewards, prompt_ids, sequence_ids
     )
     prompt, sequence = groups(prompt_ids), groups(sequence_ids)
-    zeros = torch.zeros(len(demo), device=demo.device, dtype=torch.float64)
+    zeros = torch.zeros_like(demo, dtype=exact(demo.device))
 
     def per_prompt(tokens: Tensor) -> Tensor:  # (n,)
         """Sequences among `tokens`, counted per prompt: each of its n tokens is worth 1/n."""
-        rollout = tokens.double()
-        length = zeros.index_add(0, sequence, (live & ~demo).double()).clamp(min=1)
+        rollout = tokens.to(zeros.dtype)
+        length = zeros.index_add(0, sequence, (live & ~demo).to(zeros.dtype)).clamp(min=1)
         return zeros.index_add(0, prompt, rollout / length[sequence])[prompt]
 
     rollouts = live & ~demo
@@ -84,24 +94,33 @@ def hpt_switch(
 
 
 def _boolean(mask: Tensor) -> Tensor:  # (...)
-    if mask.is_floating_point():
-        raise TypeError(f"mask must be boolean, found {mask.dtype}; write mask > 0")
+    checks.tensor("mask", mask)
+    checks.numbers("mask", mask)
     return mask.bool()
 
 
+def _weights(live: Tensor, count: Tensor) -> Tensor:  # (...), (...) or ()
+    """1 / count where live, in fp32; rounded once, and counts of 2²⁵ tokens are exact."""
+    return (live / count.to(exact(live.device)).clamp(min=1)).float()
+
+
 def _sequence_lengths(
-    mask: Tensor, sequence_ids: Tensor, token_group: ProcessGroup | None
+    mask: Tensor, sequence_ids: Tensor, sequences: int | None, token_group: ProcessGroup | None
 ) -> tuple[Tensor, Tensor, Tensor]:  # (...), (...)
-    """(mask as fp32, live tokens of each token's sequence, sequences with one); neither count is under 1."""
-    if sequence_ids.shape != mask.shape:
-        raise ValueError(
-            f"sequence_ids must be shaped like mask {tuple(mask.shape)}, found {tuple(sequence_ids.shape)}"
-        )
-    (live, ids), own = gathered(token_group, _boolean(mask).float(), sequence_ids)
+    """(which tokens are live, live tokens of each one's sequence, how many sequences count), the last two integers."""
+    live = _boolean(mask)
+    checks.shaped_like("sequence_ids", sequence_ids, mask, "mask")
+    if not (sequences is None or (checks.integer(sequences) and sequences >= 1)):
+        raise ValueError(f"sequences must be a number of sequences, an integer ≥ 1, found {sequences!r}")
+    (of_all, ids), own = gathered(token_group, live, sequence_ids)
     distinct, inverse = ids.unique(return_inverse=True)
-    lengths = torch.zeros(len(distinct), device=mask.device).scatter_add_(0, inverse, live)
-    of_token = lengths.clamp(min=1)[inverse[own]].view(mask.shape)
-    return live[own].view(mask.shape), of_token, (lengths > 0).sum().clamp(min=1)
+    lengths = torch.zeros_like(distinct, dtype=torch.int64).scatter_add_(0, inverse, of_all.long())
+    count = (lengths > 0).sum()
+    if sequences is not None:
+        if checks.may_look(live) and count > sequences:
+            raise ValueError(f"sequences={sequences}, but {int(count)} have a live token: count those too")
+        count = torch.full_like(count, int(sequences))
+    return live, lengths[inverse[own]].view(mask.shape), count
 
 
 def summed(value: Tensor, token_group: ProcessGroup | None) -> Tensor:  # any shape
@@ -122,7 +141,7 @@ def gathered(token_group: ProcessGroup | None, *columns: Tensor) -> tuple[list[T
     if token_group is None:
         return flat, slice(None)
     checks.group("token_group", token_group)
-    count = torch.tensor([len(flat[0])], device=flat[0].device)
+    count = torch.full((1,), len(flat[0]), dtype=torch.int64, device=flat[0].device)
     counts = [torch.empty_like(count) for _ in range(dist.get_world_size(token_group))]
     dist.all_gather(counts, count, group=token_group)
     counts = torch.cat(counts).tolist()

@@ -21,7 +21,9 @@ from .batch import Batch, select, sequence_chunks
 from .extras import Extras, ExtrasBuffer, TokenExtras
 from .head import Head, HeadProducts, accumulation_dtype, aligned, aligned_size, flat
 from .objectives.cross_entropy import CrossEntropy
-from .objectives.objective import Objective, Tokens, TokenStats, check_annotations, objective_of
+from .objectives.formula import objective_of
+from .objectives.objective import Objective, Tokens, TokenStats, annotation, check_annotations
+from .objectives.ratios import exact
 from .plan import Plan
 from .rows import RowOps
 from .shard import Shard, ShardedRows, checksum, supported
@@ -94,6 +96,7 @@ class Arguments(HeadArguments):
     extras: Extras | None = None
     group: ProcessGroup | None = None
     token_group: ProcessGroup | None = None
+    partial_input_grad: bool = False
 
     @classmethod
     def of(cls, passed: dict[str, Any]) -> Arguments:
@@ -136,6 +139,7 @@ class Arguments(HeadArguments):
                 raise
             facts = partial(self._facts, checked)
             shard = Shard.agreed(self.group, self.input, self.linear_weight, self.vocab_size, facts)
+            shard = replace(shard, partial=self.partial_input_grad)
             checked = checked._replace(vocab=shard.vocab, shard=shard)
         checks.target_range(checked.target, checked.live, checked.vocab)
         return checked
@@ -148,6 +152,11 @@ class Arguments(HeadArguments):
         checks.ignore_index(self.ignore_index)
         if self.plan is not None:
             checks.instance("plan", self.plan, Plan, "see Plan.choose")
+        checks.flag("partial_input_grad", self.partial_input_grad)
+        if self.partial_input_grad and self.group is None:
+            raise ValueError(
+                "partial_input_grad=True, but without group= the gradient to input is whole: pass group=, or drop it"
+            )
         if self.group is None:
             vocab = checks.vocabulary(self.linear_weight, self.vocab_size)
         else:
@@ -158,9 +167,9 @@ class Arguments(HeadArguments):
         if self.objective is not None:
             check_annotations(self.objective, self.annotations, OPTIONS)
         for name, value in self.annotations.items():
-            checks.shaped_like_target(name, value, self.target)
+            checks.shaped_like(name, value, self.target)
         if self.token_weight is not None:
-            checks.shaped_like_target("token_weight", self.token_weight, self.target)
+            checks.shaped_like("token_weight", self.token_weight, self.target)
         target, live = self.target_and_live()
         checks.temperature(self.temperature, target, live)
         checks.at_most_live(self.live_tokens, target, live)
@@ -199,6 +208,7 @@ class Arguments(HeadArguments):
             "whether any gradient is wanted": int(any(needs_grad)),
             **{f"plan.{f.name}": plan and getattr(plan, f.name) for f in fields(Plan) if f.name in PLAN_FACTS},
             **{name: None if name in per_token else getattr(self, name) for name in NUMBERS},
+            "partial_input_grad": self.partial_input_grad,
             "objective": self.objective,
             "what is left out": ", ".join(name for name, value in optional.items() if value is None),
             "what is given of each token": ", ".join(per_token),
@@ -247,8 +257,7 @@ class Arguments(HeadArguments):
     def _tokens(self, checked: Checked, dtype: torch.dtype) -> Tokens:
         """The annotations of the N tokens, flat, and what else belongs to each."""
         _, vocab, shard, target, live = checked
-        columns = {name: _constant(column) for name, column in self.annotations.items()}
-        columns = {name: column.to(dtype) if column.is_floating_point() else column for name, column in columns.items()}
+        columns = {name: annotation(name, _constant(column), dtype) for name, column in self.annotations.items()}
         if self.weight is not None:
             columns["class_weight"] = _of_target(self.weight.detach().to(dtype), target, live, vocab, shard)
         if isinstance(self.temperature, Tensor):
@@ -277,12 +286,13 @@ class Arguments(HeadArguments):
         by_class = self.reduction == "mean" and of_class is not None
         if self.reduction not in ("none", "sum") and not by_class and self.token_group is None:
             return None
-        weight = torch.ones_like(self.target, dtype=dtype) if live is None else live.to(dtype)
+        live = torch.ones_like(self.target, dtype=torch.bool) if live is None else live
+        weight = live.to(dtype)
         if self.reduction in ("none", "sum"):
             return weight
         if by_class:
-            return weight / summed(of_class.sum(), self.token_group)
-        return weight / summed(weight.sum(), self.token_group).clamp(min=1)
+            return weight / summed(of_class.sum(dtype=exact(of_class.device)), self.token_group)
+        return weight / summed(live.sum(), self.token_group).clamp(min=1)
 
 
 # Those of `linear_loss`, which takes any other name for an annotation's.

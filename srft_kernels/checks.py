@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import os
-import sys
 from dataclasses import fields
 from math import inf
-from numbers import Real
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import Parameter
 
+from . import words
+
+Options = TypeVar("Options", bound=type)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+IDS = ("sequence_ids", "prompt_ids")  # whose rounding would make one of two
 
 
 def targets(target: Tensor, input: Tensor, linear_weight: Tensor) -> None:  # (...), (..., H), (V, H)
@@ -39,6 +44,9 @@ def head(
     tensors = {of_input: input, of_weight: weight, **({} if bias is None else {of_bias: bias})}
     for name, value in tensors.items():
         tensor(name, value)
+    for name, value in tensors.items():
+        if value.dtype not in FLOATING:  # before the shape: packed numbers have another
+            raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64, found {value.dtype}: {DEQUANTISE}")
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"{of_weight} must be (V, H) and not empty, found shape {tuple(weight.shape)}")
     if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
@@ -51,9 +59,6 @@ def head(
             raise ValueError(f"{name} is on {value.device} but {of_input} is on {input.device}: move it there")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{of_bias} must be (V,) = ({weight.shape[0]},), found shape {tuple(bias.shape)}")
-    for name, value in tensors.items():
-        if value.dtype not in FLOATING:
-            raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64, found {value.dtype}")
     kind = input.device.type
     narrow = all(value.dtype != torch.float64 for value in tensors.values())  # F.linear leaves others as they are
     if narrow and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
@@ -69,11 +74,16 @@ def vocabulary(linear_weight: Tensor, vocab_size: int | None) -> int:  # (V, H)
     rows = linear_weight.shape[0]
     if vocab_size is None:
         return rows
-    if not (isinstance(vocab_size, int) and 1 <= vocab_size <= rows):
+    if not (integer(vocab_size) and 1 <= vocab_size <= rows):
         raise ValueError(
             f"vocab_size must be an integer in [1, {rows}], the rows of linear_weight, found {vocab_size!r}"
         )
-    return vocab_size
+    return int(vocab_size)
+
+
+def integer(value: Any) -> bool:
+    """A whole number of Python's or NumPy's; True and False are none."""
+    return isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool)
 
 
 def positive(name: str, value: float) -> None:
@@ -82,12 +92,17 @@ def positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a positive number of Python, found a tensor: pass float({name})")
     if not (isinstance(value, Real) and 0 < value < inf):
         raise ValueError(f"{name} must be a positive number, found {value!r}")
-    if not 1e-30 <= value <= 1e30:
+    if not 1e-30 <= float(value) <= 1e30:  # NumPy's would compare in their own type
         raise ValueError(f"{name} must lie between 1e-30 and 1e30, found {value!r}")
 
 
+def flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, found {value!r}")
+
+
 def ignore_index(value: Any) -> None:
-    if not (value is None or isinstance(value, int)):
+    if not (value is None or integer(value)):
         raise TypeError(f"ignore_index must be an integer or None, found {value!r}")
 
 
@@ -95,7 +110,7 @@ def temperature(value: Any, target: Tensor, live: Tensor | None) -> None:  # (..
     """A positive number, or one of each live token; of the latter silent on accelerators, like `target_range`."""
     if not isinstance(value, Tensor):
         return positive("temperature", value)
-    shaped_like_target("temperature", value, target)
+    shaped_like("temperature", value, target)
     if not value.is_floating_point():
         raise TypeError(f"temperature must hold floating-point numbers, found {value.dtype}")
     if not may_look(target):
@@ -109,7 +124,7 @@ def temperature(value: Any, target: Tensor, live: Tensor | None) -> None:  # (..
 
 
 def live_tokens(value: Any) -> None:
-    if value is not None and not (isinstance(value, (int, torch.SymInt)) and value >= 0):
+    if value is not None and not (integer(value) and value >= 0):
         raise TypeError(f"live_tokens must be a number of tokens on the host, an int ≥ 0, found {value!r}")
 
 
@@ -138,19 +153,45 @@ def at_most_live(live_tokens: int | None, target: Tensor, live: Tensor | None) -
         raise ValueError(f"live_tokens={live_tokens}, but {found} targets are live: pass at least as many")
 
 
+SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc, torch._mkldnn)
+PLAIN = (Tensor.__torch_function__.__func__, Parameter.__torch_function__)
+DEQUANTISE = (
+    "packed and quantised numbers have to be made numbers again first (dequantize(), or "
+    "bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state) of a Params4bit)"
+)
+
+
 def tensor(name: str, value: Any) -> None:
+    """A tensor that is a plain block of numbers: what else is called one has another meaning, or none, for a kernel."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, found {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        advice = "to_dense()" if value.layout in SPARSE else "pass its values(), with targets and annotations alike"
+        kind = "nested" if value.is_nested else str(value.layout)
+        raise TypeError(f"{name} must be a dense tensor, found a {kind} one: {advice}")
     compiling = torch.compiler.is_compiling()  # which sees through the wrappers of a transform
     if _in_transform() if compiling else torch._C._functorch.is_functorch_wrapped_tensor(value):
         raise TypeError(f"{name} is under a transform of torch.func, which is not supported: use torch.autograd.grad")
-    sharded = sys.modules.get("torch.distributed.tensor")  # slow to import, and nobody has a DTensor without
-    if sharded is not None and isinstance(value, sharded.DTensor):
+    if (kind := type(value)) is Tensor or kind is Parameter or _plain(kind):
+        return
+    if kind.__name__ == "DTensor":
         raise TypeError(
             f"{name} is a DTensor, divided over ranks as {value.placements}: with FSDP2, call the loss in the forward "
             "of the module that owns the weight, where it is whole and its gradient reduced (full_tensor() elsewhere "
             "would lose part of it); with a head divided over the vocabulary, pass its to_local() and group="
         )
+    raise TypeError(
+        f"{name} is a {kind.__module__}.{kind.__name__}, a tensor with operations of its own, which a kernel does not "
+        f"know: pass a plain tensor; {DEQUANTISE}"
+    )
+
+
+def _plain(kind: type) -> bool:
+    """Whether the operations of this class of tensors are PyTorch's own, or what they wait for or pretend is."""
+    of_class = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
+    if kind.__torch_dispatch__ is Tensor.__torch_dispatch__ and of_class in PLAIN:
+        return True
+    return kind.__module__.startswith("torch._subclasses.") or kind.__name__ == "AsyncCollectiveTensor"
 
 
 @torch.compiler.assume_constant_result
@@ -179,21 +220,28 @@ def reduction(value: Any) -> None:
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', found {value!r}")
 
 
-def shaped_like_target(name: str, value: Any, target: Tensor) -> None:  # (...)
-    """An annotation: the loss is differentiated to input, linear_weight and linear_bias alone."""
+def shaped_like(name: str, value: Any, like: Tensor, of: str = "target") -> None:  # (...)
+    """What is told of each token: a tensor shaped like the one that is called `of`, of numbers that its name allows."""
     if not isinstance(value, Tensor):
-        raise TypeError(
-            f"{name} must be a tensor shaped like target {tuple(target.shape)}, found {type(value).__name__}"
-        )
+        raise TypeError(f"{name} must be a tensor shaped like {of} {tuple(like.shape)}, found {type(value).__name__}")
     tensor(name, value)
-    if value.shape != target.shape:
-        raise ValueError(f"{name} must be shaped like target {tuple(target.shape)}, found {tuple(value.shape)}")
-    if value.device != target.device:
-        raise ValueError(f"{name} is on {value.device} but target is on {target.device}: move it there")
-    if name == "sequence_ids" and value.is_floating_point():
-        raise TypeError(f"sequence_ids must hold integers, found {value.dtype}, which would be rounded: cast them")
+    if value.shape != like.shape:
+        raise ValueError(f"{name} must be shaped like {of} {tuple(like.shape)}, found {tuple(value.shape)}")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device} but {of} is on {like.device}: move it there")
+    numbers(name, value)
+
+
+def numbers(name: str, value: Tensor) -> None:  # (...)
+    """Raise for numbers that cannot be what the name says."""
+    if name in IDS and value.dtype not in INTEGERS:
+        raise TypeError(f"{name} must hold integers, found {value.dtype}, which may be rounded: cast them")
+    if name == "mask" and value.dtype not in (torch.bool, *INTEGERS):
+        raise TypeError(f"mask must be boolean, found {value.dtype}; write mask > 0")
     if name == "advantages" and value.dtype == torch.bool:
         raise TypeError("advantages must hold numbers, found torch.bool: write torch.where(value, 1.0, -1.0), say")
+    if value.is_complex():
+        raise TypeError(f"{name} must hold real numbers, found {value.dtype}")
 
 
 def per_token(name: str, value: Any, input: Tensor) -> None:  # (..., H)
@@ -240,7 +288,34 @@ def may_look(tensor: Tensor) -> bool:  # any shape
     return tensor.device.type == "cpu" or os.environ.get("SRFT_KERNELS_CHECK", "0") == "1"
 
 
+def runs_again() -> bool:
+    """Whether the forward that runs here may run a second time, under a checkpoint that is not re-entrant. (One that is
+    runs first without gradients, in which nothing is made of them.) Hooks of other kinds may lie above its own."""
+    autograd, hooks = torch._C._autograd, []
+    while (pair := autograd._top_saved_tensors_default_hooks(True)) is not None:
+        hooks.append(pair)
+        autograd._pop_saved_tensors_default_hooks()
+    for pair in reversed(hooks):
+        autograd._push_saved_tensors_default_hooks(*pair)
+    return any(pack.__module__ == "torch.utils.checkpoint" for pack, _ in hooks)
+
+
 # ---- options of a dataclass
+
+
+def options(cls: Options) -> Options:
+    """A dataclass that says of an unknown option which one is meant."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def told(self: Any, *values: Any, **named: Any) -> None:
+        try:
+            init(self, *values, **named)
+        except TypeError as error:
+            raise words.explained(type(self).__name__, error, named, [field.name for field in fields(self)]) from None
+
+    cls.__init__ = told
+    return cls
 
 
 def one_of(owner: object, **choices: tuple[str, ...]) -> None:

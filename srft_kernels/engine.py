@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import checks
 from .batch import Batch
 from .call import Arguments, Call, Tensors
 from .filter import Filtered
@@ -67,7 +68,9 @@ def _loss_and_statistics(tensors: Tensors, call: Call) -> tuple[Tensor, TokenSta
     Statistics of dead rows are 0.
     """
     differentiable = any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    if call.plan.passes == 1 and torch.is_grad_enabled() and differentiable:
+    # a checkpoint runs the forward again, where one pass would add to weight_grad a second time; two do in the backward
+    again = call.weight_grad is not None and checks.runs_again()
+    if call.plan.passes == 1 and torch.is_grad_enabled() and differentiable and not again:
         loss, *fields = OnePass.apply(*tensors, call)
         return loss, TokenStats(*fields)
     stats = _statistics(tensors, call)
@@ -144,7 +147,10 @@ class Statistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None, call: Call):  # (N, H), (V, H), (V,)
         stats, normalizer = first_pass((input, weight, bias), call)
-        ctx.call = call
+        if any(ctx.needs_input_grad):  # in a call the targets may be the caller's memory, which may be filled anew
+            tokens = call.batch.tokens
+            own = replace(call.batch, tokens=tokens.replace(target=tokens.target.clone()))
+            ctx.call = replace(call, batch=own)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, weight, bias, *normalizer)
         return stats.fields()
@@ -314,7 +320,7 @@ class Gradients:
             products = Filtered(products, dlogits, self.filter)
         if self.input is not None:
             dx = products.input_gradient(dlogits)
-            if self.shard is None:
+            if self.shard is None or self.shard.partial:
                 self._put(rows, dx)
             else:  # summed while the products that follow run
                 self._put_sum()
@@ -395,10 +401,12 @@ def plain_matmul(input: Tensor):  # (..., H)
 
 
 def fp16_scale(token_weight: Tensor) -> Tensor:  # (n,)
-    """A power of two near 1 / (largest token weight)."""
+    """A power of two that takes the largest token weight to about 1 from above, and to 2⁻⁵ from below that, with room
+    for tokens whose loss is steep, as a KL estimate's e^{13} is; between the two it stays as it is, as eager's does."""
     if len(token_weight) == 0:
         return token_weight.new_ones(())
-    return torch.exp2(-token_weight.abs().amax().clamp(min=2.0**-60, max=2.0**60).log2().floor())
+    exponent = token_weight.abs().amax().clamp(min=2.0**-60, max=2.0**60).log2().floor()
+    return torch.exp2(-exponent.clamp(min=0) - (exponent + 5).clamp(max=0))
 
 
 def _assert_one(factor: Tensor) -> None:  # ()

@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .trees import node
 
 MAX_TOP_K = 64
 BIASED_ROWS = 128  # whose logits with their bias exist beside the chunk's, to find the largest
 GROUP = 64  # entries: with it V / 64 maxima and 64 k entries of their groups are picked from
 
 
+@checks.options
 @dataclass(frozen=True)
 class Extras:
     """What to tell of each token beside its statistics: `extras=` of `linear_loss` and `linear_logprobs`.
@@ -46,8 +48,9 @@ class Extras:
         for name in ("rank", "argmax"):
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"Extras({name}={value!r}): expected True or False")
-        if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or not 0 <= self.top_k <= MAX_TOP_K:
+        if not (checks.integer(self.top_k) and 0 <= self.top_k <= MAX_TOP_K):
             raise ValueError(f"Extras(top_k={self.top_k!r}): expected a number of entries in [0, {MAX_TOP_K}]")
+        object.__setattr__(self, "top_k", int(self.top_k))  # of NumPy's
         if self.candidates is not None and not isinstance(self.candidates, Tensor):
             raise TypeError(
                 f"Extras(candidates=...) must be a tensor (..., C) of token ids, found {type(self.candidates).__name__}"
@@ -86,6 +89,7 @@ class Extras:
             raise ValueError(f"candidates{where} = {candidates[tuple(where)].item()} lies outside [0, {vocab})")
 
 
+@node
 @dataclass(frozen=True)
 class TokenExtras:
     """What an `Extras` asked for, else None; detached. Log-probs are 0 and integers −1 where target is ignored.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import engine
+from . import engine, words
 from .call import Arguments
 from .distillation import engine as distillation
 from .distillation.engine import DistillationArguments, DistillationOutput
@@ -38,16 +38,21 @@ def _runs(
 
     def of_signature(signature: Callable[P, Output]) -> Callable[P, Output]:
         positional, defaults = tuple(inspect.getfullargspec(signature).args), signature.__kwdefaults__
+        known = set(inspect.signature(signature).parameters)
 
         @functools.wraps(signature)
         def function(*args: P.args, **options: P.kwargs) -> Output:
-            signature(*args, **options)  # raises Python's own TypeError for what does not fit
-            passed = arguments({**defaults, **dict(zip(positional, args)), **options})
+            try:
+                signature(*args, **options)
+            except TypeError as error:  # Python's own, of what does not fit
+                passed = () if "annotations" in known else options  # which may have any name
+                raise words.explained(f"{signature.__name__}()", error, passed, known) from None
+            by_name = arguments({**defaults, **dict(zip(positional, args)), **options})
             if torch.compiler.is_compiling():
                 from .operators import trace  # takes seconds, and nobody else needs it
 
-                return getattr(trace, run.__name__)(passed)
-            return run(passed)
+                return getattr(trace, run.__name__)(by_name)
+            return run(by_name)
 
         return function
 
@@ -78,6 +83,7 @@ def linear_loss(
     extras: Extras | None = None,
     group: ProcessGroup | None = None,
     token_group: ProcessGroup | None = None,
+    partial_input_grad: bool = False,
     **annotations: Tensor | None,
 ) -> LossOutput:
     """Σ_t token_weight_t · objective_t of the distributions softmax(input · linear_weightᵀ), without their logits.
@@ -104,7 +110,8 @@ def linear_loss(
             The loss is not differentiated to them, nor to anything else that the objective holds.
         weight_grad: fp32 (V, H), a master gradient that ∂loss/∂linear_weight is added to, in place and unrounded;
             `linear_weight.grad` then gets nothing. In one pass that happens in the call itself, so the loss must reach
-            backward as it is, with every factor (accumulation steps, loss scale) in token_weight.
+            backward as it is, with every factor (accumulation steps, loss scale) in token_weight. Under
+            torch.utils.checkpoint(use_reentrant=False), which runs its forward twice, the call takes two passes.
         plan: how to run; default `Plan.choose(...)`.
         extras: an `Extras`: ranks, arg-max (with "accuracy" among the metrics), top-k and candidates to tell besides.
         group: ranks that the head is divided over, each with its own consecutive rows of linear_weight (and of
@@ -113,6 +120,9 @@ def linear_loss(
             to its rows.
         token_group: ranks that the tokens of the batch are divided over: the default token_weight then counts the live
             tokens of all of them, and losses and gradients have to be summed over these ranks, not averaged.
+        partial_input_grad: True with `group`: each rank's gradient to input is the part that comes from its rows of the
+            head, for callers that add the parts up themselves, such as Megatron's sequence parallelism, whose
+            reduce-scatter does that, and verl's trainers. One collective less here.
 
     Returns:
         LossOutput. With no live token the loss is exactly 0, and so are its gradients.
@@ -140,6 +150,7 @@ def linear_logprobs(
     plan: Plan | None = None,
     extras: Extras | None = None,
     group: ProcessGroup | None = None,
+    partial_input_grad: bool = False,
 ) -> TokenStats:
     """Log-probability of each target, entropy (nats) and logsumexp of its distribution, without the logits.
 
@@ -171,6 +182,7 @@ def linear_cross_entropy(
     plan: Plan | None = None,
     group: ProcessGroup | None = None,
     token_group: ProcessGroup | None = None,
+    partial_input_grad: bool = False,
 ) -> Tensor:
     """cross_entropy(linear(input, linear_weight, linear_bias), target), without the logits; arguments as in PyTorch.
 

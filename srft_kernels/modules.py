@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from . import checks
 from .functional import linear_cross_entropy, linear_loss
-from .objectives.objective import objective_of
+from .objectives.formula import objective_of
 from .objectives.presets import srft_paper
 from .output import LossOutput
 

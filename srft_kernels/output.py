@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .extras import TokenExtras
 from .objectives.objective import Objective, Tokens, TokenStats
+from .trees import node
 
 
+@node
 @dataclass(frozen=True)
 class LossOutput:
-    """What `linear_loss` returns.
+    """What `linear_loss` returns: a node of PyTorch's trees, and fit for pickle.
 
     loss       scalar, Σ_t token_weight_t · loss_t; differentiable
     logprobs   ℓ, shaped like target, detached; 0 where ignored
     entropy    H in nats, likewise
     logsumexp  log Σ_v e^{z_v}, likewise
     metrics    means over this call's live tokens of token weight ≠ 0 ("accuracy": over all that are live), detached 0-d
-               tensors; computed when first read. With no live token there are none; they are NaN where nothing looks
-               at the data to know: on accelerators, and in a graph of torch.compile
+               tensors; computed when first read, or pickled, from the statistics and what was passed of each token:
+               a RuntimeError where one of these has been written over in between. With no live token there are none;
+               they are NaN where nothing looks at the data to know: on accelerators, and in a graph of torch.compile
     extras     what `extras` asked for beside, else None
     """
 
@@ -32,12 +35,11 @@ class LossOutput:
     entropy: Tensor
     logsumexp: Tensor
     extras: TokenExtras | None = None
-    _metrics: Callable[[], dict[str, Tensor]] = field(default=dict, repr=False)
+    _metrics: Metrics | None = field(default=None, repr=False)
 
     @property
     def metrics(self) -> dict[str, Tensor]:
-        with torch.no_grad():
-            return self._metrics()
+        return {} if self._metrics is None else self._metrics.read()
 
     @classmethod
     def of(
@@ -48,21 +50,34 @@ class LossOutput:
         """From the statistics of the n tokens that were worked through; `spread` gives a field target's shape, which
         extras have already."""
         stats = stats.map(lambda field: field.detach() if field.requires_grad else field)
-        versions = _versions(stats)
+        sources = (*stats.fields(), *tokens.columns(), *(() if weight is None else (weight,)))
+        told = Metrics(lambda: metrics(objective, stats, tokens, filtered, argmax, weight), sources)
+        return cls(loss, *map(spread, stats.fields()[:3]), extras, told)
 
-        def told() -> dict[str, Tensor]:
-            if _versions(stats) != versions:
+
+class Metrics:
+    """Metrics that are computed when they are first read, if their sources are then what they were."""
+
+    def __init__(self, compute: Callable[[], dict[str, Tensor]], sources: Iterable[Tensor] = ()):
+        self.compute, self.values = compute, None
+        # torch.inference_mode makes tensors that do not know how often they were changed
+        self.sources = [(source, source._version) for source in sources if not source.is_inference()]
+
+    def read(self) -> dict[str, Tensor]:
+        if self.values is None:
+            if any(source._version != version for source, version in self.sources):
                 raise RuntimeError(
-                    "logprobs, entropy or logsumexp of this output was changed in place before its metrics were read, "
-                    "which are made of them: read out.metrics first, or change a copy"
+                    "the metrics of this output are made of its logprobs, entropy and logsumexp, and of the targets, "
+                    "annotations and token weights that were passed, and one of these was changed in place before they "
+                    "were read: read out.metrics first, or change a copy"
                 )
-            return metrics(objective, stats, tokens, filtered, argmax, weight)
+            with torch.no_grad():
+                self.values = self.compute()
+            self.compute, self.sources = None, ()
+        return self.values
 
-        return cls(loss, *map(spread, stats.fields()[:3]), extras, cache(told))
-
-
-def _versions(stats: TokenStats) -> list[int | None]:  # (n,)
-    return [None if field.is_inference() else field._version for field in stats.fields()]
+    def __getstate__(self) -> dict[str, Any]:
+        return {"values": self.read()}
 
 
 def metrics(

@@ -14,6 +14,7 @@ from numbers import Real
 
 import torch
 
+from . import checks
 from .head import accumulation_dtype, aligned_size, mixes
 from .rows import RowOps
 
@@ -52,6 +53,7 @@ class Filter:
                 raise ValueError(f"Filter({name}={value!r}): expected a number in (0, {most}]")
 
 
+@checks.options
 @dataclass(frozen=True)
 class Plan:
     """How the loss head runs.
@@ -96,8 +98,9 @@ class Plan:
             value = getattr(self, name)
             if value is None and name == "gradient_rows":
                 continue
-            if not (isinstance(value, int) and value > 0):
+            if not (checks.integer(value) and value > 0):
                 raise ValueError(f"Plan({name}={value!r}): expected a positive integer")
+            object.__setattr__(self, name, int(value))  # of NumPy's
         if self.batch_invariant and self.gradient_rows not in (None, self.chunk_rows):
             raise ValueError(
                 f"Plan(batch_invariant=True, chunk_rows={self.chunk_rows}, gradient_rows={self.gradient_rows}): every "

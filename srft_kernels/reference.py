@@ -15,7 +15,7 @@ from torch import Tensor
 from . import functional
 from .call import Arguments, HeadArguments
 from .distillation.engine import DistillationArguments, DistillationOutput
-from .objectives.objective import Tokens, TokenStats
+from .objectives.objective import Tokens, TokenStats, annotation
 from .output import LossOutput
 
 
@@ -63,7 +63,8 @@ def linear_loss(input: Tensor, linear_weight: Tensor, target: Tensor, objective:
     a = _arguments(input=input, linear_weight=linear_weight, target=target, objective=objective, **options)
     target, live = _target_and_live(a)
     stats = token_stats(_logits(a, live, a.vocab_size), target[live])
-    tokens = Tokens(target[live], **{name: column[live] for name, column in a.annotations.items()})
+    columns = {name: annotation(name, column[live], stats.logprobs.dtype) for name, column in a.annotations.items()}
+    tokens = Tokens(target[live], **columns)
     if a.token_weight is not None:
         tokens = tokens.replace(counted=a.token_weight[live] != 0)
     loss = a.objective(stats, tokens)

@@ -43,6 +43,7 @@ class Shard:
     sizes   rows of W on each rank; entries are numbered through in the order of the ranks
     vocab   entries of the whole vocabulary; rows past it do not exist
     smooth  (K,) Σω of the class weights on each rank, where labels are smoothed
+    partial whether ∂L/∂x stays the part that comes from the entries here
     """
 
     group: dist.ProcessGroup
@@ -50,6 +51,7 @@ class Shard:
     sizes: tuple[int, ...]
     vocab: int
     smooth: Tensor | None = None
+    partial: bool = False
 
     @property
     def offset(self) -> int:
@@ -106,17 +108,16 @@ class Shard:
         there. Whether they do must not depend on what one rank alone knows, such as how many rows it has.
         """
         heads = _known.setdefault(group, {})
+        vocab_size = None if vocab_size is None else int(vocab_size)
         key = None if refused else (vocab_size, linear_weight.shape[1])
         if checks.may_look(like) or not heads or not (refused or key in heads):
             told = {"error": f"{refused}"[:1000]} if refused else {"rows": len(linear_weight)}
             if not refused:
+                told |= {HEAD: _fingerprint(linear_weight)}
                 told |= {name: _plain(value) for name, value in facts().items()}
-            rows = _compared(_exchanged(group, told, like.device), refused)
-            if (vocab_size or 1) > sum(rows):
-                raise ValueError(
-                    f"vocab_size is {vocab_size}, but linear_weight has only {sum(rows)} rows on all ranks of group "
-                    f"together, {rows}: pass every rank its own part of the head"
-                )
+            everyone = _exchanged(group, told, like.device)
+            rows = _compared(everyone, refused)
+            _check_parts(rows, vocab_size, [facts[HEAD] for facts in everyone])
             heads[key] = tuple(rows)
         if refused:
             raise refused
@@ -132,6 +133,31 @@ class Shard:
 # Rows of each head on the ranks of a group, by (vocab_size, H); a group that is gone is forgotten.
 _known: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int | None, int], tuple[int, ...]]] = WeakKeyDictionary()
 ROOM = 8192  # bytes for what one rank tells the others; some thirty facts of 120 characters at most take less
+
+
+HEAD = "a fingerprint of the head"
+
+
+def _fingerprint(weight: Tensor) -> int | None:  # (V_r, H)
+    """Of a few rows' bits; None where they are constant, as those of a head that is yet to be filled."""
+    some = weight.detach()[:: max(1, len(weight) // 8)].contiguous()
+    return checksum(some, None) if len(some) and bool((some != some[0, 0]).any()) else None
+
+
+def _check_parts(rows: list[int], vocab_size: int | None, heads: list[int | None]) -> None:
+    """Raise where the ranks' parts do not make one head."""
+    if (vocab_size or 1) > sum(rows):
+        raise ValueError(
+            f"vocab_size is {vocab_size}, but linear_weight has only {sum(rows)} rows on all ranks of group "
+            f"together, {rows}: pass every rank its own part of the head"
+        )
+    whole = vocab_size is not None and min(rows) >= vocab_size
+    if len(rows) > 1 and (whole or (heads[0] is not None and len(set(heads)) == 1)):
+        reason = f"which is all of vocab_size={vocab_size}" if whole else "and they are the same rows"
+        raise ValueError(
+            f"every rank of group passes a linear_weight of {rows[0]} rows, {reason}: with group= a rank passes its "
+            "own rows of a divided head; drop group= where each has the whole one"
+        )
 
 
 def _exchanged(group: dist.ProcessGroup, told: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
@@ -160,7 +186,7 @@ def _compared(everyone: list[dict[str, Any]], refused: Exception | None) -> list
             raise refused or ValueError(f"rank {rank} of group refused its arguments: {facts['error']}")
     for name in everyone[0]:
         values = [facts[name] for facts in everyone]
-        if name != "rows" and len(set(values)) > 1:
+        if name not in ("rows", HEAD) and len(set(values)) > 1:
             raise ValueError(
                 f"the ranks of group were called differently: {name} is {values}; all of them must get the same "
                 "hidden states, targets and options, and their own rows of the head"
@@ -179,7 +205,7 @@ def checksum(value: Tensor, live: Tensor | None) -> int:
 
 def supported(plan: Plan | None, input: Tensor, vocab_size: int | None) -> None:  # (..., H)
     """Raise for what a divided head cannot do."""
-    if not (vocab_size is None or (isinstance(vocab_size, int) and vocab_size >= 1)):
+    if not (vocab_size is None or (checks.integer(vocab_size) and vocab_size >= 1)):
         raise ValueError(f"vocab_size must be a positive integer, the whole vocabulary of group, found {vocab_size!r}")
     if plan is not None and plan.filter is not None:
         raise ValueError("Plan(filter=...) cannot be kept with group=: it bounds ∂L/∂x, of which a rank has a part")

@@ -55,8 +55,8 @@ def switched(sequences: list[Sequence], threshold: float) -> list[Sequence]:
     """HPT's switch (arXiv 2509.04419) for one prompt: its rollouts if enough are rewarded, else its demonstration."""
     is_demo = torch.tensor([sequence.is_demo for sequence in sequences])
     rewards = torch.tensor([sequence.reward for sequence in sequences])
-    one_prompt, each = torch.zeros(len(sequences)), torch.arange(len(sequences))
-    learns = sk.hpt_switch(is_demo, rewards, one_prompt, each, threshold)  # as if a sequence were one token
+    each = torch.arange(len(sequences))
+    learns = sk.hpt_switch(is_demo, rewards, torch.zeros_like(each), each, threshold)  # as if a sequence were one token
     return [sequence for sequence, kept in zip(sequences, learns.tolist()) if kept]
 
 

@@ -22,9 +22,11 @@ from ..engine import Gradients, OnePass, fp16_scale, plain_matmul
 from ..head import Head, HeadProducts, accumulation_dtype
 from ..objectives.objective import Objective, Tokens, weighted
 from ..plan import Plan
+from ..trees import node
 from .divergence import DIVERGENCES, Divergence, DivergenceRows
 
 
+@node
 @dataclass(frozen=True)
 class DistillationOutput:
     """What `linear_distillation` returns.

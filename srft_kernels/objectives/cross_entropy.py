@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .. import checks
 from .objective import Terms, Tokens, TokenStats
 from .ratios import silenced
 
 
+@checks.options
 @dataclass(frozen=True, repr=False)
 class CrossEntropy(Terms, twin="srft_kernels.rows.triton_objectives:cross_entropy"):
     """−ℓ, optionally label-smoothed, with a z-loss, or weighted by the token's own probability.

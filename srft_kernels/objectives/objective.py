@@ -12,16 +12,17 @@ A advantage; sg = stop-gradient.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, words
 from ..extras import TokenExtras
 from ..head import rows_of
+from ..trees import node
 from .ratios import LOG_RATIO_LIMIT, Correction, log_ratio, silenced, slope
 
 SCOPES = ("token", "sequence", "batch")
@@ -42,6 +43,7 @@ ANNOTATIONS = (
 # ---- what an objective is given
 
 
+@node
 @dataclass(frozen=True)
 class TokenStats:
     """Statistics of n tokens under the policy, in nats; all shaped alike, fp32 (fp64 for fp64 inputs).
@@ -121,6 +123,9 @@ class Tokens:
 
     def get(self, name: str) -> Tensor | None:
         return self._columns.get(name)
+
+    def columns(self) -> Iterable[Tensor]:
+        return self._columns.values()
 
     def averaged(self) -> Tensor | None:
         """Over which of them averages are; None: all."""
@@ -206,48 +211,6 @@ class Objective:
 
 
 BUILT_IN: dict[str, type[Objective]] = {}  # by name: those with a twin, which compiled calls hold as constants
-# What a caller's own may have of an Objective; the others follow from these, or are for built-in ones.
-ANSWERS = "token_local", *(n for n in vars(Objective) if n[0] != "_" and n not in ("twin", "reads", "has_metrics"))
-
-
-class Formula(Objective):
-    """A caller's own function or object as an Objective: what it has of those attributes counts.
-
-    `token_local = False` (or a method of the annotations) may stand for `scope`: "batch".
-    """
-
-    def __init__(self, function: Callable[[TokenStats, Tokens], Tensor]):
-        self.function, self.token_local = function, True
-        for name in ANSWERS:
-            answer = getattr(function, name, self)
-            if answer is not self and not (answer is None and callable(getattr(self, name))):  # no method is None
-                setattr(self, name, answer)
-        self.reads = ANNOTATIONS if getattr(function, "requires", None) is not None else None
-        self.has_metrics = getattr(function, "metrics", None) is not None
-
-    def scope(self, names: Collection[str]) -> str:
-        local = self.token_local(names) if callable(self.token_local) else self.token_local
-        return "token" if local else "batch"
-
-    def __call__(self, stats: TokenStats, tokens: Tokens) -> Tensor:
-        return self.function(stats, tokens)
-
-    def __repr__(self) -> str:
-        return repr(self.function)
-
-
-def objective_of(value: Any) -> Objective:
-    """An objective as the engine takes it. TypeError for what is none."""
-    if isinstance(value, Objective):
-        return value
-    if not callable(value):
-        raise TypeError(
-            f"objective must be CrossEntropy(), PolicyGradient(), SRFT(), a preset such as srft_paper(), or a callable "
-            f"(stats, tokens) -> losses, found {value!r}"
-        )
-    if isinstance(value, type) or getattr(value, "__module__", None) == f"{__package__}.presets":
-        raise TypeError(f"objective is {value.__name__} itself, which makes one: call it, {value.__name__}()")
-    return Formula(value)
 
 
 def check_annotations(objective: Objective, names: Collection[str], options: Collection[str]) -> None:
@@ -262,14 +225,27 @@ def check_annotations(objective: Objective, names: Collection[str], options: Col
         if near := difflib.get_close_matches(name, (*objective.reads, *options), n=1, cutoff=0.85):
             raise TypeError(f"unknown annotation {name}: did you mean {near[0]}?")
         if objective.twin is not None:
-            known = ", ".join(objective.reads)
-            raise TypeError(f"unknown annotation {name}: {type(objective).__name__} reads none but {known}")
+            owner, known = type(objective).__name__, ", ".join(objective.reads)
+            own = [field.name for field in fields(objective)]
+            if name in own:
+                raise TypeError(f"unknown annotation {name}: it is an option of the objective, {owner}({name}=...)")
+            advice = words.meant(name, (*objective.reads, *options)) or words.meant(name, own)
+            raise TypeError(f"unknown annotation {name}{advice or f': {owner} reads none but {known}'}")
     missing = [name for name in objective.requires(names) if name not in names]
     if missing:
         raise ValueError(
             f"{objective} needs the annotation{'s' * (len(missing) > 1)} {', '.join(missing)}: "
             f"pass {'=, '.join(missing)}=... shaped like target"
         )
+
+
+def annotation(name: str, column: Tensor, dtype: torch.dtype) -> Tensor:  # (...)
+    """An annotation as objectives see it: numbers in the statistics' type, since −A of a byte is 255. What is_demo and
+    ids say no rounding may change, and integers by a name of the caller's own may be ids."""
+    if name == "is_demo":
+        return column if column.dtype == torch.bool else column != 0
+    numbers = column.is_floating_point() or (name in ANNOTATIONS and name not in checks.IDS)
+    return column.to(dtype) if numbers else column
 
 
 def couples(objective: Objective, names: Collection[str]) -> bool:
@@ -412,8 +388,9 @@ class Terms(Objective):
         if self.correction is not None:
             mismatch = self._mismatch(stats, tokens)
             result["correction_weight"] = mean(tokens, self.correction.bounded(mismatch), sampled)
-            outside = (~self.correction.inside(mismatch)).to(mismatch.dtype)
-            result["correction_outside"] = mean(tokens, outside, sampled)
+            outside = self.correction.beyond(mismatch)
+            for name, where in (("correction_outside", outside), ("correction_nan", mismatch.isnan())):
+                result[name] = mean(tokens, where.to(mismatch.dtype), sampled)
         return result
 
     def _sampled(self, tokens: Tokens) -> Tensor | None:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from .. import checks
 from .objective import Terms, Tokens, TokenStats, mean
-from .ratios import LOG_RATIO_LIMIT, check_shape, log_ratio, over_sequences, shape, silenced, slope
+from .ratios import LOG_RATIO_LIMIT, check_shape, clipped, larger, log_ratio, over_sequences, shape, silenced, slope
 
 
+@checks.options
 @dataclass(frozen=True, repr=False)
 class PolicyGradient(Terms, twin="srft_kernels.rows.triton_objectives:policy_gradient"):
     """Policy gradients on sampled tokens; annotations `advantages`, and `old_logprobs` if the rollouts are not fresh.
@@ -97,16 +98,17 @@ class PolicyGradient(Terms, twin="srft_kernels.rows.triton_objectives:policy_gra
             return silenced(-signal, stats.logprobs)
         ratio, (low, high) = self._ratio(stats, tokens), self.clip_bounds
         if self.surrogate == "cispo":
-            return silenced(-signal * ratio.detach().clamp(1 - low, 1 + high), stats.logprobs)
+            return silenced(-signal * clipped(ratio.detach(), 1 - low, 1 + high), stats.logprobs)
         if self.surrogate == "sapo":
             tau = torch.where(signal > 0, torch.full_like(ratio, self.tau_positive), self.tau_negative)
             return -signal * torch.sigmoid(tau * (ratio - 1)) * 4 / tau
         loss = silenced(-signal, ratio)
         if self._clips:
-            loss = torch.maximum(loss, silenced(-signal, ratio.clamp(1 - low, 1 + high)))
+            loss = larger(loss, silenced(-signal, clipped(ratio, 1 - low, 1 + high)))
         if self.dual_clip is None:
             return loss
-        return torch.where(signal < 0, torch.minimum(loss, -signal * self.dual_clip), loss)
+        bound = -signal * self.dual_clip
+        return torch.where((signal < 0) & (loss > bound), bound, loss)
 
     def _log_ratio(self, stats: TokenStats, tokens: Tokens) -> Tensor:
         """ℓ − ℓ_old or its mean over the sequence's sampled tokens, without gradient; 0 on fresh data."""
@@ -131,13 +133,17 @@ class PolicyGradient(Terms, twin="srft_kernels.rows.triton_objectives:policy_gra
         return {"entropy": mean(tokens, stats.entropy), **drift}
 
     def _drift(self, stats: TokenStats, tokens: Tokens, signal: Tensor) -> dict[str, Tensor]:  # (n,)
-        """Distance to the policy that sampled: share of tokens beyond the clip, and KL(old ‖ new) ≈ r − 1 − log r."""
+        """Distance to the policy that sampled: shares of tokens beyond the clip, low ones where A < 0, high ones where
+        A > 0, and KL(old ‖ new) ≈ r − 1 − log r."""
         change, (low, high) = self._log_ratio(stats, tokens), self.clip_bounds
         ratio, demonstrated = self._ratio(stats, tokens), self._demonstrated(tokens)
-        if self.surrogate == "cispo":  # its clip stops a ratio on either side, whatever the advantage
-            signal = torch.sign(ratio - 1)
-        beyond = ((ratio > 1 + high) & (signal > 0)) | ((ratio < 1 - low) & (signal < 0))
-        sampled = torch.ones_like(beyond) if demonstrated is None else ~demonstrated
+        below, above = (ratio < 1 - low) & (signal < 0), (ratio > 1 + high) & (signal > 0)
+        sampled = torch.ones_like(below) if demonstrated is None else ~demonstrated
         drift = torch.expm1(change) - change.clamp(min=-LOG_RATIO_LIMIT)
-        clipped = {} if self.surrogate == "sapo" else {"clip_fraction": mean(tokens, beyond.to(ratio.dtype), sampled)}
-        return {**clipped, "approx_kl": mean(tokens, drift, sampled)}
+        shares = {}
+        if self.surrogate != "sapo":
+            shares = {"clip_fraction": below | above, "clip_low_fraction": below, "clip_high_fraction": above}
+        if self.dual_clip is not None:
+            shares["dual_clip_fraction"] = (ratio > self.dual_clip) & (signal < 0)
+        shares = {name: mean(tokens, share.to(ratio.dtype), sampled) for name, share in shares.items()}
+        return {**shares, "approx_kl": mean(tokens, drift, sampled)}

@@ -15,13 +15,15 @@ LOG_RATIO_LIMIT = 20.0
 LOWEST_LOGPROB = -1e30  # stands for −inf, which could not be subtracted from itself
 
 
+@checks.options
 @dataclass(frozen=True)
 class Correction:
     """Importance weights ρ = π_train / π_sampler, kept within bounds.
 
     outside   what a ρ outside [low, high] becomes: "truncate" the nearer bound (truncated importance sampling);
               "mask" 0 (masked importance sampling, IcePop of arXiv 2510.18855); "reject" 0, and 1 instead of ρ inside
-              (rejection alone)
+              (rejection alone). A ρ of NaN stays one in each: what a sampler could not tell is not hidden, and the
+              metric `correction_nan` is the share of such tokens
     level     ρ of each "token"; of its "sequence" (the product over its tokens); their "geometric" mean over it
     current   π_train is the policy as it is now, even where its log-probs at sampling time are known: with the latter
               for the sampler's, this rejects tokens by the ratio that a clip looks at
@@ -53,14 +55,17 @@ class Correction:
         """Weights (...) of tokens with log-probs (...) under the trainer and under the sampler; no gradient.
 
         `sequence_ids` (...) integers ≥ 0, above the token level; `mask` (...) boolean: tokens where it does not hold
-        take no part and get 0.
+        take no part and get 0. Computed in fp32, in fp64 where one of the two is.
         """
-        for name, value in (("sampler_logprobs", sampler_logprobs), ("sequence_ids", sequence_ids), ("mask", mask)):
-            if value is not None and value.shape != logprobs.shape:
-                raise ValueError(
-                    f"{name} must be shaped like logprobs {tuple(logprobs.shape)}, found {tuple(value.shape)}"
-                )
-        return self.bounded(self.ratio(logprobs, sampler_logprobs, sequence_ids, mask), mask)
+        checks.tensor("logprobs", logprobs)
+        checks.shaped_like("sampler_logprobs", sampler_logprobs, logprobs, "logprobs")
+        for name, value in (("sequence_ids", sequence_ids), ("mask", mask)):
+            if value is not None:
+                checks.shaped_like(name, value, logprobs, "logprobs")
+        dtype = torch.promote_types(torch.promote_types(logprobs.dtype, sampler_logprobs.dtype), torch.float32)
+        mask = None if mask is None else mask.bool()
+        ratio = self.ratio(logprobs.to(dtype), sampler_logprobs.to(dtype), sequence_ids, mask)
+        return self.bounded(ratio, mask)
 
     def ratio(
         self, logprobs: Tensor, sampler_logprobs: Tensor, sequence_ids: Tensor | None, mask: Tensor | None
@@ -75,15 +80,16 @@ class Correction:
 
     def bounded(self, ratio: Tensor, mask: Tensor | None = None) -> Tensor:  # (...), (...)
         """Weights from ρ."""
-        inside = self.inside(ratio)
         if self.outside == "truncate":
-            weights = ratio.clamp(self.low, self.high)
+            weights = clipped(ratio, self.low, self.high)
         else:
-            weights = torch.where(inside, ratio if self.outside == "mask" else torch.ones_like(ratio), 0)
+            weights = ratio if self.outside == "mask" else torch.where(ratio.isnan(), ratio, 1)
+            weights = torch.where(self.beyond(ratio), 0, weights)
         return weights if mask is None else torch.where(mask, weights, 0)
 
-    def inside(self, ratio: Tensor) -> Tensor:  # (...)
-        return (ratio >= self.low) & (ratio <= self.high)
+    def beyond(self, ratio: Tensor) -> Tensor:  # (...)
+        """Where ρ lies outside the bounds; a NaN does not."""
+        return (ratio < self.low) | (ratio > self.high)
 
 
 NO_CORRECTION = Correction()  # whose options device code has, compiled out
@@ -119,6 +125,20 @@ def silenced(weight: Tensor, values: Tensor) -> Tensor:  # (n,), (n,)
     return torch.where(weight == 0, 0, weight * values)
 
 
+# Derivatives at bounds and ties are defined here, since PyTorch's differ from version to version (clamp) and from what
+# a kernel does (maximum halves them at a tie).
+
+
+def clipped(x: Tensor, low: float, high: float) -> Tensor:  # (n,)
+    """x within [low, high], with a derivative of 1 at either bound; a NaN stays."""
+    return torch.where(x < low, low, torch.where(x > high, high, x))
+
+
+def larger(a: Tensor, b: Tensor) -> Tensor:  # (n,), (n,)
+    """Their maximum, with the derivative of `a` where they tie; `a` where one is NaN."""
+    return torch.where(b > a, b, a)
+
+
 def slope(logprobs: Tensor) -> Tensor:
     """0 with the derivative of `logprobs`, also where they are −inf and ℓ − sg(ℓ) would be NaN."""
     return _Slope.apply(logprobs)
@@ -142,11 +162,17 @@ def log_ratio(logprobs: Tensor, others: Tensor) -> Tensor:  # (n,), (n,)
 def over_sequences(values: Tensor, sequence_ids: Tensor, mask: Tensor | None = None, mean: bool = True) -> Tensor:
     """Sum or mean of `values` (...) over the tokens (of the mask) that share an id, given back to each token."""
     flat, index = values.flatten(), groups(sequence_ids.flatten())
-    counted = torch.ones_like(flat) if mask is None else mask.flatten().to(flat.dtype)
-    total = torch.zeros_like(flat).index_add(0, index, torch.where(counted > 0, flat, 0))
+    counted = torch.ones_like(flat, dtype=torch.bool) if mask is None else mask.flatten()
+    zeros = torch.zeros_like(flat, dtype=exact(flat.device))
+    total = zeros.index_add(0, index, torch.where(counted, flat, 0).to(zeros.dtype))
     if mean:
-        total = total / torch.zeros_like(flat).index_add(0, index, counted).clamp(min=1)
-    return total[index].view(values.shape)
+        total = total / zeros.index_add(0, index, counted.to(zeros.dtype)).clamp(min=1)
+    return total[index].to(flat.dtype).view(values.shape)
+
+
+def exact(device: torch.device) -> torch.dtype:
+    """The type of sums over a million tokens, and of quotients of counts: fp64, which MPS has not."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def groups(ids: Tensor) -> Tensor:

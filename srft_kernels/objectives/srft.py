@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
@@ -14,9 +15,10 @@ from torch import Tensor
 from .. import checks
 from .objective import SCOPES, Tokens, TokenStats, mean
 from .policy_gradient import PolicyGradient
-from .ratios import LOG_RATIO_LIMIT, check_shape, log_ratio, over_sequences, shape, silenced, slope
+from .ratios import LOG_RATIO_LIMIT, check_shape, clipped, log_ratio, over_sequences, shape, silenced, slope
 
 
+@checks.options
 @dataclass(frozen=True, repr=False)
 class SRFT(PolicyGradient, twin="srft_kernels.rows.triton_objectives:srft"):
     """Single-stage supervised and reinforcement fine-tuning (arXiv 2506.19767): demonstrations, rollouts, one loss.
@@ -88,6 +90,8 @@ class SRFT(PolicyGradient, twin="srft_kernels.rows.triton_objectives:srft"):
         nothing = {"old_logprobs": demo, "ref_logprobs": demo, "sampler_logprobs": demo, "demo_logprobs": ~demo}
         if not self.demo_rl_coef:
             nothing["advantages"] = demo
+        if self.positive == "reward":
+            nothing["rewards"] = demo
         return tokens.replace(
             **{name: torch.where(where, 0, tokens.get(name)) for name, where in nothing.items() if name in tokens}
         )
@@ -108,18 +112,21 @@ class SRFT(PolicyGradient, twin="srft_kernels.rows.triton_objectives:srft"):
             return None
         positive = self._positive(tokens)
         demo = (tokens.advantages * self.demo_rl_coef == 0) & (self.demo_sft_coef == 0)
-        coefficient = torch.where(positive, self.rollout_coef, self.negative_coef)
-        return torch.where(self._demonstrated(tokens), demo, self._signal(tokens, positive) * coefficient == 0)
+        silent = torch.where(positive, self.rollout_coef == 0, self.negative_coef == 0)
+        return torch.where(self._demonstrated(tokens), demo, silent | (self._signal(tokens, positive) == 0))
+
+    def _success(self, tokens: Tokens) -> Tensor:
+        return tokens.rewards if self.positive == "reward" else tokens.advantages
 
     def _positive(self, tokens: Tokens) -> Tensor:
-        return (tokens.rewards if self.positive == "reward" else tokens.advantages) > 0
+        return self._success(tokens) > 0
 
     def _signal(self, tokens: Tokens, positive: Tensor) -> Tensor:  # (n,)
         if self.rollout_signal == "advantage":
             return tokens.advantages
-        sign = torch.where(positive, 1.0, -1.0)
+        sign = torch.where(positive, torch.ones_like(tokens.advantages), -1)
         # an advantage of 0 says nothing either way; a reward always does
-        return sign if self.positive == "reward" else torch.where(tokens.advantages == 0, 0.0, sign)
+        return sign if self.positive == "reward" else torch.where(tokens.advantages == 0, 0, sign)
 
     def needs_of_step(self, names: Collection[str]) -> tuple[str, ...]:
         return ("weight_entropy",) if "batch" in self._scopes(names) else ()
@@ -151,7 +158,9 @@ class SRFT(PolicyGradient, twin="srft_kernels.rows.triton_objectives:srft"):
         }
         rollout = torch.exp(entropy) if self.rollout_weight == "entropy" else torch.ones_like(entropy)
         weight = self.demo_sft_coef * demo[self.demo_weight]()
-        return weight, torch.where(positive, self.rollout_coef * rollout, self.negative_coef)
+        rollout_weight = torch.where(positive, self.rollout_coef * rollout, self.negative_coef)
+        success = self._success(tokens)  # a NaN is neither positive nor negative, and not hidden
+        return weight, torch.where(success.isnan(), success, rollout_weight)
 
     def _shaped(self, stats: TokenStats, tokens: Tokens) -> Tensor:
         """shape(u)."""
@@ -159,9 +168,8 @@ class SRFT(PolicyGradient, twin="srft_kernels.rows.triton_objectives:srft"):
         if written is not None:
             log_u = log_ratio(log_u.detach(), written).clamp(max=LOG_RATIO_LIMIT) + slope(log_u)
         shaped = shape(log_u, self.demo_shape, self.demo_shaping)
-        if (self.demo_min, self.demo_max) == (None, None):
-            return shaped
-        return shaped.clamp(self.demo_min, self.demo_max)
+        low, high = -inf if self.demo_min is None else self.demo_min, inf if self.demo_max is None else self.demo_max
+        return shaped if (low, high) == (-inf, inf) else clipped(shaped, low, high)
 
     def _parts(self, stats: TokenStats, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         """(SFT term, RL term of a demonstration, rollout term) of every token, as if it were of that kind."""

@@ -45,7 +45,7 @@ CLASSES = {
     cls.__name__: cls
     for cls in (Arguments, CompiledCall, Correction, DistillationArguments, Extras, Filter, HeadArguments, Plan)
 }
-ANY = torch.empty(0, device="meta")  # stands for a tensor where none is needed
+ANY = torch.empty(0, dtype=torch.float32, device="meta")  # stands for a tensor where none is needed
 
 
 def encoded(value: Any, name: str, kind: str, tensors: list[Tensor]) -> str:

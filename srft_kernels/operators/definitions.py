@@ -73,10 +73,10 @@ def statistics_of(a: Arguments) -> tuple[str, ...]:
 @torch.compiler.assume_constant_result
 def metric_names(constants: str) -> tuple[str, ...]:
     """The metrics that a call has where there is a live token."""
-    a, one = decoded(constants).arguments, torch.zeros(1)
+    a, one = decoded(constants).arguments, torch.zeros(1, dtype=torch.float32, device="cpu")
     stats, tokens = TokenStats(one, one, one, one), Tokens(one.long(), **dict.fromkeys(a.annotations, one))
     argmax = tokens.target if a.extras is not None and a.extras.argmax else None
-    filtered = None if a.plan is None or a.plan.filter is None else torch.zeros(4)
+    filtered = None if a.plan is None or a.plan.filter is None else one.new_zeros(4)
     return tuple(output.metrics(a.objective or Objective(), stats, tokens, filtered, argmax))
 
 

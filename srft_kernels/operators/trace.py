@@ -19,8 +19,8 @@ from ..distillation.engine import DistillationArguments, DistillationOutput
 from ..engine import weighted_loss
 from ..extras import TokenExtras
 from ..objectives.cross_entropy import CrossEntropy
-from ..objectives.objective import Tokens, TokenStats, check_annotations
-from ..output import LossOutput
+from ..objectives.objective import Tokens, TokenStats, annotation, check_annotations
+from ..output import LossOutput, Metrics
 from .constants import CompiledCall, encoded
 from .definitions import STATISTICS, in_one_pass, metric_names, result_names
 
@@ -32,16 +32,21 @@ def linear_loss(a: Arguments) -> LossOutput:
         return _traced_loss(a)
     operands = _operands(a, "loss")
     results = _run(operands)
+    statistics = [results[name] for name in STATISTICS if name in results]
+    names = metric_names(operands[-1])
+    # they may be read outside of the graph and after all of this has been written over; versions are not known in here
+    *leaves, others, live_tokens, constants = operands
+    kept, others = ([value.clone() for value in values] if names else [] for values in (statistics, others))
+    argmax = results["argmax"].clone() if "argmax" in results else None
 
     def metrics() -> dict[str, Tensor]:
-        names = metric_names(operands[-1])
         if not names:
             return {}
-        statistics = [results[name] for name in STATISTICS if name in results]
-        values = torch.ops.srft_kernels.metrics(statistics, results.get("argmax"), results.get("filtered"), *operands)
+        call = (*leaves, others, live_tokens, constants)
+        values = torch.ops.srft_kernels.metrics(kept, argmax, results.get("filtered"), *call)
         return dict(zip(names, values.unbind()))
 
-    return LossOutput(results["loss"], *[results[name] for name in STATISTICS[:3]], _extras(a, results), metrics)
+    return LossOutput(results["loss"], *statistics[:3], _extras(a, results), Metrics(metrics))
 
 
 def linear_logprobs(a: Arguments) -> TokenStats:
@@ -96,27 +101,26 @@ def _traced_loss(a: Arguments) -> LossOutput:
     dtype = stats.logprobs.dtype
     columns = {}
     for name, value in a.annotations.items():
-        checks.shaped_like_target(name, value, a.target)
-        value = value.detach().reshape(-1)
-        columns[name] = value.to(dtype) if value.is_floating_point() else value
+        checks.shaped_like(name, value, a.target)
+        columns[name] = annotation(name, value.detach().reshape(-1), dtype)
     target, live = a.target_and_live()
     weight = a.token_weight
     if weight is not None:
-        checks.shaped_like_target("token_weight", weight, a.target)
+        checks.shaped_like("token_weight", weight, a.target)
         weight = weight.detach().reshape(-1).to(dtype)
     tokens, live = Tokens(target.reshape(-1), **columns), None if live is None else live.reshape(-1)
     batch = select(tokens, live, weight, a.objective, dtype, shape=target.shape, compact=False)
     loss = weighted_loss(a.objective, stats, batch)
     extras = _extras(a, results)
+    right = None if extras is None or extras.argmax is None else extras.argmax.reshape(-1) == target.reshape(-1)
 
     def metrics() -> dict[str, Tensor]:
-        if extras is None or extras.argmax is None:
+        if right is None:
             return {}
-        right = extras.argmax.reshape(-1) == target.reshape(-1)
         count = right.numel() if live is None else live.sum()
         return {"accuracy": (right if live is None else right & live).sum().to(dtype) / count}
 
-    return LossOutput(loss, *[results[name].detach() for name in STATISTICS[:3]], extras, metrics)
+    return LossOutput(loss, *[results[name].detach() for name in STATISTICS[:3]], extras, Metrics(metrics))
 
 
 def _operands(a: Arguments | DistillationArguments, result: str) -> tuple[Any, ...]:

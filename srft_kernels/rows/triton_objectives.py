@@ -30,27 +30,17 @@ from ..objectives.ratios import LOG_RATIO_LIMIT, NO_CORRECTION
 LIMIT = tl.constexpr(LOG_RATIO_LIMIT)
 
 
-class Structure(NamedTuple):
-    """What of an objective decides which code is compiled; option names are attributes.
+class Twin(NamedTuple):
+    """An objective's device code.
 
-    A tuple of plain values, since Triton's hooks write compile-time arguments as JSON.
+    formula    a function that Triton compiles
+    structure  what of the options decides which code that is, by name; plain values, since Triton takes a named tuple
+               apart, and its hooks write compile-time arguments as JSON
+    numbers    those of the options, by name
     """
 
-    kind: str
-    options: tuple[tuple[str, Any], ...]
-
-    def __getattr__(self, name: str) -> Any:
-        for key, value in object.__getattribute__(self, "options"):
-            if key == name:
-                return value
-        raise AttributeError(name)
-
-
-class Twin(NamedTuple):
-    """An objective's device code: the formula, what of the options is compiled in, and the numbers by name."""
-
     formula: Any
-    structure: Structure
+    structure: tuple[Any, ...]
     numbers: tuple[float, ...]
 
 
@@ -78,7 +68,7 @@ def _twin(objective: Terms) -> Twin:
     module, _, formula = objective.twin.partition(":")
     return Twin(
         getattr(import_module(module), formula),
-        Structure(kind, tuple(structure.items())),
+        _names(kind, tuple(structure))(*structure.values()),
         _names(kind + "Numbers", tuple(sorted(numeric)))(*values),
     )
 
@@ -119,7 +109,7 @@ def token_loss(
 ):  # fmt: skip
     """(loss, g, h, k, u): the token's loss and its derivatives to ℓ, H, lse and the smoothing statistic.
 
-    O a Structure; numbers and columns by name; row of the annotations. The terms are those of `Terms`.
+    O, numbers and columns by name; row of the annotations. The terms are those of `Terms`.
     """
     sampled = True
     if O.demonstrated:
@@ -207,7 +197,7 @@ def _surrogate(O: tl.constexpr, numbers, columns, row, logprob, signal):
             RATIO_SHAPED: tl.constexpr = O.ratio_shaping  # Triton 3.6 passes no plain value on
             RATIO_SHAPE: tl.constexpr = O.ratio_shape
             ratio, slope = _shape(RATIO_SHAPED, RATIO_SHAPE, log_r, c)
-        clipped = tl.minimum(tl.maximum(ratio, 1 - numbers.clip_low), 1 + numbers.clip_high)
+        clipped = _clipped(ratio, 1 - numbers.clip_low, 1 + numbers.clip_high)
         if O.surrogate == "cispo":
             return _silenced(-signal * clipped, logprob), -signal * clipped
         elif O.surrogate == "sapo":
@@ -217,7 +207,7 @@ def _surrogate(O: tl.constexpr, numbers, columns, row, logprob, signal):
         else:
             plain = _silenced(-signal, ratio)
             bound = _silenced(-signal, clipped)
-            worse = bound > plain  # never for a NaN, which a maximum would drop
+            worse = bound > plain
             loss = tl.where(worse, bound, plain)
             g = tl.where(worse, 0.0, -signal * slope)
             if O.dual_clip is not None:
@@ -266,10 +256,10 @@ def srft(O: tl.constexpr, numbers, columns, row, sampled, logprob, entropy, logs
         demo_g += push * slope
 
     # rollout: v · surrogate
+    success = advantage
     if O.positive == "reward":
-        positive = tl.load(columns.rewards + row) > 0
-    else:
-        positive = advantage > 0
+        success = tl.load(columns.rewards + row)
+    positive = success > 0
     if O.rollout_signal == "advantage":
         signal = advantage
     else:
@@ -281,6 +271,7 @@ def srft(O: tl.constexpr, numbers, columns, row, sampled, logprob, entropy, logs
     if O.rollout_weight == "entropy":
         reward_weight *= tl.exp(level_entropy)
     weight = tl.where(positive, reward_weight, numbers.negative_coef)
+    weight = tl.where(success == success, weight, success)  # a NaN is neither positive nor negative
 
     loss = tl.where(sampled, _silenced(weight, rollout_loss), demo_loss)
     g = tl.where(sampled, weight * rollout_g, demo_g)
@@ -313,13 +304,19 @@ def _correction(O: tl.constexpr, numbers, columns, row, logprob):
     ratio = tl.exp(_log_ratio(trained, tl.load(columns.sampler_logprobs + row)))
     low = numbers.correction_low
     high = numbers.correction_high
-    inside = (ratio >= low) & (ratio <= high)
+    beyond = (ratio < low) | (ratio > high)  # never for a NaN
     if O.correction_outside == "truncate":
-        return tl.minimum(tl.maximum(ratio, low), high)
+        return _clipped(ratio, low, high)
     elif O.correction_outside == "mask":
-        return tl.where(inside, ratio, 0.0)
+        return tl.where(beyond, 0.0, ratio)
     else:
-        return tl.where(inside, 1.0, 0.0)
+        return tl.where(beyond, 0.0, tl.where(ratio == ratio, 1.0, ratio))
+
+
+@triton.jit
+def _clipped(x, low, high):
+    """x within [low, high]; a NaN stays, which a minimum would drop."""
+    return tl.where(x < low, low, tl.where(x > high, high, x))
 
 
 @triton.jit

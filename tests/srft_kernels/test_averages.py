@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
@@ -81,3 +84,87 @@ def test_mistakes():
         sk.sequence_mean(MASK, IDS[0])
     with pytest.raises(ValueError, match="length must be a positive number of tokens, found 0"):
         sk.constant_length(MASK, IDS, 0)
+
+
+def test_counts_past_what_fp32_holds():
+    """2²⁴ + 2²² tokens of one sequence: a count in fp32 stops at 2²⁴."""
+    n = 2**24 + 2**22
+    mask, ids = torch.ones(n, dtype=torch.bool), torch.zeros(n, dtype=torch.int32)
+    for weight in (sk.token_mean(mask), sk.sequence_mean(mask, ids), sk.constant_length(mask, ids, n)):
+        assert float(weight.double().sum()) == pytest.approx(1, rel=1e-7)
+
+
+def test_sequences_that_are_masked_out_count_where_asked():
+    """As in TRL and Liger, whose mean is over the batch."""
+    mask = MASK & (IDS != 9)
+    live = [LOSS[mask & (IDS == i)] for i in (7, 3, 5)]
+    for count in (4, np.int64(5)):
+        assert weigh_of(sk.sequence_mean(mask, IDS, sequences=count)) == pytest.approx(
+            float(sum(s.mean() for s in live) / count)
+        )
+        assert weigh_of(sk.constant_length(mask, IDS, 16, sequences=count)) == pytest.approx(
+            float(sum(s.sum() for s in live) / (16 * count))
+        )
+    torch.testing.assert_close(sk.sequence_mean(mask, IDS, sequences=3), sk.sequence_mean(mask, IDS))
+
+
+def weigh_of(weight):
+    return float((weight * LOSS).sum())
+
+
+def test_microbatches_get_their_weights_one_by_one():
+    """With the count of the whole step they sum to its gradient."""
+    whole = sk.sequence_mean(MASK, IDS)
+    parts = [sk.sequence_mean(MASK[i : i + 1], IDS[i : i + 1], sequences=4) for i in range(2)]
+    torch.testing.assert_close(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: sk.token_mean(MASK.float()), TypeError, "mask must be boolean, found torch.float32; write mask > 0"),
+        (lambda: sk.token_mean(MASK.tolist()), TypeError, "mask must be a tensor, found list"),
+        (
+            lambda: sk.sequence_mean(MASK, IDS.bfloat16()),
+            TypeError,
+            "sequence_ids must hold integers, found torch.bflo",
+        ),
+        (lambda: sk.sequence_mean(MASK, IDS.bool()), TypeError, "sequence_ids must hold integers, found torch.bool"),
+        (lambda: sk.sequence_mean(MASK, IDS[:1]), ValueError, r"sequence_ids must be shaped like mask \(2, 5\), found"),
+        (lambda: sk.sequence_mean(MASK, IDS.tolist()), TypeError, "sequence_ids must be a tensor shaped like mask"),
+        (lambda: sk.sequence_mean(MASK, IDS.to("meta")), ValueError, "sequence_ids is on meta but mask is on cpu"),
+        (lambda: sk.sequence_mean(MASK, IDS, sequences=3), ValueError, "sequences=3, but 4 have a live token"),
+        (lambda: sk.sequence_mean(MASK, IDS, sequences=0), ValueError, "sequences must be a number .* ≥ 1, found 0"),
+        (lambda: sk.sequence_mean(MASK, IDS, sequences=4.0), ValueError, "sequences must be .*, found 4.0"),
+        (lambda: sk.sequence_mean(MASK, IDS, sequences=True), ValueError, "sequences must be .*, found True"),
+        (lambda: sk.constant_length(MASK, IDS, 0), ValueError, "length must be a positive number of tokens, found 0"),
+        (lambda: sk.constant_length(MASK, IDS, math.nan), ValueError, "length must be a positive number .*, found nan"),
+        (
+            lambda: sk.constant_length(MASK, IDS, torch.tensor(3)),
+            ValueError,
+            "length must be a positive .*found tensor",
+        ),
+        (lambda: switch(rewards=torch.full((2, 5), math.nan)), ValueError, "rewards are NaN at 4 tokens of rollouts"),
+        (lambda: switch(prompt_ids=IDS.float()), TypeError, "prompt_ids must hold integers, found torch.float32"),
+        (lambda: switch(sequence_ids=IDS.half()), TypeError, "sequence_ids must hold integers, found torch.float16"),
+        (lambda: switch(rewards=None), TypeError, "rewards must be a tensor shaped like is_demo"),
+        (lambda: switch(mask=MASK.float()), TypeError, "mask must be boolean, found torch.float32"),
+        (lambda: switch(mask=MASK[:1]), ValueError, r"mask must be shaped like is_demo \(2, 5\), found \(1, 5\)"),
+        (lambda: switch(is_demo=[True]), TypeError, "is_demo must be a tensor, found list"),
+        (lambda: switch(threshold="0.5"), ValueError, r"threshold must lie in \[0, 1\], .*, found '0.5'"),
+    ],
+)
+def test_mistakes(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def switch(**changes):
+    given = {"is_demo": IDS == 5, "rewards": MASK.float(), "prompt_ids": IDS // 4, "sequence_ids": IDS, "mask": MASK}
+    return sk.hpt_switch(**{**given, **changes})
+
+
+def test_integers_where_booleans_may_stand():
+    for kind in (torch.uint8, torch.int64):
+        torch.testing.assert_close(sk.sequence_mean(MASK.to(kind), IDS), sk.sequence_mean(MASK, IDS))
+        assert torch.equal(switch(mask=MASK.to(kind), rewards=MASK.to(kind)), switch())

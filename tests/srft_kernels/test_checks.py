@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,6 +13,36 @@ from .counting import Recorder
 
 X, W, Y, B = torch.randn(6, 4), torch.randn(9, 4), torch.arange(6), torch.randn(9)
 META = torch.device("meta")
+
+
+class Scaled(torch.Tensor):
+    """Numbers times a scale, as quantised weights have it: a product sees the numbers alone."""
+
+    @staticmethod
+    def __new__(cls, numbers):
+        return torch.Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=numbers.dtype, device=numbers.device)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments=(), options=None):
+        raise NotImplementedError(f"{function} of a Scaled")
+
+
+class Packed(torch.nn.Parameter):
+    """Two numbers in a byte, as bitsandbytes has them."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), options=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*arguments, **(options or {}))
+
+
+def jagged(tokens):
+    return torch.nested.nested_tensor_from_jagged(tokens, torch.tensor([0, 2, 6]))
+
+
+def quantised(weight):
+    return torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8)
+
 
 COMMON = [
     # shapes
@@ -35,6 +66,18 @@ COMMON = [
     ({"target": torch.rand(6, 9)}, TypeError, "target holds class probabilities, .*: pass class indices"),
     ({"linear_weight": W.bfloat16()}, TypeError, "linear_weight is torch.bfloat16 but input is torch.float32"),
     ({"linear_bias": B.double()}, TypeError, "linear_bias is torch.float64 but input is torch.float32: cast one"),
+    # tensors that are no plain block of numbers
+    ({"linear_weight": torch.zeros(18, 1, dtype=torch.uint8)}, TypeError, "linear_weight must be .*uint8: packed and"),
+    ({"linear_weight": Packed(torch.zeros(18, 1, dtype=torch.uint8), False)}, TypeError, "is a .*Packed, a tensor"),
+    ({"linear_weight": Scaled(W)}, TypeError, r"linear_weight is a .*\.Scaled, a tensor with operations of its own"),
+    ({"input": Scaled(X)}, TypeError, "input is a .*Scaled, a tensor with operations of its own"),
+    ({"target": Scaled(Y)}, TypeError, "target is a .*Scaled, a tensor with operations of its own"),
+    ({"linear_weight": W.to_sparse()}, TypeError, r"must be a dense .* torch.sparse_coo one: to_dense\(\)"),
+    ({"linear_weight": W.to_sparse_csr()}, TypeError, r"a torch.sparse_csr one: to_dense\(\)"),
+    ({"linear_weight": W.to_mkldnn()}, TypeError, r"found a torch._mkldnn one: to_dense\(\)"),
+    ({"input": jagged(X)}, TypeError, r"input must be a dense tensor, found a nested one: pass its values\(\)"),
+    ({"target": jagged(Y)}, TypeError, "target must be a dense tensor, found a nested one"),
+    ({"linear_weight": quantised(W)}, TypeError, r"linear_weight must be .*, found torch.qint8: .*dequantize\(\)"),
     # devices
     ({"linear_weight": W.to(META)}, ValueError, "linear_weight is on meta but input is on cpu: move it there"),
     ({"target": Y.to(META)}, ValueError, "target is on meta but input is on cpu: move it there"),
@@ -73,10 +116,16 @@ LOSS = [
     ({"rows": torch.ones(6)}, ValueError, "an annotation cannot be called rows, which is a method of Tokens"),
     ({"logprobs_old": torch.ones(6)}, TypeError, "logprobs_old: CrossEntropy reads none but advantages, old_"),
     ({"class_weight": torch.ones(6)}, TypeError, "unknown annotation class_weight: CrossEntropy reads none but"),
-    ({"sequence_ids": torch.ones(6)}, TypeError, "sequence_ids must hold integers, found torch.float32, which would"),
+    ({"sequence_ids": torch.ones(6)}, TypeError, "sequence_ids must hold integers, found torch.float32, which may"),
     ({"advantages": torch.ones(6).bool()}, TypeError, "advantages must hold numbers, found torch.bool: write"),
     ({"objective": sk.grpo}, TypeError, r"objective is grpo itself, which makes one: call it, grpo\(\)"),
     ({"objective": sk.SRFT}, TypeError, r"objective is SRFT itself, which makes one: call it, SRFT\(\)"),
+    ({"advantages": torch.ones(6).cfloat()}, TypeError, "advantages must hold real numbers, found torch.complex64"),
+    ({"token_weight": torch.ones(6).cfloat()}, TypeError, "token_weight must hold real numbers, found torch.complex64"),
+    ({"sequence_ids": torch.ones(6).bool()}, TypeError, "sequence_ids must hold integers, found torch.bool"),
+    ({"rewards": Scaled(torch.ones(6))}, TypeError, "rewards is a .*Scaled, a tensor with operations of its own"),
+    ({"partial_input_grad": 1}, TypeError, "partial_input_grad must be True or False, found 1"),
+    ({"partial_input_grad": True}, ValueError, "partial_input_grad=True, but without group= the gradient .* is whole"),
     ({"counted": torch.ones(6)}, ValueError, "an annotation cannot be called counted, which tells the tokens"),
 ]  # fmt: skip
 
@@ -88,6 +137,28 @@ CROSS_ENTROPY = [
     ({"weight": torch.ones(9, device=META)}, ValueError, "weight is on meta but input is on cpu: move it there"),
     ({"options": object(), "plan": sk.Plan()}, ValueError, "options and plan were both given: options is ignored"),
 ]  # fmt: skip
+
+
+def test_other_classes_of_tensors_are_taken():
+    class Named(torch.Tensor):
+        """Without operations of its own."""
+
+    expected = sk.linear_cross_entropy(X, W, Y)
+    for kind in (Named, torch.nn.Parameter, torch.nn.Buffer):
+        tensors = (tensor.as_subclass(Named) if kind is Named else kind(tensor.detach()) for tensor in (X, W))
+        assert torch.equal(torch.Tensor(sk.linear_cross_entropy(*tensors, Y)), expected)
+
+
+def test_numbers_of_numpy():
+    """In eager calls; Dynamo has them as arrays."""
+    small = sk.Plan(chunk_rows=np.int64(2), block_rows=np.int32(1), gradient_rows=np.int64(4))
+    assert small == sk.Plan(chunk_rows=2, block_rows=1, gradient_rows=4) and type(small.chunk_rows) is int
+    options = {"vocab_size": np.int64(7), "ignore_index": np.int16(5), "live_tokens": np.int32(6)}
+    numbers = {"temperature": np.float32(0.5), "softcap": np.float64(9), "logit_scale": np.float16(2)}
+    found = sk.linear_loss(X, W, Y, sk.sft(label_smoothing=np.float64(0.5)), plan=small, **options, **numbers)
+    as_python = {name: value.item() for name, value in (options | numbers).items()}
+    assert torch.equal(found.loss, sk.linear_loss(X, W, Y, sk.sft(label_smoothing=0.5), plan=small, **as_python).loss)
+    assert sk.linear_logprobs(X, W, Y, extras=sk.Extras(top_k=np.int64(3))).extras.top_ids.shape == (6, 3)
 
 
 def refused(function, changes, error, message):

@@ -1,9 +1,15 @@
 """A caller's own fp32 gradient of the head, added to in place."""
 
+import contextlib
+from functools import partial
+
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import srft_kernels as sk
+from srft_kernels import checks
 
 N, H, V = 20, 8, 50
 
@@ -77,6 +83,46 @@ def test_what_does_not_fit(change, error, message):
     w, grad = change(w, torch.zeros(V, H))
     with pytest.raises(error, match=message):
         sk.linear_loss(x, w, y, sk.sft(), weight_grad=grad)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("passes", [None, 2])
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_is_added_to_once_under_a_checkpoint(reentrant, passes, offloaded):
+    """Which runs the forward again; also where hooks of another kind lie between it and the call."""
+    x, w, y = torch.randn(40, 16).requires_grad_(), torch.randn(97, 16).requires_grad_(), torch.randint(97, (40,))
+    total, plan = torch.zeros(97, 16), None if passes is None else sk.Plan(passes=passes)
+
+    def forward(x):
+        hidden = x.tanh()
+        with torch.autograd.graph.save_on_cpu() if offloaded else contextlib.nullcontext():
+            loss = sk.linear_loss(hidden, w, y, sk.sft(), weight_grad=total, plan=plan).loss
+        return loss + 1e-2 * hidden.square().mean()  # for which the forward runs to its end again
+
+    checkpoint(forward, x, use_reentrant=reentrant).backward()
+    loss = F.cross_entropy(x.tanh() @ w.T, y) + 1e-2 * x.tanh().square().mean()
+    expected = torch.autograd.grad(loss, (w, x))
+    torch.testing.assert_close(total, expected[0])
+    torch.testing.assert_close(x.grad, expected[1])
+    assert w.grad is None
+
+
+def test_hooks_are_left_as_they_were():
+    order = []
+    hooks = [torch.autograd.graph.saved_tensors_hooks(partial(_noted, order, i), lambda t: t) for i in range(3)]
+    with hooks[0], hooks[1], hooks[2]:
+        assert not checks.runs_again()
+        x = torch.ones(2, requires_grad=True)
+        x.exp()
+    assert order == [2]
+    with hooks[0]:
+        x.exp()
+    assert order == [2, 0] and not checks.runs_again()
+
+
+def _noted(order, i, tensor):
+    order.append(i)
+    return tensor
 
 
 def test_fp16_is_refused():

@@ -32,9 +32,12 @@ def test_srft_metrics(backend):
         "demo_weight": (0.5 * H.exp())[demo].mean(),
         "rollout_weight": weight[roll & (t.A > 0)].mean(),
         "clip_fraction": (((r > 1.2) & (t.A > 0)) | ((r < 0.8) & (t.A < 0)))[roll].double().mean(),
+        "clip_low_fraction": ((r < 0.8) & (t.A < 0))[roll].double().mean(),
+        "clip_high_fraction": ((r > 1.2) & (t.A > 0))[roll].double().mean(),
         "ref_kl": k3(t)[roll].mean(),
         "correction_weight": (t.o - t.s).exp().clamp(max=1.2)[roll].mean(),
         "correction_outside": ((t.o - t.s).exp() > 1.2)[roll].double().mean(),
+        "correction_nan": torch.zeros((), dtype=torch.float64),
         "approx_kl": (r - 1 - (t.l - t.o))[roll].mean(),
     }
     assert set(out.metrics) == set(want)
@@ -73,16 +76,19 @@ def test_small_drifts_do_not_cancel():
     assert float(found["approx_kl"]) == pytest.approx(5e-9, rel=1e-3)
 
 
-def test_clip_fraction_of_cispo_counts_both_sides():
-    """Its clip does not look at the sign of the advantage, PPO's does."""
+def test_clip_fractions_are_counted_as_trl_counts_them():
+    """Below where A < 0, above where A > 0, CISPO's too, whose clip does not look at the sign of the advantage."""
     x, w, y = torch.zeros(4, 8), torch.zeros(16, 8), torch.arange(4)  # every log-prob is −log 16
     old = -torch.tensor(16.0).log() + torch.tensor([1.0, -1.0, 1.0, 0.0])  # ratios e^−1, e, e^−1, 1
     columns = {"advantages": torch.tensor([1.0, 1.0, -1.0, 1.0]), "old_logprobs": old}
-    fractions = [
-        sk.linear_loss(x, w, y, objective, **columns).metrics["clip_fraction"].item()
-        for objective in (sk.cispo(clip_low=0.2, clip_high=0.2), sk.grpo())
-    ]
-    assert fractions == [0.75, 0.5]
+    for objective in (sk.cispo(clip_low=0.2, clip_high=0.2), sk.grpo(dual_clip=3.0)):
+        found = sk.linear_loss(x, w, y, objective, **columns).metrics
+        fractions = [found[f"clip_{side}fraction"].item() for side in ("", "low_", "high_")]
+        assert fractions == [0.5, 0.25, 0.25]
+    assert found["dual_clip_fraction"] == 0
+    columns = {"advantages": -torch.ones(4), "old_logprobs": old - 1}  # ratios 1, e², 1, e
+    found = sk.linear_loss(x, w, y, sk.grpo(dual_clip=3.0), **columns).metrics
+    assert found["dual_clip_fraction"] == 0.25 and found["clip_fraction"] == 0
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -101,5 +107,5 @@ def test_statistics_changed_before_metrics_are_read(masked):
         x, w, y, sk.sft(kl_coef=0.1), plan=plan, ref_logprobs=ref, ignore_index=-100 if masked else None
     )
     out.entropy.zero_()
-    with pytest.raises(RuntimeError, match="changed in place before its metrics were read"):
+    with pytest.raises(RuntimeError, match="changed in place before they were read"):
         out.metrics  # noqa: B018

@@ -111,6 +111,10 @@ def test_the_fuzz_draws_every_option():
     assert set(kinds) | {("distillation", type(None), True)} <= heads
     told = {c.options["live_tokens"] is None for c in drawn if c.call != "distillation"}
     assert told == {True, False}
+    assert {c.default for c in drawn} == {torch.float32, torch.bfloat16, torch.float16, torch.float64}
+    assert {(c.refilled, c.mapped) for c in drawn} == set(product([False, True], repeat=2))
+    for name in ("advantages", "token_weight", "is_demo"):
+        assert {torch.uint8, torch.int8, torch.int32} < {c.columns[name].dtype for c in losses}
     extras = [c.extras for c in drawn if c.extras]
     assert {(e.rank, e.argmax, e.top_k > 1, e.candidates is None) for e in extras} == set(product(*[[False, True]] * 4))
     apart = [c.options for c in drawn if c.call == "distillation"]

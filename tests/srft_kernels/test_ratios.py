@@ -195,3 +195,36 @@ def test_scope(scope, objective, given):
 def test_mistakes(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
+@pytest.mark.parametrize("outside", ["truncate", "mask", "reject"])
+def test_nan_of_a_sampler_is_not_hidden(outside, level):
+    """One rule for all: NaN wherever the ratio is; not where the token takes no part."""
+    old, sampler = logprobs()
+    sampler[5] = math.nan
+    weights = sk.Correction(outside, level)(old, sampler, IDS, MASK)
+    of_it = torch.arange(N) == 5 if level == "token" else (IDS == IDS[5]) & MASK
+    assert torch.equal(weights.isnan(), of_it)
+    sampler[5], sampler[3] = -1.0, math.nan  # outside of the mask
+    assert sk.Correction(outside, level)(old, sampler, IDS, MASK).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64, torch.int8])
+def test_log_probs_of_any_type(kind):
+    """Computed in fp32 at least: in fp16 −1e30, which stands for −∞, is none."""
+    old, sampler = (value.round().to(kind) for value in logprobs())
+    found = sk.Correction(high=9.0)(old, sampler)
+    assert found.dtype == (torch.float64 if kind == torch.float64 else torch.float32)
+    torch.testing.assert_close(found.double(), sk.Correction(high=9.0)(old.double(), sampler.double()))
+
+
+def test_sums_over_a_million_tokens():
+    """One sequence whose log-ratios are all 1e-3, and cancel or not."""
+    n = 2**20
+    ids, sampler = torch.zeros(n, dtype=torch.int32), torch.zeros(n)
+    mean = sk.Correction("truncate", "geometric", high=9.0)(torch.full((n,), 1e-3), sampler, ids)
+    assert mean.unique().tolist() == [pytest.approx(math.exp(1e-3), rel=1e-6)]
+    halves = torch.where(torch.arange(n) < n // 2, 1.0, -1.0) * 0.3 + 1e-6
+    product = sk.Correction("truncate", "sequence", high=9.0)(halves, sampler, ids)
+    assert product.unique().tolist() == [pytest.approx(math.exp(float(halves.double().sum())), rel=1e-5)]

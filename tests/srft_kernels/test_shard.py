@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import re
 from dataclasses import replace
@@ -379,3 +380,46 @@ def test_copies_of_a_module_share_its_group_and_saving_it_is_refused(ranks):
     for losses, refused in ranks(copies_of_a_module, p):
         assert losses == pytest.approx([one] * 3, rel=1e-6)
         assert re.match(r"SRFTLoss\(group=...\) holds a process group.*: save its state_dict\(\)", refused)
+
+
+def partial_gradients(call_name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+    """(gradients with partial_input_grad, dx summed over the ranks here; without; collectives of dx saved)."""
+    p = problem(ignored=0.3)
+    columns = {"reduction": "none"} if call_name == "linear_cross_entropy" else {}
+    columns = {"objective": sk.sft()} if call_name == "linear_loss" else columns
+    found, sums, reduce = [], [], dist.all_reduce
+    dist.all_reduce = lambda *args, **kwargs: sums.append(1) or reduce(*args, **kwargs)
+    try:
+        for partial in (True, False):
+            found.append(call(call_name, p, "xW", {**columns, "partial_input_grad": partial}))
+            sums.append(0)
+    finally:
+        dist.all_reduce = reduce
+    dist.all_reduce(found[0]["x"])
+    return *found, sum(sums[sums.index(0) :]) - sum(sums[: sums.index(0)])
+
+
+@pytest.mark.parametrize("name", ["linear_loss", "linear_logprobs", "linear_cross_entropy"])
+def test_partial_gradients_to_the_hidden_states_add_up_to_the_whole(ranks, name):
+    """For callers that add them up themselves, as verl's and Megatron's do; one collective less."""
+    for partial, whole_, saved in ranks(partial_gradients, name):
+        assert saved == 1
+        for key in whole_:
+            torch.testing.assert_close(partial[key], whole_[key])
+
+
+def test_heads_that_are_not_filled_yet_are_no_whole_heads(ranks):
+    """All rows alike on all ranks says nothing; nor does a group of one."""
+    assert all(ranks(unfilled_head))
+
+
+def unfilled_head() -> bool:
+    x, w, y = torch.randn(5, 8), torch.zeros(16, 8), torch.arange(5)
+    torch.manual_seed(0)
+    dist.broadcast(x, 0)
+    size = dist.get_world_size()
+    loss = sk.linear_cross_entropy(x, w, y, group=dist.group.WORLD)
+    alone = [dist.new_group([rank]) for rank in range(size)][dist.get_rank()]
+    whole_head = torch.randn(16, 8)
+    one = sk.linear_cross_entropy(x, whole_head, y, group=alone)
+    return abs(float(loss) - math.log(16 * size)) < 1e-5 and torch.equal(one, sk.linear_cross_entropy(x, whole_head, y))

@@ -45,6 +45,7 @@ def alone(change: str, p: Problem) -> tuple[Problem, dict]:
         "objective": {"objective": sk.sft(label_smoothing=0.1)},
         "advantages": {"objective": sk.grpo()},
         "function": {"objective": everything},
+        "partial": {"partial_input_grad": True},
         "many annotations": {f"column_{'a' * 90}_{i}": ones for i in range(100)},
     }
     return replace(p, **changed.get(change, {})), options.get(change, {})
@@ -78,6 +79,8 @@ def refused(change: str) -> str:
     if change == "batch_invariant":
         p.input.requires_grad_()
         options["plan"] = sk.Plan(batch_invariant=True)
+    if change.startswith("whole head"):
+        p = replace(problem(ignored=0), head={**p.head, "vocab_size": 131 if "vocab" in change else None})
     try:
         objective = options.pop("objective", sk.sft())
         sk.linear_loss(p.input, p.weight, p.target, objective, linear_bias=p.bias, **p.head, **options)
@@ -99,6 +102,15 @@ def refused(change: str) -> str:
         ("token_group", "token_group must be a process group"),
         ("filter", r"Plan\(filter=...\) cannot be kept with group="),
         ("batch_invariant", r"Plan\(batch_invariant=True\) with group= holds for scoring alone"),
+        (
+            "whole head",
+            "every rank of group passes a linear_weight of 131 rows, and they are the same rows: with group=",
+        ),
+        (
+            "whole head, vocab_size",
+            "every rank .* of 131 rows, which is all of vocab_size=131: .* drop group= where each",
+        ),
+        ("partial", r"partial_input_grad is \[False, True"),
         # of one rank alone
         ("weight's shape", "token_weight must be shaped like target"),
         ("target's shape", "target must be shaped like input"),
