@@ -175,8 +175,9 @@ def tensor(name: str, value: Any) -> None:
     if (kind := type(value)) is Tensor or kind is Parameter or _plain(kind):
         return
     if kind.__name__ == "DTensor":
+        how = "" if compiling else f" as {value.placements}"  # which Dynamo of torch 2.14 cannot trace
         raise TypeError(
-            f"{name} is a DTensor, divided over ranks as {value.placements}: with FSDP2, call the loss in the forward "
+            f"{name} is a DTensor, divided over ranks{how}: with FSDP2, call the loss in the forward "
             "of the module that owns the weight, where it is whole and its gradient reduced (full_tensor() elsewhere "
             "would lose part of it); with a head divided over the vocabulary, pass its to_local() and group="
         )
