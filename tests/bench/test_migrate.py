@@ -43,7 +43,7 @@ def blocks() -> list[tuple[list[str], list[str]]]:
 
 def rows(peer: str) -> list[tuple[str, str]]:
     """(option, what replaces it) from the tables under a heading that begins with `peer`."""
-    section = re.search(rf"^## {peer}:.*?(?=^## )", PAGE, flags=re.MULTILINE | re.DOTALL)[0]
+    section = re.search(rf"^## {peer}: .*?(?=^## )", PAGE, flags=re.MULTILINE | re.DOTALL)[0]
     return re.findall(r"^\| `(.+?)` \| `?(.+?)`? \|$", section, flags=re.MULTILINE)
 
 
@@ -194,14 +194,14 @@ def test_before(index, monkeypatch):
         torch.compiler.set_stance("default")
 
 
-LIGER, TRL = rows("Liger"), rows("TRL")
+LIGER, TRL, GRPO = rows("Liger"), rows("TRL"), rows("Liger and TRL")
 
 
 def test_every_row_of_the_packages_tables_is_run():
-    """11 options of Liger and 2 outputs of TRL; a row that `rows` cannot read would be no test, and no failure."""
-    assert (len(LIGER), len(TRL)) == (11, 2)
-    lines = re.findall(r"^\| .+ \|$", PAGE[PAGE.index("## Liger:") :], flags=re.MULTILINE)
-    assert len(lines) == 11 + 2 + 3  # the heads of three tables
+    """11 options of Liger, 2 outputs of TRL, 12 arguments of GRPO; a row that `rows` cannot read would be no failure."""
+    assert (len(LIGER), len(TRL), len(GRPO)) == (11, 2, 12)
+    tables = PAGE[PAGE.index("## Liger:") : PAGE.index("## Heads that are")]
+    assert len(re.findall(r"^\| .+ \|$", tables, flags=re.MULTILINE)) == 11 + 2 + 12 + 4  # the heads of four tables
 
 
 def of_row(option: str) -> dict[str, Tensor]:
@@ -296,6 +296,58 @@ def test_output_of_trl(output, here):
     there = ChunkedLogProbFunction.apply(*inputs, 1.0, 32768, None, 1.0, (name := output.strip('"'),))
     found = there[1 + OPTIONAL_OUTPUTS.index(name)]
     torch.testing.assert_close(found.to(expected.dtype), expected, rtol=1e-5, atol=1e-5)
+
+
+def grpo_problem() -> dict[str, Tensor]:
+    """Sequences of which one is masked out, and log-probs that clips on both sides see."""
+    names = problem()
+    names["hidden"] = names["hidden"].detach().view(4, 6, -1).requires_grad_()
+    names["target"] = names["labels"].view(4, 6)
+    names["mask"] = torch.arange(6, device=DEVICE) < torch.tensor([[6], [4], [0], [2]], device=DEVICE)
+    names["advantages"] = torch.tensor([1.0, -0.5, 2.0, -1.5], device=DEVICE)
+    exact = formula({**names, "target": names["target"]})["logprobs"].view(4, 6).detach().float()
+    noise = torch.Generator().manual_seed(7)
+    names["old"], names["ref"] = (exact + 0.3 * torch.randn(4, 6, generator=noise).to(DEVICE) for _ in range(2))
+    return names
+
+
+def grpo_here(here: str, names: dict[str, Tensor], loss_of=sk.linear_loss) -> Tensor:
+    """As the page has it; in the type of the hidden states."""
+    mask, given = names["mask"], {}
+    ids = torch.arange(len(mask), device=DEVICE)[:, None].expand_as(mask)
+    row = eval(f"dict({here})", {"sk": sk, "mask": mask, "ids": ids})
+    given = {"token_weight": sk.token_mean(mask), "advantages": names["advantages"][:, None].expand_as(mask)}
+    if row["objective"].kl_coef:
+        given["ref_logprobs"] = names["ref"]
+    target = names["target"].masked_fill(~mask, -100)
+    return loss_of(names["hidden"], names["weight"], target, linear_bias=names["bias"], old_logprobs=names["old"],
+                   **{**given, **row}).loss  # fmt: skip
+
+
+def gradients_of(loss: Tensor, names: dict[str, Tensor]) -> list[Tensor]:
+    return [g.float() for g in torch.autograd.grad(loss, [names[name] for name in ("hidden", "weight", "bias")])]
+
+
+@pytest.mark.parametrize("option, here", GRPO, ids=[option for option, _ in GRPO])
+def test_argument_of_grpo(option, here):
+    names = grpo_problem()
+    found, own = (loss := grpo_here(here, names)).double(), gradients_of(loss, names)
+    exact = {name: names[name].detach().double().requires_grad_() for name in ("hidden", "weight", "bias")}
+    expected = grpo_here(here, {**names, **exact}, sk.reference.linear_loss)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(own, gradients_of(expected, exact)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+    need("liger_kernel.chunked_loss")
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    options = {"beta": 0.0, "compiled": False, **eval(f"dict({option})")}
+    there, _ = LigerFusedLinearGRPOLoss(**options)(
+        names["hidden"], names["weight"], names["target"], names["mask"], names["advantages"], names["bias"],
+        ref_per_token_logps=names["ref"], old_per_token_logps=names["old"],
+    )  # fmt: skip
+    torch.testing.assert_close(there.double(), expected, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(own, gradients_of(there, names)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
 
 
 def test_what_is_different_from_all_of_them():
