@@ -198,7 +198,7 @@ LIGER, TRL, GRPO = rows("Liger"), rows("TRL"), rows("Liger and TRL")
 
 
 def test_every_row_of_the_packages_tables_is_run():
-    """11 options of Liger, 2 outputs of TRL, 12 arguments of GRPO; a row that `rows` cannot read would be no failure."""
+    """11 options of Liger, 2 outputs of TRL, 12 arguments of GRPO: a row that `rows` cannot read would be no test."""
     assert (len(LIGER), len(TRL), len(GRPO)) == (11, 2, 12)
     tables = PAGE[PAGE.index("## Liger:") : PAGE.index("## Heads that are")]
     assert len(re.findall(r"^\| .+ \|$", tables, flags=re.MULTILINE)) == 11 + 2 + 12 + 4  # the heads of four tables
