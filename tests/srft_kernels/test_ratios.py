@@ -204,7 +204,7 @@ def test_nan_of_a_sampler_is_not_hidden(outside, level):
     old, sampler = logprobs()
     sampler[5] = math.nan
     weights = sk.Correction(outside, level)(old, sampler, IDS, MASK)
-    of_it = torch.arange(N) == 5 if level == "token" else (IDS == IDS[5]) & MASK
+    of_it = torch.arange(N) == 5 if level == "token" else (IDS[5] == IDS) & MASK
     assert torch.equal(weights.isnan(), of_it)
     sampler[5], sampler[3] = -1.0, math.nan  # outside of the mask
     assert sk.Correction(outside, level)(old, sampler, IDS, MASK).isfinite().all()
