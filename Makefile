@@ -35,7 +35,7 @@ bench: $(READY)
 # An environment that sees the packages of the first one: torch is there already.
 define on_top
 $(PYTHON) -m venv $(1)
-$(BIN)/python -c 'import site; print(*site.getsitepackages())' > \
+$(BIN)/python -c 'import site; print(*site.getsitepackages(), "$(CURDIR)", sep="\n")' > \
 	"$$($(1)/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
 endef
 

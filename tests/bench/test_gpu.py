@@ -39,7 +39,8 @@ def test_rehearsal(tmp_path, capfd, monkeypatch):
     assert {"tflops", "ratio_to_products", "peak_bytes", "error", "noisy"} <= set(row["extra_info"])
     machine = data["machine_info"]
     assert {"device", "driver", "packages", "commit"} <= set(machine) and "node" not in machine
-    assert machine["command"] == "make gpu DEVICE=cpu" and machine["packages"]["torch"] == torch.__version__
+    assert machine["command"] == "make gpu DEVICE=cpu"
+    assert machine["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]  # of a CUDA build
     assert [bool(p["kernels"]) for p in data["profiles"]] == [True, True] and 0 < data["seconds"] < 260
     assert machine["launch_table"] == "the package's"
     assert len(data["tests"]) == 2 and all(tests["passed"] for tests in data["tests"].values())
