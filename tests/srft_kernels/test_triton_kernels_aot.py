@@ -4,10 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 from bench import aot
 
@@ -19,7 +20,7 @@ SPILLED = {
     "distillation, fp32 jensen_shannon, plain",
     "distillation, bf16 jensen_shannon, biases, scales, caps, temperatures",
 }
-NEW = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
+NEW = tuple(int(part) for part in version("triton").split(".")[:2]) >= (3, 8)
 
 
 @pytest.mark.parametrize("target", aot.TARGETS)
