@@ -12,7 +12,6 @@ pytest.importorskip("triton")
 
 from bench import aot
 
-
 # The ptxas of Triton 3.8 holds these to 64 and 72 registers, for another resident program, and moves 8 or 16 bytes of a
 # thread out for it (docs/kernel-notes.md).
 SPILLED = {
