@@ -11,7 +11,6 @@ Losses and gradients of the ranks' tokens then have to be summed, not averaged; 
 from __future__ import annotations
 
 from math import inf
-from numbers import Real
 
 import torch
 import torch.distributed as dist
@@ -22,12 +21,14 @@ from . import checks
 from .objectives.ratios import exact, groups
 
 
+@checks.told
 def token_mean(mask: Tensor, *, token_group: ProcessGroup | None = None) -> Tensor:
     """Every live token counts alike: 1 / (number of live tokens). `mask` is boolean, of any shape."""
     live = _boolean(mask)
     return _weights(live, summed(live.sum(), token_group))
 
 
+@checks.told
 def sequence_mean(
     mask: Tensor, sequence_ids: Tensor, *, sequences: int | None = None, token_group: ProcessGroup | None = None
 ) -> Tensor:  # (...), (...)
@@ -41,6 +42,7 @@ def sequence_mean(
     return _weights(live, lengths * count)
 
 
+@checks.told
 def constant_length(
     mask: Tensor, sequence_ids: Tensor, length: float, *, sequences: int | None = None,
     token_group: ProcessGroup | None = None,
@@ -49,12 +51,13 @@ def constant_length(
 
     `length` is in tokens, usually the longest completion allowed; `sequences` as in `sequence_mean`.
     """
-    if not (isinstance(length, Real) and 0 < length < inf):
+    if not (checks.real(length) and 0 < length < inf):
         raise ValueError(f"length must be a positive number of tokens, found {length!r}")
     live, _, count = _sequence_lengths(mask, sequence_ids, sequences, token_group)
     return _weights(live, count * float(length))
 
 
+@checks.told
 def hpt_switch(
     is_demo: Tensor, rewards: Tensor, prompt_ids: Tensor, sequence_ids: Tensor, threshold: float = 0.0,
     mask: Tensor | None = None, *, token_group: ProcessGroup | None = None,
@@ -67,18 +70,20 @@ def hpt_switch(
     the result as a mask: token_weight=constant_length(mask & switch, sequence_ids, length).
     """
     checks.tensor("is_demo", is_demo)
+    checks.numbers("is_demo", is_demo)
     columns = {"rewards": rewards, "prompt_ids": prompt_ids, "sequence_ids": sequence_ids}
     for name, value in {**columns, **({} if mask is None else {"mask": mask})}.items():
         checks.shaped_like(name, value, is_demo, "is_demo")
-    if not (isinstance(threshold, Real) and 0 <= threshold <= 1):
+    if not (checks.real(threshold) and 0 <= threshold <= 1):
         raise ValueError(f"threshold must lie in [0, 1], the share of successes to exceed, found {threshold!r}")
     shape, demo = is_demo.shape, is_demo.bool().flatten()
     live = torch.ones_like(demo) if mask is None else mask.bool().flatten()
-    if checks.may_look(rewards) and (wrong := rewards.isnan().flatten() & live & ~demo).any():
-        raise ValueError(f"rewards are NaN at {int(wrong.sum())} tokens of rollouts, which neither succeed nor fail")
     (demo, live, rewards, prompt_ids, sequence_ids), own = gathered(
         token_group, demo, live, rewards, prompt_ids, sequence_ids
     )
+    # of all ranks' tokens, so that all of them raise
+    if checks.may_look(rewards) and (wrong := rewards.isnan() & live & ~demo).any():
+        raise ValueError(f"rewards are NaN at {int(wrong.sum())} tokens of rollouts, which neither succeed nor fail")
     prompt, sequence = groups(prompt_ids), groups(sequence_ids)
     zeros = torch.zeros_like(demo, dtype=exact(demo.device))
 

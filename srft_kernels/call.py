@@ -160,7 +160,7 @@ class Arguments(HeadArguments):
         if self.group is None:
             vocab = checks.vocabulary(self.linear_weight, self.vocab_size)
         else:
-            supported(self.plan, self.input, self.vocab_size)
+            supported(self.plan, self.input, self.vocab_size, self.partial_input_grad)
             vocab = len(self.linear_weight)
         checks.live_tokens(self.live_tokens)
         checks.weight_grad(self.weight_grad, self.linear_weight, compute)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
+from collections.abc import Callable
 from dataclasses import fields
 from math import inf
 from numbers import Integral, Real
@@ -17,7 +19,7 @@ from torch.nn import Parameter
 
 from . import words
 
-Options = TypeVar("Options", bound=type)
+Options, Function = TypeVar("Options", bound=type), TypeVar("Function", bound=Callable[..., Any])
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IDS = ("sequence_ids", "prompt_ids")  # whose rounding would make one of two
@@ -26,6 +28,7 @@ IDS = ("sequence_ids", "prompt_ids")  # whose rounding would make one of two
 def targets(target: Tensor, input: Tensor, linear_weight: Tensor) -> None:  # (...), (..., H), (V, H)
     """Class indices of the tokens of `input`."""
     tensor("target", target)
+    untransformed("target", target)
     if target.is_floating_point() and target.shape[-1:] == linear_weight.shape[:1]:
         raise TypeError("target holds class probabilities, which are not supported: pass class indices (int64)")
     if target.dtype not in INTEGERS:
@@ -44,9 +47,12 @@ def head(
     tensors = {of_input: input, of_weight: weight, **({} if bias is None else {of_bias: bias})}
     for name, value in tensors.items():
         tensor(name, value)
-    for name, value in tensors.items():
-        if value.dtype not in FLOATING:  # before the shape: packed numbers have another
-            raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64, found {value.dtype}: {DEQUANTISE}")
+        untransformed(name, value)
+        if value.dtype in FLOATING:
+            continue
+        # before the shape: packed numbers have another
+        likely = "were it and target exchanged?" if value.dtype in (torch.int64, torch.int32) else DEQUANTISE
+        raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64, found {value.dtype}: {likely}")
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"{of_weight} must be (V, H) and not empty, found shape {tuple(weight.shape)}")
     if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
@@ -169,22 +175,29 @@ def tensor(name: str, value: Any) -> None:
         advice = "to_dense()" if value.layout in SPARSE else "pass its values(), with targets and annotations alike"
         kind = "nested" if value.is_nested else str(value.layout)
         raise TypeError(f"{name} must be a dense tensor, found a {kind} one: {advice}")
-    compiling = torch.compiler.is_compiling()  # which sees through the wrappers of a transform
-    if _in_transform() if compiling else torch._C._functorch.is_functorch_wrapped_tensor(value):
-        raise TypeError(f"{name} is under a transform of torch.func, which is not supported: use torch.autograd.grad")
     if (kind := type(value)) is Tensor or kind is Parameter or _plain(kind):
         return
     if kind.__name__ == "DTensor":
-        how = "" if compiling else f" as {value.placements}"  # which Dynamo of torch 2.14 cannot trace
+        # which Dynamo of torch 2.14 cannot trace
+        how = "" if torch.compiler.is_compiling() else f" as {value.placements}"
         raise TypeError(
             f"{name} is a DTensor, divided over ranks{how}: with FSDP2, call the loss in the forward "
             "of the module that owns the weight, where it is whole and its gradient reduced (full_tensor() elsewhere "
             "would lose part of it); with a head divided over the vocabulary, pass its to_local() and group="
         )
+    if kind.__name__.startswith("Uninitialized"):
+        raise TypeError(f"{name} is a parameter of a lazy module, not initialised yet: run the module once before")
     raise TypeError(
         f"{name} is a {kind.__module__}.{kind.__name__}, a tensor with operations of its own, which a kernel does not "
         f"know: pass a plain tensor; {DEQUANTISE}"
     )
+
+
+def untransformed(name: str, value: Tensor) -> None:  # any shape
+    """Raise under torch.func: where autograd is asked, and where data are looked at, its wrappers would be lost."""
+    compiling = torch.compiler.is_compiling()  # which sees through the wrappers of a transform
+    if _in_transform() if compiling else torch._C._functorch.is_functorch_wrapped_tensor(value):
+        raise TypeError(f"{name} is under a transform of torch.func, which is not supported: use torch.autograd.grad")
 
 
 def _plain(kind: type) -> bool:
@@ -221,6 +234,11 @@ def reduction(value: Any) -> None:
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', found {value!r}")
 
 
+def real(value: Any) -> bool:
+    """A number of Python's or NumPy's, no NaN; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and value == value
+
+
 def shaped_like(name: str, value: Any, like: Tensor, of: str = "target") -> None:  # (...)
     """What is told of each token: a tensor shaped like the one that is called `of`, of numbers that its name allows."""
     if not isinstance(value, Tensor):
@@ -230,6 +248,8 @@ def shaped_like(name: str, value: Any, like: Tensor, of: str = "target") -> None
         raise ValueError(f"{name} must be shaped like {of} {tuple(like.shape)}, found {tuple(value.shape)}")
     if value.device != like.device:
         raise ValueError(f"{name} is on {value.device} but {of} is on {like.device}: move it there")
+    if of == "target":
+        untransformed(name, value)
     numbers(name, value)
 
 
@@ -243,6 +263,8 @@ def numbers(name: str, value: Tensor) -> None:  # (...)
         raise TypeError("advantages must hold numbers, found torch.bool: write torch.where(value, 1.0, -1.0), say")
     if value.is_complex():
         raise TypeError(f"{name} must hold real numbers, found {value.dtype}")
+    if name == "is_demo" and value.is_floating_point() and may_look(value) and value.isnan().any():
+        raise ValueError("is_demo holds NaN, which is neither true nor false")
 
 
 def per_token(name: str, value: Any, input: Tensor) -> None:  # (..., H)
@@ -250,6 +272,7 @@ def per_token(name: str, value: Any, input: Tensor) -> None:  # (..., H)
     if value is None:
         return
     tensor(name, value)
+    numbers(name, value)
     if value.shape != input.shape[:-1]:
         raise ValueError(
             f"{name} must be shaped like input without its last dimension, {tuple(input.shape[:-1])}, "
@@ -261,6 +284,7 @@ def per_token(name: str, value: Any, input: Tensor) -> None:  # (..., H)
 
 def class_weight(weight: Tensor, vocab: int, input: Tensor) -> None:  # (V,), (..., H)
     tensor("weight", weight)
+    numbers("weight", weight)
     if tuple(weight.shape) != (vocab,):
         raise ValueError(f"weight must hold one number per class, ({vocab},), found shape {tuple(weight.shape)}")
     if weight.device != input.device:
@@ -284,38 +308,48 @@ def target_range(target: Tensor, live: Tensor | None, vocab: int) -> None:  # (.
 
 def may_look(tensor: Tensor) -> bool:  # any shape
     """Whether there are data to look at, and nothing would have to wait for them."""
-    if isinstance(tensor, FakeTensor):
+    if isinstance(tensor, FakeTensor) or torch.compiler.is_compiling():
         return False
     return tensor.device.type == "cpu" or os.environ.get("SRFT_KERNELS_CHECK", "0") == "1"
 
 
 def runs_again() -> bool:
-    """Whether the forward that runs here may run a second time, under a checkpoint that is not re-entrant. (One that is
-    runs first without gradients, in which nothing is made of them.) Hooks of other kinds may lie above its own."""
-    autograd, hooks = torch._C._autograd, []
-    while (pair := autograd._top_saved_tensors_default_hooks(True)) is not None:
-        hooks.append(pair)
-        autograd._pop_saved_tensors_default_hooks()
-    for pair in reversed(hooks):
-        autograd._push_saved_tensors_default_hooks(*pair)
-    return any(pack.__module__ == "torch.utils.checkpoint" for pack, _ in hooks)
+    """Whether the forward that runs here may run a second time: a checkpoint that is not re-entrant, whoever wrote it,
+    takes hold of what autograd saves. (One that is re-entrant runs first without gradients, and makes none.)"""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 # ---- options of a dataclass
 
 
+def told(function: Function) -> Function:
+    """A function that says of an unknown option which one is meant."""
+    known = set(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def wrapped(*values: Any, **named: Any) -> Any:
+        try:
+            return function(*values, **named)
+        except TypeError as error:
+            if named.keys() <= known:
+                raise
+            raise words.explained(f"{function.__name__}()", error, named, known) from None
+
+    return wrapped
+
+
 def options(cls: Options) -> Options:
-    """A dataclass that says of an unknown option which one is meant."""
+    """A dataclass that does."""
     init = cls.__init__
 
     @functools.wraps(init)
-    def told(self: Any, *values: Any, **named: Any) -> None:
+    def initialise(self: Any, *values: Any, **named: Any) -> None:
         try:
             init(self, *values, **named)
         except TypeError as error:
             raise words.explained(type(self).__name__, error, named, [field.name for field in fields(self)]) from None
 
-    cls.__init__ = told
+    cls.__init__ = initialise
     return cls
 
 
@@ -334,13 +368,14 @@ def finite(owner: object, *unbounded: str) -> None:
         value, optional = getattr(owner, field.name), field.type == "float | None"
         if field.type not in ("float", "float | None") or (optional and value is None):
             continue
-        real = isinstance(value, Real) and not isinstance(value, bool) and value == value
-        bounded = not real or field.name in unbounded or -inf < value < inf
-        if not (real and bounded):
+        bounded = not real(value) or field.name in unbounded or -inf < value < inf
+        if not (real(value) and bounded):
             raise ValueError(
                 f"{type(owner).__name__}({field.name}={value!r}): expected a {'' if bounded else 'finite '}number"
                 f"{' or None' * optional}{'; of a tensor pass .item()' * isinstance(value, Tensor)}"
             )
+        if type(value) not in (int, float):  # NumPy's, which no graph holds as a constant
+            object.__setattr__(owner, field.name, float(value))
 
 
 def within(owner: object, **ranges: tuple[float, float | None]) -> None:

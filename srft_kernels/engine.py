@@ -26,7 +26,7 @@ from .call import Arguments, Call, Tensors
 from .filter import Filtered
 from .head import HeadProducts, accumulation_dtype, aligned_size, rows_of
 from .objectives.objective import Objective, TokenStats, cat, couples, token_losses, weighted
-from .output import LossOutput
+from .output import LossOutput, Metrics
 from .plan import runs_triton
 from .rows import Coefs, Normalizer, in_three_steps
 
@@ -42,9 +42,9 @@ def linear_loss(arguments: Arguments) -> LossOutput:
     batch, extras, argmax = call.batch, call.token_extras(stats), None
     if extras is not None:
         argmax, extras = extras.argmax, extras.map(batch.spread)
-    return LossOutput.of(
-        loss, stats, batch.tokens, call.objective, batch.placed, call.filtered, extras, argmax, batch.weight
-    )  # fmt: skip
+    stats = stats.map(lambda field: field.detach() if field.requires_grad else field)
+    told = Metrics(call.objective, stats, batch.tokens, argmax, call.filtered, batch.weight)
+    return LossOutput(loss, *map(batch.placed, stats.fields()[:3]), extras, told)
 
 
 def linear_logprobs(arguments: Arguments) -> TokenStats:
@@ -182,7 +182,7 @@ def one_pass(
         products = HeadProducts(rows_of(weight, slice(0, call.vocab)), call.compute)
         gradients = Gradients(tensors, needs_grad, products, call)
         # fp16 gradients of a mean over many tokens would underflow: carry them scaled by a power of two
-        scale = fp16_scale(batch.weight) if call.compute == torch.float16 else None
+        scale = fp16_scale(batch.weight, call.objective.steep) if call.compute == torch.float16 else None
         token_weight = batch.weight if scale is None else batch.weight * scale
         for chunk, logits, dlogits in gradients.chunks(input):
             tokens, head, extras = batch.tokens[chunk], call.head_of(chunk), call.extras and call.extras[chunk]
@@ -400,13 +400,13 @@ def plain_matmul(input: Tensor):  # (..., H)
         return contextlib.nullcontext()
 
 
-def fp16_scale(token_weight: Tensor) -> Tensor:  # (n,)
-    """A power of two that takes the largest token weight to about 1 from above, and to 2⁻⁵ from below that, with room
-    for tokens whose loss is steep, as a KL estimate's e^{13} is; between the two it stays as it is, as eager's does."""
+def fp16_scale(token_weight: Tensor, steep: bool = False) -> Tensor:  # (n,)
+    """A power of two that takes the largest token weight to about 1. Where a token's slope may be large (`steep`), as a
+    KL estimate's e^{13}, a smaller weight to 2⁻⁵ alone, and one in between stays, and overflows as eager's does."""
     if len(token_weight) == 0:
         return token_weight.new_ones(())
     exponent = token_weight.abs().amax().clamp(min=2.0**-60, max=2.0**60).log2().floor()
-    return torch.exp2(-exponent.clamp(min=0) - (exponent + 5).clamp(max=0))
+    return torch.exp2(-exponent.clamp(min=0) - (exponent + 5).clamp(max=0) if steep else -exponent)
 
 
 def _assert_one(factor: Tensor) -> None:  # ()

@@ -70,6 +70,7 @@ class Extras:
         if (candidates := self.candidates) is None:
             return
         checks.tensor("candidates", candidates)
+        checks.untransformed("candidates", candidates)
         if candidates.dim() != target.dim() + 1 or candidates.shape[:-1] != target.shape:
             raise ValueError(
                 "Extras(candidates=...) must be shaped like target with one more dimension, "

@@ -28,6 +28,7 @@ from .objectives.objective import TokenStats
 from .output import LossOutput
 from .plan import Plan
 
+REQUIRED = "input", "linear_weight", "target"
 P, Output, Passed = ParamSpec("P"), TypeVar("Output"), TypeVar("Passed")
 
 
@@ -45,7 +46,9 @@ def _runs(
             try:
                 signature(*args, **options)
             except TypeError as error:  # Python's own, of what does not fit
-                passed = () if "annotations" in known else options  # which may have any name
+                passed = list(options)
+                if "annotations" in known:  # which may have any name, but for those of what is missing
+                    passed = [name for name in passed if words.meant(name, REQUIRED)]
                 raise words.explained(f"{signature.__name__}()", error, passed, known) from None
             by_name = arguments({**defaults, **dict(zip(positional, args)), **options})
             if torch.compiler.is_compiling():
@@ -111,7 +114,8 @@ def linear_loss(
         weight_grad: fp32 (V, H), a master gradient that ∂loss/∂linear_weight is added to, in place and unrounded;
             `linear_weight.grad` then gets nothing. In one pass that happens in the call itself, so the loss must reach
             backward as it is, with every factor (accumulation steps, loss scale) in token_weight. Under
-            torch.utils.checkpoint(use_reentrant=False), which runs its forward twice, the call takes two passes.
+            saved-tensor hooks, such as those of torch.utils.checkpoint(use_reentrant=False), which runs its forward
+            twice, the call takes two passes.
         plan: how to run; default `Plan.choose(...)`.
         extras: an `Extras`: ranks, arg-max (with "accuracy" among the metrics), top-k and candidates to tell besides.
         group: ranks that the head is divided over, each with its own consecutive rows of linear_weight (and of

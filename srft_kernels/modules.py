@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from . import checks
+from . import checks, words
+from .call import OPTIONS
 from .functional import linear_cross_entropy, linear_loss
 from .objectives.formula import objective_of
 from .objectives.presets import srft_paper
@@ -64,6 +65,9 @@ class SRFTLoss(_Loss):
     """
 
     def __init__(self, objective: Any = None, **options: Any):  # (V,)
+        for name in options:
+            if name not in OPTIONS:
+                raise TypeError(f"SRFTLoss() has no option {name}{words.meant(name, OPTIONS)}")
         super().__init__(options)
         self.objective = srft_paper() if objective is None else objective
         objective_of(self.objective)  # raises for what is none

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from .extras import TokenExtras
 from .objectives.objective import Objective, Tokens, TokenStats
@@ -35,49 +36,99 @@ class LossOutput:
     entropy: Tensor
     logsumexp: Tensor
     extras: TokenExtras | None = None
-    _metrics: Metrics | None = field(default=None, repr=False)
+    _metrics: Metrics | dict[str, Tensor] | None = field(default=None, repr=False)
 
     @property
     def metrics(self) -> dict[str, Tensor]:
-        return {} if self._metrics is None else self._metrics.read()
+        told = self._metrics
+        return told.read() if isinstance(told, Metrics) else told or {}
 
-    @classmethod
-    def of(
-        cls, loss: Tensor, stats: TokenStats, tokens: Tokens, objective: Objective, spread: Callable[[Tensor], Tensor],
-        filtered: Tensor | None = None, extras: TokenExtras | None = None, argmax: Tensor | None = None,
-        weight: Tensor | None = None,
-    ) -> LossOutput:  # (), (4,), (n,), (n,)  # fmt: skip
-        """From the statistics of the n tokens that were worked through; `spread` gives a field target's shape, which
-        extras have already."""
-        stats = stats.map(lambda field: field.detach() if field.requires_grad else field)
-        sources = (*stats.fields(), *tokens.columns(), *(() if weight is None else (weight,)))
-        told = Metrics(lambda: metrics(objective, stats, tokens, filtered, argmax, weight), sources)
-        return cls(loss, *map(spread, stats.fields()[:3]), extras, told)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_metrics": self.metrics}
 
 
+@dataclass
 class Metrics:
-    """Metrics that are computed when they are first read, if their sources are then what they were."""
+    """What metrics are computed from, when they are first read, of the n tokens that were worked through.
 
-    def __init__(self, compute: Callable[[], dict[str, Tensor]], sources: Iterable[Tensor] = ()):
-        self.compute, self.values = compute, None
-        # torch.inference_mode makes tensors that do not know how often they were changed
-        self.sources = [(source, source._version) for source in sources if not source.is_inference()]
+    argmax    (n,), where "accuracy" is asked for
+    filtered  (4,), see filter.py
+    weight    (n,) token weights
+    values    the metrics, once read; the rest is then forgotten
+    """
+
+    objective: Objective
+    stats: TokenStats
+    tokens: Tokens
+    argmax: Tensor | None = None
+    filtered: Tensor | None = None
+    weight: Tensor | None = None
+    values: dict[str, Tensor] | None = None
+    changed: bool = False  # whether one of these was written over
+
+    def __post_init__(self):
+        self.versions: list[tuple[Tensor, int]] = []
+        # a backward adds to `filtered`; torch.inference_mode's tensors do not know how often they were changed
+        sources = [source for name, source in self.named().items() if name != "filtered"]
+        if any(source.is_inference() for source in sources):
+            self.read()
+        else:
+            self.versions = [(source, source._version) for source in sources]
+
+    def named(self) -> dict[str, Tensor]:
+        """Every tensor by its name, those of `tokens` after a dot."""
+        own = {**vars(self.stats), **{name: getattr(self, name) for name in ("argmax", "filtered", "weight")}}
+        own |= {f"tokens.{name}": column for name, column in self.tokens.columns()}
+        return {name: value for name, value in own.items() if isinstance(value, Tensor)}
+
+    def stale(self) -> bool:
+        return self.changed or any(source._version != version for source, version in self.versions)
 
     def read(self) -> dict[str, Tensor]:
         if self.values is None:
-            if any(source._version != version for source, version in self.sources):
+            if self.stale():
                 raise RuntimeError(
                     "the metrics of this output are made of its logprobs, entropy and logsumexp, and of the targets, "
                     "annotations and token weights that were passed, and one of these was changed in place before they "
                     "were read: read out.metrics first, or change a copy"
                 )
             with torch.no_grad():
-                self.values = self.compute()
-            self.compute, self.sources = None, ()
+                self.values = metrics(self.objective, self.stats, self.tokens, self.filtered, self.argmax, self.weight)
+            nothing = self.stats.logprobs[:0]
+            self.stats, self.tokens = TokenStats(nothing, nothing, nothing), Tokens(nothing)
+            self.argmax = self.filtered = self.weight = None
         return self.values
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"values": self.read()}
+
+def _flattened(told: Metrics) -> tuple[list[Any], Any]:
+    if told.values is not None:
+        return [told.values], None
+    named = told.named()
+    return list(named.values()), (tuple(named), told.objective, told.stale())
+
+
+def _unflattened(values: Iterable[Any], context: Any) -> Metrics | dict[str, Tensor]:
+    if context is None:
+        return next(iter(values))
+    names, objective, stale = context
+    named = dict(zip(names, values))
+    if not all(isinstance(value, Tensor) for value in named.values()):  # a tree of something else than tensors
+        return {}
+    tokens = {name.removeprefix("tokens."): value for name, value in named.items() if name.startswith("tokens.")}
+    kinds = {"live": torch.bool, "counted": torch.bool, "target": torch.int64}  # whatever the map made of them
+    tokens |= {name: tokens[name].to(kind) for name, kind in kinds.items() if name in tokens}
+    stats = {name: named[name] for name in TokenStats.__dataclass_fields__ if name in named}
+    others = {name: named[name] for name in ("argmax", "filtered", "weight") if name in named}
+    return Metrics(objective, TokenStats(**stats), Tokens(**tokens), **others, changed=stale)
+
+
+def _flattened_with_keys(told: Metrics) -> tuple[list[tuple[Any, Any]], Any]:
+    values, context = _flattened(told)
+    names = ["values"] if context is None else context[0]
+    return [(_pytree.GetAttrKey(name), value) for name, value in zip(names, values)], context
+
+
+_pytree.register_pytree_node(Metrics, _flattened, _unflattened, flatten_with_keys_fn=_flattened_with_keys)
 
 
 def metrics(

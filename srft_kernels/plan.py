@@ -33,6 +33,7 @@ FILLED_ROWS = 2048  # at most, where every chunk is filled up to its size
 BLOCK_BYTES = 6 * MIB  # of logits per block of the torch row backend: more fall out of the caches of two cores
 
 
+@checks.options
 @dataclass(frozen=True)
 class Filter:
     """Which part of ∂L/∂a the backward products leave out.
@@ -113,6 +114,7 @@ class Plan:
             )
 
     @classmethod
+    @checks.told
     def choose(
         cls,
         tokens: int,

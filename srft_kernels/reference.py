@@ -16,7 +16,7 @@ from . import functional
 from .call import Arguments, HeadArguments
 from .distillation.engine import DistillationArguments, DistillationOutput
 from .objectives.objective import Tokens, TokenStats, annotation
-from .output import LossOutput
+from .output import LossOutput, Metrics
 
 
 def logits(
@@ -69,7 +69,9 @@ def linear_loss(input: Tensor, linear_weight: Tensor, target: Tensor, objective:
         tokens = tokens.replace(counted=a.token_weight[live] != 0)
     loss = a.objective(stats, tokens)
     loss = loss.sum() / max(len(loss), 1) if a.token_weight is None else (loss * a.token_weight[live]).sum()
-    return LossOutput.of(loss, stats, tokens, a.objective, lambda field: _spread(field, live))
+    stats = stats.map(Tensor.detach)
+    told = Metrics(a.objective, stats, tokens)
+    return LossOutput(loss, *(_spread(field, live) for field in stats.fields()[:3]), None, told)
 
 
 def linear_distillation(
@@ -97,8 +99,8 @@ def linear_distillation(
 
 
 def _arguments(**passed: Any) -> Arguments:
-    for name in ("weight_grad", "extras", "group", "token_group"):
-        if passed.get(name) is not None:
+    for name in ("weight_grad", "extras", "group", "token_group", "partial_input_grad"):
+        if passed.get(name):
             raise ValueError(f"srft_kernels.reference does not compute {name}: leave it out")
     return Arguments.of(passed)
 

@@ -151,8 +151,8 @@ def _check_parts(rows: list[int], vocab_size: int | None, heads: list[int | None
             f"vocab_size is {vocab_size}, but linear_weight has only {sum(rows)} rows on all ranks of group "
             f"together, {rows}: pass every rank its own part of the head"
         )
-    whole = vocab_size is not None and min(rows) >= vocab_size
-    if len(rows) > 1 and (whole or (heads[0] is not None and len(set(heads)) == 1)):
+    whole = vocab_size is not None and min(rows) >= vocab_size  # or all but one of padding alone
+    if len(rows) > 1 and len(set(heads)) == 1 and (whole or heads[0] is not None):
         reason = f"which is all of vocab_size={vocab_size}" if whole else "and they are the same rows"
         raise ValueError(
             f"every rank of group passes a linear_weight of {rows[0]} rows, {reason}: with group= a rank passes its "
@@ -203,13 +203,13 @@ def checksum(value: Tensor, live: Tensor | None) -> int:
     return int((sums * places if live is None else sums * places * live.reshape(-1)).sum())
 
 
-def supported(plan: Plan | None, input: Tensor, vocab_size: int | None) -> None:  # (..., H)
+def supported(plan: Plan | None, input: Tensor, vocab_size: int | None, partial: bool) -> None:  # (..., H)
     """Raise for what a divided head cannot do."""
     if not (vocab_size is None or (checks.integer(vocab_size) and vocab_size >= 1)):
         raise ValueError(f"vocab_size must be a positive integer, the whole vocabulary of group, found {vocab_size!r}")
     if plan is not None and plan.filter is not None:
         raise ValueError("Plan(filter=...) cannot be kept with group=: it bounds ∂L/∂x, of which a rank has a part")
-    if plan is not None and plan.batch_invariant and input.requires_grad and torch.is_grad_enabled():
+    if plan is not None and plan.batch_invariant and not partial and input.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "Plan(batch_invariant=True) with group= holds for scoring alone: the order in which ranks add up ∂L/∂x "
             "depends on a token's place; call under torch.no_grad(), or drop batch_invariant"

@@ -10,14 +10,16 @@ from collections.abc import Collection
 
 # Our word, and theirs (Liger, TRL, verl, cut-cross-entropy, transformers).
 WORDS = {
-    "input": "hidden hidden_states _input",
-    "linear_weight": "weight lin_weight lm_head_weight head_weight classifier",
+    "input": "hidden hidden_states _input student_input",
+    "linear_weight": "weight student_weight lin_weight lm_head_weight head_weight classifier",
     "linear_bias": "bias lin_bias lm_head_bias",
     "target": "labels label targets shift_labels selected_token_ids",
     "weight": "ce_weight class_weight class_weights",
     "softcap": "softcapping soft_cap logit_softcap logit_softcapping final_logit_softcapping",
-    "logit_scale": "logits_scaling logit_scaling",
     "ignore_index": "ignore_id",
+    "mask": "attention_mask completion_mask loss_mask response_mask",
+    "threshold": "gamma",
+    "columns": "filter_eps",
     "vocab_size": "num_classes orig_vocab_size",
     "z_loss": "lse_square_scale z_loss_weight z_loss_coef",
     "label_smoothing": "smoothing label_smoothing_factor",
@@ -42,13 +44,19 @@ WORDS = {
     "low": "clip_min",
     "outside": "mode",
     "length": "max_completion_length",
-    "sequences": "batch_size num_sequences",
+    "sequences": "batch_size num_sequences num_items_in_batch",
 }
 ADVICE = {
     "attention_mask": "put ignore_index into target where a token takes no part",
     "loss_type": "each has a preset: grpo(), dr_grpo(), dapo(), cispo(), sapo(); what it averages over is token_weight",
     "max_completion_length": "pass token_weight=constant_length(mask, sequence_ids, length)",
     "vllm_is_ratio": "pass sampler_logprobs and give the objective correction=Correction(...)",
+    "labels": "pass mask=labels != -100",
+    "ignore_index": "pass mask=target != ignore_index",
+    "use_ref_model": "pass ref_logprobs and give the objective kl_coef",
+    "ref_input": "pass ref_logprobs=linear_logprobs(ref_input, ref_weight, target).logprobs",
+    "vllm_importance_sampling_cap": "give the objective correction=Correction(high=...), and pass sampler_logprobs",
+    "vllm_importance_sampling_mode": "give the objective correction=Correction(...), and pass sampler_logprobs",
     "logits_scaling": "pass logit_scale=1 / logits_scaling",
     "accum_dtype": "gradients are summed in fp32 whatever the inputs: leave it out",
     "compiled": "call it in a function under torch.compile",
@@ -58,15 +66,16 @@ ADVICE = {
     "shift": "pass hidden[:, :-1] and target[:, 1:]",
     "filter_eps": "pass plan=Plan(filter=Filter(...)), which bounds the error",
 }
+ADVICE |= dict.fromkeys(("ref_weight", "ref_bias"), ADVICE["ref_input"])
 ADVICE |= dict.fromkeys(("completion_mask", "loss_mask", "response_mask", "mask"), ADVICE["attention_mask"])
 
 
 def meant(name: str, known: Collection[str]) -> str:
     """What to write instead of an unknown option, as the end of a sentence; empty where nobody can tell."""
-    if name in ADVICE:
-        return f": {ADVICE[name]}"
     if ours := [word for word, theirs in WORDS.items() if word in known and name in theirs.split()]:
         return f": here it is {' and '.join(ours)}"
+    if name in ADVICE:
+        return f": {ADVICE[name]}"
     near = difflib.get_close_matches(name, [word for word in known if word[0] != "_"], n=1, cutoff=0.75)
     return f": did you mean {near[0]}?" if near else ""
 

@@ -124,8 +124,8 @@ class Tokens:
     def get(self, name: str) -> Tensor | None:
         return self._columns.get(name)
 
-    def columns(self) -> Iterable[Tensor]:
-        return self._columns.values()
+    def columns(self) -> Iterable[tuple[str, Tensor]]:
+        return self._columns.items()
 
     def averaged(self) -> Tensor | None:
         """Over which of them averages are; None: all."""
@@ -157,6 +157,7 @@ class Objective:
     switches     True where a prompt teaches by its rollouts or by its demonstration, never by both: whoever makes the
                  batch has to choose (`hpt_switch`)
     label_smoothing  not 0 where it reads `stats.smooth`
+    steep        whether the slope of a token's loss may be far above that of others: fp16 gradients then need room
     """
 
     twin: ClassVar[str | None] = None
@@ -167,6 +168,7 @@ class Objective:
     learns_from: tuple[str, ...] = ("demonstrations", "rollouts")
     switches = False
     label_smoothing = 0.0
+    steep = False
 
     def __init_subclass__(cls, twin: str | None = None, **options: Any):
         super().__init_subclass__(**options)
@@ -336,6 +338,10 @@ class Terms(Objective):
             if field.default is MISSING or getattr(self, field.name) != field.default
         ]
         return f"{type(self).__name__}({', '.join(changed)})"
+
+    @property
+    def steep(self) -> bool:
+        return bool(self.kl_coef)  # e^{q − ℓ}
 
     def _policy(self, stats: TokenStats, tokens: Tokens) -> Tensor:
         raise NotImplementedError

@@ -67,6 +67,10 @@ class PolicyGradient(Terms, twin="srft_kernels.rows.triton_objectives:policy_gra
         checks.above_zero(self, "tau_positive", "tau_negative")
 
     @property
+    def steep(self) -> bool:
+        return super().steep or self.surrogate == "ppo"  # r is not bounded where A < 0
+
+    @property
     def _clips(self) -> bool:
         return (self.clip_low, self.clip_high) != (None, None)
 
@@ -96,7 +100,7 @@ class PolicyGradient(Terms, twin="srft_kernels.rows.triton_objectives:policy_gra
         """The loss of sampled tokens that should become likelier (signal > 0) or rarer (< 0): A, as a rule."""
         if self.surrogate == "reinforce":
             return silenced(-signal, stats.logprobs)
-        ratio, (low, high) = self._ratio(stats, tokens), self.clip_bounds
+        ratio, (low, high) = self._ratio(stats, tokens, signal == 0), self.clip_bounds
         if self.surrogate == "cispo":
             return silenced(-signal * clipped(ratio.detach(), 1 - low, 1 + high), stats.logprobs)
         if self.surrogate == "sapo":
@@ -119,13 +123,17 @@ class PolicyGradient(Terms, twin="srft_kernels.rows.triton_objectives:policy_gra
             change = over_sequences(change, tokens.sequence_ids, self._sampled(tokens))
         return change.clamp(max=LOG_RATIO_LIMIT)
 
-    def _ratio(self, stats: TokenStats, tokens: Tokens) -> Tensor:
-        """r or its shape, with its gradient."""
-        log_r, c = self._log_ratio(stats, tokens) + slope(stats.logprobs), self.ratio_shaping
+    def _ratio(self, stats: TokenStats, tokens: Tokens, silent: Tensor | None = None) -> Tensor:  # (n,)
+        """r or its shape, with its gradient; 1 at tokens that it does not matter to, whatever was said of them."""
+        change, c = self._log_ratio(stats, tokens), self.ratio_shaping
+        if silent is not None:
+            change = torch.where(silent, 0, change)
+        log_r = change + slope(stats.logprobs)
         if c is None or self.ratio_shape != "p/(p+c)":
             return shape(log_r, self.ratio_shape, c)
         old = tokens.get("old_logprobs")
         old = stats.logprobs.detach() if old is None else old
+        old = old if silent is None else torch.where(silent, stats.logprobs.detach(), old)
         return log_r.exp() * (old.exp() + c) / (stats.logprobs.exp() + c)
 
     def _own_metrics(self, stats: TokenStats, tokens: Tokens) -> dict[str, Tensor]:

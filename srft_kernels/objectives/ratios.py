@@ -58,13 +58,14 @@ class Correction:
         take no part and get 0. Computed in fp32, in fp64 where one of the two is.
         """
         checks.tensor("logprobs", logprobs)
+        checks.numbers("logprobs", logprobs)
         checks.shaped_like("sampler_logprobs", sampler_logprobs, logprobs, "logprobs")
         for name, value in (("sequence_ids", sequence_ids), ("mask", mask)):
             if value is not None:
                 checks.shaped_like(name, value, logprobs, "logprobs")
         dtype = torch.promote_types(torch.promote_types(logprobs.dtype, sampler_logprobs.dtype), torch.float32)
         mask = None if mask is None else mask.bool()
-        ratio = self.ratio(logprobs.to(dtype), sampler_logprobs.to(dtype), sequence_ids, mask)
+        ratio = self.ratio(logprobs.to(dtype), sampler_logprobs.detach().to(dtype), sequence_ids, mask)
         return self.bounded(ratio, mask)
 
     def ratio(

@@ -86,15 +86,22 @@ class SRFT(PolicyGradient, twin="srft_kernels.rows.triton_objectives:srft"):
 
     def _meaningful(self, tokens: Tokens) -> Tokens:
         """Annotations as 0 on the kind that has none: anything may be there, and 0 · NaN would reach a gradient."""
-        demo = self._demonstrated(tokens)
-        nothing = {"old_logprobs": demo, "ref_logprobs": demo, "sampler_logprobs": demo, "demo_logprobs": ~demo}
-        if not self.demo_rl_coef:
-            nothing["advantages"] = demo
-        if self.positive == "reward":
-            nothing["rewards"] = demo
-        return tokens.replace(
-            **{name: torch.where(where, 0, tokens.get(name)) for name, where in nothing.items() if name in tokens}
-        )
+        demo, by_reward = self._demonstrated(tokens), self.positive == "reward"
+        unread = {  # on demonstrations, on rollouts
+            **dict.fromkeys(("old_logprobs", "ref_logprobs", "sampler_logprobs"), (True, False)),
+            "demo_logprobs": (False, True),
+            "rewards": (by_reward, False),
+            "advantages": (not self.demo_rl_coef, by_reward and self.rollout_signal == "sign"),
+            "weight_entropy": (
+                not self.demo_sft_coef or self.demo_weight != "entropy", self.rollout_weight != "entropy"
+            ),
+        }  # fmt: skip
+        where = {
+            name: demo if not on_rollouts else torch.ones_like(demo) if on_demos else ~demo
+            for name, (on_demos, on_rollouts) in unread.items()
+            if name in tokens and (on_demos or on_rollouts)
+        }
+        return tokens.replace(**{name: torch.where(there, 0, tokens.get(name)) for name, there in where.items()})
 
     def _demonstrated(self, tokens: Tokens) -> Tensor:
         return tokens.is_demo.bool()
@@ -113,7 +120,8 @@ class SRFT(PolicyGradient, twin="srft_kernels.rows.triton_objectives:srft"):
         positive = self._positive(tokens)
         demo = (tokens.advantages * self.demo_rl_coef == 0) & (self.demo_sft_coef == 0)
         silent = torch.where(positive, self.rollout_coef == 0, self.negative_coef == 0)
-        return torch.where(self._demonstrated(tokens), demo, silent | (self._signal(tokens, positive) == 0))
+        silent = (silent & ~self._success(tokens).isnan()) | (self._signal(tokens, positive) == 0)
+        return torch.where(self._demonstrated(tokens), demo, silent)
 
     def _success(self, tokens: Tokens) -> Tensor:
         return tokens.rewards if self.positive == "reward" else tokens.advantages

@@ -55,6 +55,7 @@ def encoded(value: Any, name: str, kind: str, tensors: list[Tensor]) -> str:
     """
     if kind == "Tensor" or (kind == "Tensor | None" and value is not None):
         checks.tensor(name, value)
+        checks.untransformed(name, value)
     if isinstance(value, Tensor) and "Tensor" in kind:
         tensors.append(value.detach())
         return "['Tensor']"

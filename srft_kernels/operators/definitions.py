@@ -220,7 +220,9 @@ def _one_pass(*arguments: Any) -> list[Tensor]:
         else:
             stats, normalizer = engine.first_pass(tensors, call)
             loss = engine.weighted_loss(call.objective, stats, call.batch)
-            scale = engine.fp16_scale(call.batch.weight) if call.compute == torch.float16 else None
+            scale = (
+                engine.fp16_scale(call.batch.weight, call.objective.steep) if call.compute == torch.float16 else None
+            )
             coefs = _coefficients(compiled, call, stats, [torch.ones_like(loss) if scale is None else scale])
             gradients = engine.second_pass(tensors, compiled.needs_grad, call, normalizer, coefs)
         results = {"loss": loss, **_per_token(call, stats), **finished(gradients, compiled, rounded=scale is None)}

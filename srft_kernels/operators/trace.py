@@ -20,7 +20,7 @@ from ..engine import weighted_loss
 from ..extras import TokenExtras
 from ..objectives.cross_entropy import CrossEntropy
 from ..objectives.objective import Tokens, TokenStats, annotation, check_annotations
-from ..output import LossOutput, Metrics
+from ..output import LossOutput
 from .constants import CompiledCall, encoded
 from .definitions import STATISTICS, in_one_pass, metric_names, result_names
 
@@ -33,20 +33,16 @@ def linear_loss(a: Arguments) -> LossOutput:
     operands = _operands(a, "loss")
     results = _run(operands)
     statistics = [results[name] for name in STATISTICS if name in results]
+    return LossOutput(results["loss"], *statistics[:3], _extras(a, results), _metrics(operands, statistics, results))
+
+
+def _metrics(operands: tuple[Any, ...], statistics: list[Tensor], results: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Made in the graph, where nobody has written over what they are made of; left out of it if nobody reads them."""
     names = metric_names(operands[-1])
-    # they may be read outside of the graph and after all of this has been written over; versions are not known in here
-    *leaves, others, live_tokens, constants = operands
-    kept, others = ([value.clone() for value in values] if names else [] for values in (statistics, others))
-    argmax = results["argmax"].clone() if "argmax" in results else None
-
-    def metrics() -> dict[str, Tensor]:
-        if not names:
-            return {}
-        call = (*leaves, others, live_tokens, constants)
-        values = torch.ops.srft_kernels.metrics(kept, argmax, results.get("filtered"), *call)
-        return dict(zip(names, values.unbind()))
-
-    return LossOutput(results["loss"], *statistics[:3], _extras(a, results), Metrics(metrics))
+    if not names:
+        return {}
+    values = torch.ops.srft_kernels.metrics(statistics, results.get("argmax"), results.get("filtered"), *operands)
+    return dict(zip(names, values.unbind()))
 
 
 def linear_logprobs(a: Arguments) -> TokenStats:
@@ -112,15 +108,12 @@ def _traced_loss(a: Arguments) -> LossOutput:
     batch = select(tokens, live, weight, a.objective, dtype, shape=target.shape, compact=False)
     loss = weighted_loss(a.objective, stats, batch)
     extras = _extras(a, results)
-    right = None if extras is None or extras.argmax is None else extras.argmax.reshape(-1) == target.reshape(-1)
-
-    def metrics() -> dict[str, Tensor]:
-        if right is None:
-            return {}
+    metrics = {}
+    if extras is not None and extras.argmax is not None:
+        right = extras.argmax.reshape(-1) == target.reshape(-1)
         count = right.numel() if live is None else live.sum()
-        return {"accuracy": (right if live is None else right & live).sum().to(dtype) / count}
-
-    return LossOutput(loss, *[results[name].detach() for name in STATISTICS[:3]], extras, Metrics(metrics))
+        metrics = {"accuracy": (right if live is None else right & live).sum().to(dtype) / count}
+    return LossOutput(loss, *[results[name].detach() for name in STATISTICS[:3]], extras, metrics)
 
 
 def _operands(a: Arguments | DistillationArguments, result: str) -> tuple[Any, ...]:
@@ -128,7 +121,10 @@ def _operands(a: Arguments | DistillationArguments, result: str) -> tuple[Any, .
     for name, tensor in zip(("input", "linear_weight", "linear_bias"), a.tensors):
         if tensor is not None or name != "linear_bias":
             checks.tensor(name, tensor)
+            checks.untransformed(name, tensor)
     grad, device = torch.is_grad_enabled(), a.input.device.type
+    if not isinstance(getattr(a, "live_tokens", None), (int, torch.SymInt, type(None))):
+        raise TypeError("live_tokens must be an int of Python in a compiled call, or a symbolic one: pass int(...)")
     autocast = None
     if _has_autocast(device) and torch.is_autocast_enabled(device):
         autocast = str(torch.get_autocast_dtype(device)).removeprefix("torch.")

@@ -125,9 +125,9 @@ def token_loss(
     if O.correction:
         weight = tl.where(sampled, _correction(O, numbers, columns, row, logprob), 1.0)
         loss = _silenced(weight, loss)
-        g = _silenced(weight, g)
-        k = _silenced(weight, k)
-        u = _silenced(weight, u)
+        g = tl.where(g == 0.0, 0.0, _silenced(weight, g))  # what has no slope has none under a NaN, as in autograd
+        k = tl.where(k == 0.0, 0.0, _silenced(weight, k))
+        u = tl.where(u == 0.0, 0.0, _silenced(weight, u))
     if O.kl_coef:
         gap = _log_ratio(tl.load(columns.ref_logprobs + row), logprob)
         gap = tl.where(gap < -LIMIT, -LIMIT, gap)
@@ -187,7 +187,8 @@ def _surrogate(O: tl.constexpr, numbers, columns, row, logprob, signal):
             log_r = tl.zeros_like(logprob)
         else:
             old = tl.load(columns.old_logprobs + row)
-            log_r = _log_ratio(logprob, old)
+            log_r = tl.where(signal == 0.0, 0.0, _log_ratio(logprob, old))
+            old = tl.where(signal == 0.0, logprob, old)
         c = numbers.ratio_shaping
         if O.ratio_shaping is not None and O.ratio_shape == "p/(p+c)":
             lower = tl.exp(logprob) + c
@@ -235,9 +236,12 @@ def srft(O: tl.constexpr, numbers, columns, row, sampled, logprob, entropy, logs
         demo_weight = p
     elif O.demo_weight == "p(1-p)":
         demo_weight = p * (1 - p)
-    demo_weight *= numbers.demo_sft_coef
-    demo_loss = _silenced(-demo_weight, logprob)
-    demo_g = -demo_weight
+    demo_loss = tl.zeros_like(logprob)
+    demo_g = tl.zeros_like(logprob)
+    if O.demo_sft_coef:
+        demo_weight *= numbers.demo_sft_coef
+        demo_loss = _silenced(-demo_weight, logprob)
+        demo_g = -demo_weight
     if O.demo_rl_coef:  # else there may be no advantage
         log_u = logprob
         if columns.demo_logprobs is not None:

@@ -159,3 +159,13 @@ def test_integers_where_booleans_may_stand():
     for kind in (torch.uint8, torch.int64):
         torch.testing.assert_close(sk.sequence_mean(MASK.to(kind), IDS), sk.sequence_mean(MASK, IDS))
         assert torch.equal(switch(mask=MASK.to(kind), rewards=MASK.to(kind)), switch())
+
+
+def test_in_a_graph_and_under_vmap():
+    """Helpers without a gradient are plain PyTorch."""
+    whole = torch.compile(switch, fullgraph=True, backend="aot_eager")
+    assert torch.equal(whole(), switch())
+    torch.testing.assert_close(torch.vmap(sk.token_mean)(MASK), torch.stack([sk.token_mean(row) for row in MASK]))
+    correction, (old, sampler) = sk.Correction("mask"), (-LOSS / 9, -LOSS / 8)
+    torch.testing.assert_close(torch.vmap(correction)(old, sampler), correction(old, sampler))
+    assert not correction(old, sampler.clone().requires_grad_()).requires_grad

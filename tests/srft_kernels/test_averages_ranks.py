@@ -187,3 +187,18 @@ def outside(function: str) -> str:
 def test_a_sharded_weight_outside_of_its_module(ranks, function):
     for message in ranks(outside, function):
         assert "linear_weight is a DTensor" in message and "forward of the module that owns" in message
+
+
+def nan_on_one_rank() -> str:
+    given = {name: column[cut(24)] for name, column in tokens().items()}
+    if dist.get_rank() == 0:
+        given["rewards"] = given["rewards"] * torch.nan
+    try:
+        sk.hpt_switch(**given, token_group=dist.group.WORLD)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_rewards_that_are_nan_on_one_rank_are_told_on_all(ranks):
+    assert all("rewards are NaN at" in found for found in ranks(nan_on_one_rank))

@@ -124,6 +124,7 @@ LOSS = [
     ({"token_weight": torch.ones(6).cfloat()}, TypeError, "token_weight must hold real numbers, found torch.complex64"),
     ({"sequence_ids": torch.ones(6).bool()}, TypeError, "sequence_ids must hold integers, found torch.bool"),
     ({"rewards": Scaled(torch.ones(6))}, TypeError, "rewards is a .*Scaled, a tensor with operations of its own"),
+    ({"is_demo": torch.full((6,), torch.nan)}, ValueError, "is_demo holds NaN, which is neither true nor false"),
     ({"partial_input_grad": 1}, TypeError, "partial_input_grad must be True or False, found 1"),
     ({"partial_input_grad": True}, ValueError, "partial_input_grad=True, but without group= the gradient .* is whole"),
     ({"counted": torch.ones(6)}, ValueError, "an annotation cannot be called counted, which tells the tokens"),
@@ -134,6 +135,9 @@ CROSS_ENTROPY = [
     ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must lie in \[0, 1\], found 1.5"),
     ({"weight": torch.ones(8)}, ValueError, r"weight must hold one number per class, \(9,\), found shape \(8,\)"),
     ({"weight": [1.0] * 9}, TypeError, "weight must be a tensor, found list"),
+    ({"weight": torch.ones(9).cfloat()}, TypeError, "weight must hold real numbers, found torch.complex64"),
+    ({"linear_weight": Y, "target": W}, TypeError, "linear_weight must be .*torch.int64: were it and target exchanged"),
+    ({"linear_weight": torch.nn.UninitializedParameter()}, TypeError, "a parameter of a lazy module, not initialised"),
     ({"weight": torch.ones(9, device=META)}, ValueError, "weight is on meta but input is on cpu: move it there"),
     ({"options": object(), "plan": sk.Plan()}, ValueError, "options and plan were both given: options is ignored"),
 ]  # fmt: skip
@@ -154,6 +158,9 @@ def test_numbers_of_numpy():
     small = sk.Plan(chunk_rows=np.int64(2), block_rows=np.int32(1), gradient_rows=np.int64(4))
     assert small == sk.Plan(chunk_rows=2, block_rows=1, gradient_rows=4) and type(small.chunk_rows) is int
     options = {"vocab_size": np.int64(7), "ignore_index": np.int16(5), "live_tokens": np.int32(6)}
+    objective = sk.SRFT(demo_sft_coef=np.float64(0.5), rollout_coef=np.float32(0.5))
+    sk.linear_loss(X, W, Y, objective, advantages=X[:, 0], is_demo=Y > 2)
+    assert type(objective.rollout_coef) is float
     numbers = {"temperature": np.float32(0.5), "softcap": np.float64(9), "logit_scale": np.float16(2)}
     found = sk.linear_loss(X, W, Y, sk.sft(label_smoothing=np.float64(0.5)), plan=small, **options, **numbers)
     as_python = {name: value.item() for name, value in (options | numbers).items()}

@@ -416,7 +416,7 @@ def test_cost(divergence):
         ({"teacher_logit_scale": 0}, ValueError, "teacher_logit_scale must be a positive number, found 0"),
         ({"teacher_logit_scale": None}, ValueError, "teacher_logit_scale must be a positive number, found None"),
         ({"teacher_temperature": 0.0}, ValueError, "teacher_temperature must be a positive number, found 0.0"),
-        ({"mask": torch.ones(3)}, TypeError, "mask must be boolean, True where .*, found torch.float32"),
+        ({"mask": torch.ones(3)}, TypeError, "mask must be boolean, found torch.float32"),
         ({"mask": torch.ones(2) > 0}, ValueError, r"mask must be shaped like input .* \(3,\), found \(2,\)"),
         ({"token_weight": torch.ones(2)}, ValueError, r"token_weight must be shaped like input .* found \(2,\)"),
         ({"group": object()}, ValueError, r"linear_distillation\(group=...\) is not supported: .* drop group="),

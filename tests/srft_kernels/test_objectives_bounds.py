@@ -159,3 +159,62 @@ def test_integers_are_the_numbers_that_they_are(name, kind, backend):
         for weight, given in ((torch.ones(N).to(kind), whole.to(kind)), (torch.ones(N), whole.float()))
     ]
     assert of_reference[0] == of_reference[1]
+
+
+UNREAD = {  # where a NaN means nothing: the objective, and what of the tokens it stands on
+    "rewards decide": (sk.srft_paper(), {"advantages": math.nan, "is_demo": False}),
+    "no sft term": (sk.luffy(), {"weight_entropy": math.nan, "is_demo": True, "demo_logprobs": -1.0}),
+    "nothing to gain": (sk.grpo(), {"old_logprobs": math.nan, "advantages": 0.0}),
+    "nothing to gain, cispo": (sk.cispo(clip_low=0.2), {"old_logprobs": math.nan, "advantages": 0.0}),
+    "nothing to gain, sapo": (sk.sapo(), {"old_logprobs": math.nan, "advantages": 0.0}),
+    "nothing to gain, shaped": (sk.grpo(ratio_shaping=0.1), {"old_logprobs": math.nan, "advantages": 0.0}),
+    "nothing to gain, luffy": (sk.luffy(), {"old_logprobs": math.nan, "advantages": 0.0, "is_demo": False}),
+}
+EVERY_PLAN = [("torch", None, None), ("torch", 2, None), ("torch", None, False), ("triton", None, None),
+              ("triton", None, False), ("triton", 2, False)]  # fmt: skip
+
+
+def everywhere(objective, token: dict) -> list[tuple[Tensor, ...]]:
+    """(loss, dx, dW) under every plan and by the reference, where token 2 has those annotations."""
+    like = torch.full((N,), -math.log(V))
+    columns = {"advantages": torch.linspace(-1, 1, N), "rewards": torch.arange(N) % 2.0, "is_demo": torch.arange(N) > 3}
+    columns |= {n: like.clone() for n in ("old_logprobs", "demo_logprobs", "weight_entropy", "sampler_logprobs")}
+    for name, value in token.items():
+        columns[name][2] = value
+    columns = {name: c for name, c in columns.items() if name in objective.requires(()) or name in token}
+    found = []
+    for backend, passes, compact in [*EVERY_PLAN, ("reference", None, None)]:
+        x, w = torch.zeros(N, H, requires_grad=True), (torch.arange(V * H) % 7 - 3.0).view(V, H).requires_grad_()
+        given = {"token_weight": torch.ones(N), **columns}
+        if backend == "reference":
+            out = sk.reference.linear_loss(x, w, torch.arange(N), objective, **given)
+        else:
+            plan = sk.Plan(backend=backend, passes=passes, compact=compact)
+            out = sk.linear_loss(x, w, torch.arange(N), objective, plan=plan, **given)
+        found.append((out.loss.detach(), *torch.autograd.grad(out.loss, (x, w))))
+    return found
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_nan_where_nothing_reads_it(name):
+    found = everywhere(*UNREAD[name])
+    for loss, dx, dw in found:
+        assert loss.isfinite() and dx.isfinite().all() and dw.isfinite().all()
+        torch.testing.assert_close(dx, found[-1][1])
+
+
+@pytest.mark.parametrize(
+    ("objective", "token"),
+    [
+        (sk.grpo(correction=sk.Correction()), {"sampler_logprobs": math.nan, "advantages": 1.0, "old_logprobs": -9.0}),
+        (sk.SRFT(negative_coef=0.0), {"advantages": math.nan, "is_demo": False}),
+        (sk.srft_paper(negative_coef=0.0), {"rewards": math.nan, "is_demo": False}),
+        (sk.reinforce(), {"advantages": math.nan}),
+        (sk.grpo(), {"old_logprobs": math.nan, "advantages": -1.0}),
+    ],
+)
+def test_nan_has_the_same_consequences_under_every_plan(objective, token):
+    found = everywhere(objective, token)
+    assert all(loss.isnan() for loss, _, _ in found)
+    places = [dx.isnan().any(1).tolist() for _, dx, _ in found]
+    assert all(place == places[-1] for place in places), places

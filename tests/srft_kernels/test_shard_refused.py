@@ -139,6 +139,20 @@ def test_mistakes_are_told_on_every_rank(ranks, change, message):
         assert re.search(message, found), found
 
 
+def padding_alone() -> bool:
+    """A rank that has nothing but padding, of as many rows as the vocabulary has, is no whole head."""
+    rank, generator = dist.get_rank(), torch.Generator().manual_seed(0)
+    x, w, y = torch.randn(5, 8, generator=generator), torch.randn(30, 8, generator=generator), torch.arange(5)
+    mine = torch.cat([w, torch.zeros(2, 8)]) if rank == 0 else torch.full((32, 8), 7.0 + rank)
+    mine[-1, 0] = rank
+    loss = sk.linear_cross_entropy(x, mine, y, group=dist.group.WORLD, vocab_size=30)
+    return abs(float(loss - sk.linear_cross_entropy(x, w, y))) < 1e-5
+
+
+def test_a_rank_of_padding_alone(ranks):
+    assert all(ranks(padding_alone))
+
+
 def of_some_tokens(ignored: bool) -> str:
     """Loss or message where hidden states and token weights of the first tokens are other ones on each rank."""
     p, rank = part(problem("random", ignored=0)), dist.get_rank()

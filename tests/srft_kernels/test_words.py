@@ -14,16 +14,17 @@ from srft_kernels.objectives.objective import ANNOTATIONS
 
 X, W, Y = torch.randn(4, 3), torch.randn(7, 3), torch.arange(4)
 OURS = {
-    *(name for function in (sk.linear_loss, sk.linear_cross_entropy, sk.linear_distillation, sk.constant_length)
+    *(name for function in (sk.linear_loss, sk.linear_cross_entropy, sk.linear_distillation, sk.constant_length,
+                            sk.hpt_switch)
       for name in inspect.signature(function).parameters),
-    *(field.name for cls in (sk.CrossEntropy, sk.SRFT, sk.Correction, sk.Plan) for field in fields(cls)),
+    *(field.name for cls in (sk.CrossEntropy, sk.SRFT, sk.Correction, sk.Plan, sk.Filter) for field in fields(cls)),
     *ANNOTATIONS,
 }  # fmt: skip
 
 
 def test_every_word_of_ours_exists():
     assert set(words.WORDS) <= OURS
-    assert not OURS & set(words.ADVICE) - {"mask"}
+    assert OURS & set(words.ADVICE) == {"mask", "ignore_index"}  # of functions that have them not
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,15 @@ def test_every_word_of_ours_exists():
         (lambda: sk.Correction(cap=2.0), r"Correction has no option cap: here it is high"),
         (lambda: sk.Plan(chunk_size=64), r"Plan has no option chunk_size: here it is chunk_rows"),
         (lambda: sk.Extras(topk=4), r"Extras has no option topk: did you mean top_k\?"),
+        (lambda: sk.constant_length(Y > 0, Y, max_completion_length=3), r"max_completion_length: here it is length"),
+        (lambda: sk.sequence_mean(Y > 0, Y, batch_size=3), r"sequence_mean\(\) has no option batch_size: here"),
+        (lambda: sk.hpt_switch(Y > 0, Y, Y, Y, gamma=0.5), r"hpt_switch\(\) has no option gamma: here it is threshold"),
+        (lambda: sk.Plan.choose(4, 3, 7, chunk_size=3), r"choose\(\) has no option chunk_size"),
+        (lambda: sk.linear_loss(hidden_states=X, weight=W, labels=Y, objective=sk.sft()),
+         r"linear_loss\(\) has no option hidden_states: here it is input"),
+        (lambda: sk.linear_distillation(X, W, X, W, ignore_index=-100), r"pass mask=target != ignore_index"),
+        (lambda: sk.SRFTLoss(epsilon=0.1), r"SRFTLoss\(\) has no option epsilon"),
+        (lambda: sk.SRFTLoss(bias=None), r"SRFTLoss\(\) has no option bias: here it is linear_bias"),
         (lambda: sk.grpo(nonsense=1), r"PolicyGradient has no option nonsense$"),
         (lambda: sk.linear_cross_entropy(X, W, Y, bias=None), r"linear_cross_entropy\(\) has no option bias: here it"),
         (lambda: sk.linear_cross_entropy(X, W, Y, ce_weight=None), r"no option ce_weight: here it is weight"),
