@@ -110,6 +110,9 @@ class LossConfig(Section):
 @dataclass
 class TrainConfig(Section):
     steps: int = option(24, "optimizer steps are steps × updates_per_rollout; 0: only evaluate", low=0)
+    epochs: float = option(
+        0.0, "instead of train.steps: so many times over the training prompts; 0: train.steps", low=0
+    )
     prompts_per_step: int = option(24, "prompts sampled in each step", low=1)
     updates_per_rollout: int = option(1, "optimizer steps on the same rollouts", low=1)
     lr: float = option(5e-5, "learning rate after warm-up", low=0)
@@ -127,7 +130,7 @@ class TrainConfig(Section):
 
 @dataclass
 class EvalConfig(Section):
-    prompts: int = option(64, "held-out prompts", low=1)
+    prompts: int = option(64, "held-out prompts; 0: no evaluation", low=0)
     samples: int = option(4, "completions of each (k)", low=1)
     temperature: float = option(1.0, "sampling temperature; 0: greedy", low=0)
     top_p: float = option(1.0, "nucleus sampling", above=0, high=1)

@@ -1,6 +1,7 @@
-"""Evaluation on held-out prompts: avg@k and pass@k, over all prompts and per task.
+"""Evaluation on held-out prompts: avg@k and pass@k over all prompts and per task, and the loss of their demonstrations.
 
-The prompts and the sampling seed are fixed, so that two models are compared on the same questions.
+The prompts and the sampling seed are fixed, so that two models are compared on the same questions. Where nothing can
+verify an answer, as in most chats, the loss of the demonstrations is the evaluation, and nothing is generated.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from typing import Any
 from srft.config import Config, EvalConfig
 from srft.data import Example, Prompter, build_prompter, load_examples
 from srft.errors import UserError
+from srft.likelihood import demonstration_loss
 from srft.metrics import mean
 from srft.model import EMBEDDED, load_model
 from srft.rewards import Scorer, build_reward, check_answers
@@ -35,10 +37,20 @@ class Scores:
 
 @dataclass(frozen=True)
 class Evaluation(Scores):
-    samples: int  # k
+    samples: int  # k; 0: nothing was generated
     seed: int
+    loss: float = math.nan  # mean −log p of the demonstrations' tokens; NaN: there are none
+    loss_tokens: int = 0
     tasks: dict[str, Scores] = field(default_factory=dict)
     generations: list[dict[str, Any]] = field(default_factory=list)  # one per prompt, its k completions with rewards
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    def comparable(self, other: "Evaluation") -> bool:
+        """Were both measured on the same prompts in the same way?"""
+        return all(getattr(self, n) == getattr(other, n) for n in ("prompts", "samples", "seed", "loss_tokens"))
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -62,12 +74,22 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
 
 def evaluate(
-    engine: Engine, examples: list[Example], prompter: Prompter, scorer: Scorer, config: EvalConfig, max_new_tokens: int
+    engine: Engine,
+    examples: list[Example],
+    prompter: Prompter,
+    scorer: Scorer | None,
+    config: EvalConfig,
+    max_new_tokens: int,
+    loss: tuple[float, int] = (math.nan, 0),
 ) -> Evaluation:
-    """Sample `config.samples` completions of every example and score them.
+    """Sample `config.samples` completions of every example and score them; without a scorer there is the loss alone.
 
-    Raises UserError when nothing was scored: there is no number to give then.
+    loss: what likelihood.py says of their demonstrations. Raises UserError when nothing was scored: there is no number
+    to give then.
     """
+    if scorer is None:
+        none = Scores(len(examples), math.nan, {}, math.nan, math.nan)
+        return Evaluation(**vars(none), samples=0, seed=config.seed, loss=loss[0], loss_tokens=loss[1])
     groups = engine.generate(
         [prompter.encode_prompt(example) for example in examples],
         config.samples,
@@ -102,8 +124,21 @@ def evaluate(
             "scored (every reward is None); give the data what the reward compares with, or take another reward"
         )
     return Evaluation(
-        **vars(overall), samples=config.samples, seed=config.seed, tasks=per_task, generations=generations
-    )
+        **vars(overall), samples=config.samples, seed=config.seed, loss=loss[0], loss_tokens=loss[1], tasks=per_task,
+        generations=generations,
+    )  # fmt: skip
+
+
+def scorer_for(scorer: Scorer, config: Config, held_out: list[Example]) -> Scorer | None:
+    """None where the reward compares with answers, no held-out example has one, and demonstrations have a loss.
+
+    Raises UserError where there is nothing to measure by.
+    """
+    answers = any(each.answer is not None for each in held_out)
+    if scorer.needs_answer and not answers and any(each.demonstration is not None for each in held_out):
+        return None
+    check_answers(scorer, config.data, held_out)
+    return scorer
 
 
 def _scores(generations: list[dict[str, Any]], samples: int) -> Scores:
@@ -125,7 +160,17 @@ def _scores(generations: list[dict[str, Any]], samples: int) -> Scores:
 
 
 def table(evaluation: Evaluation) -> str:
-    """The scores as lines of text, one per task and one for all."""
+    """The scores as lines of text, one per task and one for all, and the loss of the demonstrations."""
+    lines = [] if math.isnan(evaluation.reward) else score_lines(evaluation)
+    if evaluation.loss_tokens:
+        lines.append(
+            f"demonstrations: loss {evaluation.loss:.3f} nats per token, perplexity {evaluation.perplexity:.2f} "
+            f"({evaluation.loss_tokens} tokens)"
+        )
+    return "\n".join(lines)
+
+
+def score_lines(evaluation: Evaluation) -> list[str]:
     levels = list(evaluation.pass_at)
     header = ["task", "prompts", f"avg@{evaluation.samples}", *(f"pass@{k}" for k in levels), "finished", "tokens"]
     rows = [header]
@@ -135,10 +180,10 @@ def table(evaluation: Evaluation) -> str:
         numbers = [scores.reward, *scores.pass_at.values(), scores.finished]
         rows.append([name, str(scores.prompts), *(f"{n:.3f}" for n in numbers), f"{scores.tokens:.1f}"])
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    return "\n".join(
+    return [
         "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
         for row in rows
-    )
+    ]
 
 
 def main_eval(config: Config, checkpoint: str | None = None) -> Evaluation:
@@ -148,15 +193,15 @@ def main_eval(config: Config, checkpoint: str | None = None) -> Evaluation:
         # A slip of the pen in a path; asked for it, a hub's client would retry for half a minute.
         advice = f"give one; a model of a hub is --model.path {checkpoint}"
         raise UserError(f"--checkpoint {checkpoint!r}: there is no such directory; {advice}")
-    examples = load_examples(config.data, "eval", config.eval.prompts)
+    examples = load_examples(config.data, "eval", config.eval.prompts) if config.eval.prompts else []
     if not examples:
         raise UserError("eval.prompts: there is no held-out prompt to evaluate on")
-    scorer = build_reward(config.reward, config.data)
-    check_answers(scorer, config.data, examples)
+    scorer = scorer_for(build_reward(config.reward, config.data), config, examples)
     loaded = load_model(model, "--checkpoint" if checkpoint else "model.path")
     prompter = build_prompter(loaded.tokenizer, config.data)
     engine = build_engine(config.rollout.engine, loaded)
-    evaluation = evaluate(engine, examples, prompter, scorer, config.eval, config.rollout.max_new_tokens)
+    loss = demonstration_loss(loaded, [prompter.problem(each) for each in examples], config.train.token_budget)
+    evaluation = evaluate(engine, examples, prompter, scorer, config.eval, config.rollout.max_new_tokens, loss)
     print(table(evaluation))
     scores = {name: value for name, value in evaluation.as_dict().items() if name != "generations"}
     print(json.dumps(finite({"model": model.path, **scores})))

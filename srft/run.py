@@ -1,47 +1,72 @@
 """One run, `srft train`: evaluate, train, evaluate again, write the report, and lose nothing that was written."""
 
 import dataclasses
+import json
+import math
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from srft import checkpoint, report
+from srft import checkpoint, report, resume
 from srft.config import Config
 from srft.data import Example, build_prompter, load_examples
 from srft.errors import UserError
-from srft.evaluate import Evaluation, evaluate, table
+from srft.evaluate import Evaluation, evaluate, scorer_for, table
+from srft.learn import fit
 from srft.learn.objective import build_objective
+from srft.likelihood import demonstration_loss
 from srft.model import LoadedModel, load_model
 from srft.ranks import Ranks, broadcast
 from srft.rewards import build_reward, check_answers
 from srft.rundir import RunLog, create_run_dir, rewind_run_dir
-from srft.settings import to_toml
+from srft.settings import load, to_toml
 from srft.trainer import Trainer
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run came to. `before` and `after` are the same prompts and seed, one evaluation where no step was due."""
+    """What a run came to. `before` and `after` are one evaluation where no step was due, None with eval.prompts 0."""
 
     directory: Path
-    before: Evaluation
-    after: Evaluation
+    before: Evaluation | None
+    after: Evaluation | None
     seconds: float
     report: Path
 
     def __str__(self) -> str:
-        before, after, minutes = self.before, self.after, int(self.seconds) // 60
-        reward, gain = f"{after.reward:.3f}", ""
-        if before is not after:
-            reward, gain = f"{before.reward:.3f} → {reward}", f"{100 * (after.reward - before.reward):+.1f} points; "
-        return (
-            f"held-out reward {reward} ({gain}{after.prompts} prompts × "
-            f"{after.samples} samples, seed {after.seed}) · {minutes} min {int(self.seconds) % 60} s · {self.report}"
-        )
+        took = f"{int(self.seconds) // 60} min {int(self.seconds) % 60} s · {self.report}"
+        return " · ".join([*self.measured(), took])
+
+    def measured(self) -> list[str]:
+        """What was measured, from what it was before where that was on the same prompts."""
+        after, before = self.after, self.before
+        if after is None:
+            return ["not evaluated (eval.prompts 0)"]
+        if before is after or not before.comparable(after):
+            before = None
+        found = []
+        if not math.isnan(after.reward):
+            reward, gain = f"{after.reward:.3f}", ""
+            if before:
+                reward, gain = (
+                    f"{before.reward:.3f} → {reward}",
+                    f"{100 * (after.reward - before.reward):+.1f} points; ",
+                )
+            found.append(
+                f"held-out reward {reward} ({gain}{after.prompts} prompts × {after.samples} samples, seed {after.seed})"
+            )
+        elif after.loss_tokens:
+            losses = [f"{each.loss:.3f}" for each in (before, after) if each]
+            perplexities = [f"{each.perplexity:.2f}" for each in (before, after) if each]
+            found.append(
+                f"held-out loss {' → '.join(losses)} (perplexity {' → '.join(perplexities)}; {after.prompts} prompts)"
+            )
+        return found
 
 
 def run(config: Config, ranks: Ranks | None = None, resumed: Path | None = None) -> RunResult:
@@ -55,11 +80,13 @@ def run(config: Config, ranks: Ranks | None = None, resumed: Path | None = None)
     ranks = ranks or Ranks()
     ranks.check(config.model)
     done = checkpoint.step_of(resumed) if resumed else 0
-    if done > config.train.steps:
-        raise UserError(f"--resume {resumed}: {done} steps are done; train.steps {config.train.steps} is fewer")
-    trainer, held_out = prepared(config, ranks, resumed)
-    loaded = trainer.loaded
+    job = prepared(config, ranks, resumed, done)
+    trainer, loaded, config = job.trainer, job.trainer.loaded, job.trainer.config
+    held_out, scorer = job.held_out, trainer.scorer if job.verified else None
+    problems = [trainer.prompter.problem(each) for each in held_out]
     directory = opened(config, ranks, resumed, done)
+    if ranks.main:
+        (directory / resume.DATA).write_text(json.dumps(job.data, indent=1), encoding="utf-8")
     log = RunLog(directory, config.run.tensorboard, done=done, silent=not ranks.main)
     on = f"{ranks.size} × {loaded.device}" if ranks.size > 1 else loaded.device
     print(f"{parameters(loaded)} on {on}; {f'going on after step {done} in' if resumed else 'writing to'} {directory}")
@@ -70,14 +97,17 @@ def run(config: Config, ranks: Ranks | None = None, resumed: Path | None = None)
     def measure(step: int) -> None:
         """Evaluate where that is due after `step`, and was not done before the run was resumed."""
         every = config.eval.every
-        if step in evaluations or not (step in (0, config.train.steps) or (every and step % every == 0)):
+        due = step in (0, config.train.steps) or (every and step % every == 0)
+        if not held_out or step in evaluations or not due:
             return
         if step == 0:
-            prompts = f"{len(held_out)} held-out prompts × {config.eval.samples} samples"
-            print(f"evaluating {prompts} …", flush=True)
-        trainer.refresh_engine()
+            samples = f" × {config.eval.samples} samples" if scorer else ""
+            print(f"evaluating {len(held_out)} held-out prompts{samples} …", flush=True)
+        if scorer:
+            trainer.refresh_engine()
+        loss = demonstration_loss(loaded, problems, config.train.token_budget, ranks)
         result = evaluate(
-            trainer.engine, held_out, trainer.prompter, trainer.scorer, config.eval, config.rollout.max_new_tokens
+            trainer.engine, held_out, trainer.prompter, scorer, config.eval, config.rollout.max_new_tokens, loss
         )
         evaluations[step] = result
         log.evaluation(step, result)
@@ -105,24 +135,49 @@ def run(config: Config, ranks: Ranks | None = None, resumed: Path | None = None)
         raise
     finally:
         log.close()
-    before, after = evaluations[min(evaluations)], evaluations[config.train.steps]
+    before, after = (evaluations[min(evaluations)], evaluations[config.train.steps]) if evaluations else (None, None)
     result = RunResult(directory, before, after, time.perf_counter() - started, page)
     print(result)
     return result
 
 
-def prepared(config: Config, ranks: Ranks, resumed: Path | None) -> tuple[Trainer, list[Example]]:
-    """The trainer, as it was when `resumed` was saved, and the held-out examples.
+class Job(NamedTuple):
+    """What a run works with.
+
+    trainer    its config says how many steps
+    held_out   examples to measure on
+    verified   whether their completions can be scored; else the loss of their demonstrations is all there is
+    data       what tells the examples from others (resume.py)
+    """
+
+    trainer: Trainer
+    held_out: list[Example]
+    verified: bool
+    data: dict[str, Any]
+
+
+def prepared(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> Job:
+    """The trainer as it was when `resumed` was saved, and what else a run needs.
 
     Raises UserError for all that is wrong with the settings: what can be known without the model before it is loaded.
     """
+    if resumed:
+        resume.check_settings(load(str(resumed.parent / "config.toml")), config)
     report.require_packages()  # a run of hours must not fail on its last page
     objective = build_objective(config.loss)
     scorer = build_reward(config.reward, config.data)
-    needed = config.train.steps * config.train.prompts_per_step
-    examples = load_examples(config.data, "train", config.data.size)[:needed]
-    held_out = load_examples(config.data, "eval", config.eval.prompts)
-    check_answers(scorer, config.data, held_out, examples if "rollouts" in objective.learns_from else [])
+    examples = load_examples(config.data, "train", config.data.size)
+    config = with_steps(config, len(examples))
+    if done > config.train.steps:
+        raise UserError(f"--resume {resumed}: {done} steps are done; train.steps {config.train.steps} is fewer")
+    held_out = load_examples(config.data, "eval", config.eval.prompts) if config.eval.prompts else []
+    verified = scorer_for(scorer, config, held_out) is not None
+    if "rollouts" in objective.learns_from:
+        check_answers(scorer, config.data, [], examples)
+    fit.check(objective, config, examples if config.train.steps else [])
+    data = resume.fingerprint(examples, held_out)
+    if resumed:
+        resume.check_data(resumed.parent, data)
     loaded = load_model(dataclasses.replace(config.model, path=str(resumed)) if resumed else config.model)
     prompter = build_prompter(loaded.tokenizer, config.data)
     trainer = Trainer(config, loaded, prompter, ranks.scorer(scorer), examples, objective, ranks=ranks)
@@ -130,7 +185,15 @@ def prepared(config: Config, ranks: Ranks, resumed: Path | None) -> tuple[Traine
         checkpoint.read_state(trainer.optimizer.state(), resumed / checkpoint.STATE, ranks)
         trainer.optimizer.write_back()
         trainer.stale = True
-    return trainer, held_out
+    return Job(trainer, held_out, verified, data)
+
+
+def with_steps(config: Config, examples: int) -> Config:
+    """train.epochs as train.steps, the last step filled up from the next epoch."""
+    if not config.train.epochs:
+        return config
+    steps = math.ceil(config.train.epochs * examples / config.train.prompts_per_step)
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
 
 
 def opened(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> Path:

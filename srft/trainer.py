@@ -79,10 +79,26 @@ class Trainer:
         self.ranks.shard(loaded)  # after the trial, which may fail within a forward, and before the optimizer
         self.optimizer = Optimizer(loaded.model, config.train)
         # Encoding everything now finds a prompt that is too long before any time is spent.
-        self.problems = [prompter.problem(example, self.learns_from_demos) for example in examples]
-        if not self.learns_from_rollouts and examples and not any(p.demonstration for p in self.problems):
+        self.problems = self._encoded(examples, config.train.steps * config.train.prompts_per_step)
+        if not self.learns_from_rollouts and self.problems and not any(p.demonstration for p in self.problems):
             raise UserError(f"loss.preset {config.loss.preset!r} learns from demonstrations, but no example has one")
         self._check_lengths()
+
+    def _encoded(self, examples: list[Example], count: int) -> list[Problem]:
+        """The prompts of all steps, one step after the other: every example once, then all again in another order.
+
+        The order follows from train.seed and the data alone: a run of more steps begins as one of fewer.
+        """
+        drawn: list[Problem] = []
+        known: dict[int, Problem] = {}
+        size = len(examples)
+        for epoch in range(-(-count // size) if size else 0):
+            order = random.Random(f"{self.config.train.seed}/{epoch}").sample(range(size), size)
+            for index in order[: count - len(drawn)]:
+                if index not in known:
+                    known[index] = self.prompter.problem(examples[index], self.learns_from_demos)
+                drawn.append(known[index])
+        return drawn
 
     def _check_lengths(self) -> None:
         """A sequence cannot be cut: the longest that may come must fit the budget and the model's positions."""
@@ -133,15 +149,9 @@ class Trainer:
         return {"step": number, **metrics}, self._samples(groups, advantages, number)
 
     def _draw(self, number: int) -> list[Problem]:
-        """The prompts of a step: every one once, then all of them again in another order."""
-        count, size = self.config.train.prompts_per_step, len(self.problems)
-        drawn = []
-        for position in range((number - 1) * count, number * count):
-            epoch, index = divmod(position, size)
-            if not drawn or not index:
-                order = random.Random(f"{self.config.train.seed}/{epoch}").sample(range(size), size)
-            drawn.append(self.problems[order[index]])
-        return drawn
+        """The prompts of a step."""
+        count = self.config.train.prompts_per_step
+        return self.problems[(number - 1) * count : number * count]
 
     def _roll_out(self, problems: list[Problem], number: int) -> list[list[Rollout]]:
         """Of each prompt; none where the objective learns from none."""

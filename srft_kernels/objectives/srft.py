@@ -62,8 +62,6 @@ class SRFT(PolicyGradient, twin="srft_kernels.rows.triton_objectives:srft"):
     rollout_signal: str = "sign"
     positive: str = "advantage"
 
-    learns_from = ("demonstrations", "rollouts")
-
     def __post_init__(self):
         super().__post_init__()
         checks.one_of(
@@ -79,6 +77,14 @@ class SRFT(PolicyGradient, twin="srft_kernels.rows.triton_objectives:srft"):
         check_shape(self, "demo")
         if None not in (self.demo_min, self.demo_max) and not self.demo_min <= self.demo_max:
             raise ValueError(f"SRFT(demo_min={self.demo_min}, demo_max={self.demo_max}): expected demo_min ≤ demo_max")
+
+    @property
+    def learns_from(self) -> tuple[str, ...]:
+        coefs = {
+            "demonstrations": (self.demo_sft_coef, self.demo_rl_coef, self.entropy_coef),
+            "rollouts": (self.rollout_coef, self.negative_coef, self.entropy_coef, self.kl_coef),
+        }
+        return tuple(kind for kind, those in coefs.items() if any(those))
 
     @property
     def reads_entropy(self) -> bool:

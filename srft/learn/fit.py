@@ -1,0 +1,44 @@
+"""Do objective, data and settings fit? Asked before the model is loaded: else a run would go on, and to nothing."""
+
+import sys
+from collections.abc import Sequence
+
+from srft.config import Config
+from srft.data import Example
+from srft.errors import UserError
+from srft_kernels.objectives import Objective
+
+
+def check(objective: Objective, config: Config, examples: Sequence[Example]) -> None:
+    """Raise UserError for a job that cannot learn what it is meant to; warn where only part of the data can."""
+    if not examples:
+        return
+    check_demonstrations(objective, config, examples)
+    if "rollouts" not in objective.learns_from:
+        return
+    rollout, who = config.rollout, f"loss.preset {config.loss.preset!r}"
+    if rollout.top_p < 1:
+        raise UserError(
+            f"rollout.top_p {rollout.top_p}: {who} needs the log-probs that rollouts were sampled "
+            "with, and its own are over the whole vocabulary: take rollout.top_p 1 (eval.top_p may be anything)"
+        )
+    if rollout.per_prompt == 1 and "demonstrations" not in objective.learns_from:  # else the group has one too
+        raise UserError(
+            f"rollout.per_prompt 1: {who} compares the rollouts of a prompt with each other, and one "
+            "alone has an advantage of 0, so that nothing would be learned: take 2 at least"
+        )
+
+
+def check_demonstrations(objective: Objective, config: Config, examples: Sequence[Example]) -> None:
+    without = sum(each.demonstration is None for each in examples)
+    if "demonstrations" not in objective.learns_from or not without:
+        return
+    where = config.data.train_file or "data.tasks"
+    learns = f"{where}: loss.preset {config.loss.preset!r} learns from demonstrations"
+    if without == len(examples):
+        found = ", ".join(sorted({name for each in examples for name in each.columns})) or "none"
+        raise UserError(
+            f"{learns}, and none of {len(examples)} examples has one (other columns: {found}); name the column of the "
+            "solutions with data.columns, or take a preset that learns from rollouts alone, such as grpo"
+        )
+    print(f"warning: {learns}, and {without} of {len(examples)} examples have none", file=sys.stderr)

@@ -1,0 +1,69 @@
+"""What a run that goes on may change, and what would make it another run."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from srft.config import Config
+from srft.data import Example
+from srft.errors import UserError
+
+MAY_CHANGE = {
+    "model": {"device", "attention", "gradient_checkpointing", "trust_remote_code"},
+    "rollout": {"batch_size"},
+    "reward": {"timeout", "workers"},
+    "train": {
+        *("steps", "epochs", "lr", "warmup_steps", "schedule", "weight_decay", "max_grad_norm"),
+        *("token_budget", "share_prompts"),
+    },
+    "eval": {field.name for field in dataclasses.fields(Config.__dataclass_fields__["eval"].default_factory)},
+    "run": {field.name for field in dataclasses.fields(Config.__dataclass_fields__["run"].default_factory)},
+}
+DATA = "data.json"  # in a run's directory: which examples it has
+
+
+def check_settings(before: Config, now: Config) -> None:
+    """Raise UserError where a setting of a run differs from what it began with, and may not."""
+    changed = [
+        (f"{section.name}.{field.name}", getattr(getattr(before, section.name), field.name), value)
+        for section in dataclasses.fields(Config)
+        for field in dataclasses.fields(getattr(now, section.name))
+        if (value := getattr(getattr(now, section.name), field.name))
+        != getattr(getattr(before, section.name), field.name)
+        and field.name not in MAY_CHANGE.get(section.name, ())
+    ]
+    if changed:
+        said = "; ".join(f"{key} was {old!r}, is {new!r}" for key, old, new in changed)
+        may = ", ".join(f"{section}.{name}" for section in ("train",) for name in sorted(MAY_CHANGE[section]))
+        raise UserError(
+            f"--resume: that would be another run: {said}. What may change: {may}, eval.*, run.*, and where and how "
+            "fast it runs; a new run starts from a checkpoint with --model.path"
+        )
+
+
+def fingerprint(train: Sequence[Example], held_out: Sequence[Example]) -> dict[str, Any]:
+    """What tells whether data are still those of a run."""
+
+    def of(examples: Sequence[Example]) -> dict[str, Any]:
+        text = json.dumps([dataclasses.asdict(each) for each in examples], default=str, sort_keys=True)
+        return {"examples": len(examples), "sha256": hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()}
+
+    return {"train": of(train), "held_out": of(held_out)}
+
+
+def check_data(directory: Path, now: dict[str, Any]) -> None:
+    """Raise UserError where the training data of a run are no longer those that it began with."""
+    try:
+        before = json.loads((directory / DATA).read_text(encoding="utf-8"))
+    except OSError:  # a run of an older version
+        return
+    if before["train"] != now["train"]:
+        counts = [f"{each['train']['examples']} examples" for each in (before, now)]
+        raise UserError(
+            f"--resume: the training data have changed: the run began with {counts[0]}, now there are {counts[1]}"
+            f"{', others' * (counts[0] == counts[1])}; put back the files as they were, or start a new run from a "
+            "checkpoint with --model.path"
+        )

@@ -1,0 +1,113 @@
+"""A run that goes on is the run that it was: what may change, and what is refused with both values."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from srft.checkpoint import resumable
+from srft.errors import UserError
+from srft.run import run
+from srft.settings import load
+from tests.srft.test_run import lines_of, small_run
+
+
+def rows(path, count: int, first: int = 0):
+    lines = [{"prompt": f"{i} + 1 =", "demonstration": f"#### {i + 1}", "answer": i + 1} for i in range(first, count)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def stopped(tiny_dir, tmp_path):
+    """A run of two steps with a checkpoint to go on from, on a file of its own."""
+    file = rows(tmp_path / "train.jsonl", 24)
+    given = ["--run.checkpoint_every", "1", "--data.train_file", str(file), "--reward.name", "exact"]
+    run(small_run(tiny_dir, tmp_path / "run", *given))
+    return tmp_path / "run"
+
+
+def again(directory, *overrides: str):
+    checkpoint = resumable(str(directory))
+    return run(load(str(directory / "config.toml"), list(overrides)), None, checkpoint)
+
+
+def prompts_of(directory) -> list[str]:
+    return [line["prompt"] for line in lines_of(directory / "samples.jsonl")]
+
+
+def test_more_steps_draw_the_prompts_of_a_straight_run(stopped, tiny_dir, tmp_path):
+    extra = ["--train.steps", "6", "--run.samples_per_step", "2"]
+    again(stopped, *extra)
+    straight = tmp_path / "straight"
+    given = [
+        "--run.checkpoint_every",
+        "1",
+        "--data.train_file",
+        str(tmp_path / "train.jsonl"),
+        "--reward.name",
+        "exact",
+    ]
+    run(small_run(tiny_dir, straight, *given, *extra))
+    assert prompts_of(stopped) == prompts_of(straight)
+    assert len(set(prompts_of(stopped))) == 12  # every prompt once before any comes again
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (["--data.train_file", "other.jsonl"], r"data.train_file was '.*train.jsonl', is 'other.jsonl'"),
+        (["--model.path", "smollm2"], r"model.path was '.*', is 'smollm2'"),
+        (["--loss.preset", "grpo"], r"loss.preset was 'srft_paper', is 'grpo'"),
+        (["--train.seed", "5"], r"train.seed was 0, is 5"),
+        (["--rollout.per_prompt", "3"], r"rollout.per_prompt was 2, is 3"),
+        (["--reward.name", "math_verify"], r"reward.name was 'exact', is 'math_verify'"),
+        (["--data.size", "9", "--train.prompts_per_step", "3"], r"data.size was 0, is 9; train.prompts_per_step was 2"),
+    ],
+)
+def test_what_would_make_it_another_run_is_refused(stopped, override, message, tmp_path):
+    rows(tmp_path / "other.jsonl", 24)
+    before = (stopped / "config.toml").read_text()
+    with pytest.raises(UserError, match=rf"--resume: that would be another run: {message}.*What may change: train.epo"):
+        again(stopped, *override)
+    assert (stopped / "config.toml").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "count, first, message", [(20, 0, "began with 21 examples, now there are 18"), (25, 1, "others")]
+)
+def test_data_that_changed_since_are_refused(stopped, count, first, message):
+    rows(stopped.parent / "train.jsonl", count, first)
+    with pytest.raises(UserError, match=f"--resume: the training data have changed: .*{message}"):
+        again(stopped, "--train.steps", "3")
+
+
+def test_what_may_change(stopped):
+    changed = {"train.lr": "1e-6", "train.steps": "3", "eval.samples": "1", "train.token_budget": "512"}
+    result = again(stopped, *[word for key, value in changed.items() for word in (f"--{key}", value)])
+    assert [line["step"] for line in lines_of(stopped / "metrics.jsonl")] == [1, 2, 3]
+    assert "→" not in str(result)  # the first evaluation had two samples of each prompt
+
+
+def test_epochs_are_steps(tiny_dir, tmp_path):
+    file = rows(tmp_path / "train.jsonl", 24)
+    given = [
+        "--data.train_file",
+        str(file),
+        "--reward.name",
+        "exact",
+        "--train.prompts_per_step",
+        "6",
+        "--eval.prompts",
+        "0",
+    ]
+    run(small_run(tiny_dir, tmp_path / "run", *given, "--train.epochs", "1.2"))
+    assert [line["step"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]  # 21 prompts, 25.2
+    assert "steps = 5 " in (tmp_path / "run" / "config.toml").read_text()
