@@ -65,10 +65,10 @@ class DataConfig(Section):
         {"chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}},
         "per task, the arguments of its generator",
     )
-    train_file: str | list[str] | None = option(
+    train_file: str | list[str] | None = option(  # noqa: RUF009
         None, "a file, several, a directory, a glob, or a dataset of a hub: owner/name:configuration@split"
     )
-    eval_file: str | list[str] | None = option(
+    eval_file: str | list[str] | None = option(  # noqa: RUF009
         None, "the same for evaluation; without it an eighth of train_file is held out"
     )
     columns: dict[str, Any] = option(  # noqa: RUF009

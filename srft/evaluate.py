@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from srft.config import Config, EvalConfig
-from srft.data import Example, Prompter, build_prompter, load_examples
+from srft.data import Example, Prompter, build_prompter, fit, load_examples
 from srft.errors import UserError
 from srft.metrics import mean
 from srft.model import EMBEDDED, load_model
@@ -155,6 +155,7 @@ def main_eval(config: Config, checkpoint: str | None = None) -> Evaluation:
     check_answers(scorer, config.data, examples)
     loaded = load_model(model, "--checkpoint" if checkpoint else "model.path")
     prompter = build_prompter(loaded.tokenizer, config.data)
+    examples = [each.example for each in fit(prompter, examples)]
     engine = build_engine(config.rollout.engine, loaded)
     evaluation = evaluate(engine, examples, prompter, scorer, config.eval, config.rollout.max_new_tokens)
     print(table(evaluation))

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from srft import checkpoint, report
 from srft.config import Config
-from srft.data import Example, build_prompter, load_examples
+from srft.data import Example, build_prompter, fit, load_examples
 from srft.errors import UserError
 from srft.evaluate import Evaluation, evaluate, table
 from srft.learn.objective import build_objective
@@ -125,6 +125,7 @@ def prepared(config: Config, ranks: Ranks, resumed: Path | None) -> tuple[Traine
     check_answers(scorer, config.data, held_out, examples if "rollouts" in objective.learns_from else [])
     loaded = load_model(dataclasses.replace(config.model, path=str(resumed)) if resumed else config.model)
     prompter = build_prompter(loaded.tokenizer, config.data)
+    held_out = [each.example for each in fit(prompter, held_out)]
     trainer = Trainer(config, loaded, prompter, ranks.scorer(scorer), examples, objective, ranks=ranks)
     if resumed:
         checkpoint.read_state(trainer.optimizer.state(), resumed / checkpoint.STATE, ranks)

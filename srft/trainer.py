@@ -36,7 +36,7 @@ from torch import Tensor
 
 import srft_kernels as sk
 from srft.config import Config
-from srft.data import Example, Problem, Prompter
+from srft.data import Example, Problem, Prompter, fit
 from srft.errors import UserError
 from srft.learn.credit import Group, advantages_of, reward_metrics, sequences_of, switched
 from srft.learn.objective import build_objective
@@ -79,29 +79,12 @@ class Trainer:
         self.ranks.shard(loaded)  # after the trial, which may fail within a forward, and before the optimizer
         self.optimizer = Optimizer(loaded.model, config.train)
         # Encoding everything now finds a prompt that is too long before any time is spent.
-        self.problems = [prompter.problem(example, self.learns_from_demos) for example in examples]
+        positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        limits = {"train.token_budget": config.train.token_budget, "the model's max_position_embeddings": positions}
+        generated = config.rollout.max_new_tokens if self.learns_from_rollouts else 0
+        self.problems = fit(prompter, examples, self.learns_from_demos, limits, generated)
         if not self.learns_from_rollouts and examples and not any(p.demonstration for p in self.problems):
             raise UserError(f"loss.preset {config.loss.preset!r} learns from demonstrations, but no example has one")
-        self._check_lengths()
-
-    def _check_lengths(self) -> None:
-        """A sequence cannot be cut: the longest that may come must fit the budget and the model's positions."""
-        generated = self.config.rollout.max_new_tokens if self.learns_from_rollouts else 0
-        lengths = [(len(p.prompt), max(generated, len(p.demonstration or ())), p.example) for p in self.problems]
-        lengths = [each for each in lengths if each[1]]  # nothing follows a prompt that is not learned from
-        if not lengths:
-            return
-        prompt, completion, example = max(lengths, key=lambda each: each[0] + each[1])
-        what = "rollout.max_new_tokens" if completion == generated else "its demonstration"
-        found = f"{prompt + completion} tokens (prompt {prompt} + {what} {completion})"
-        positions = getattr(self.loaded.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-        for limit, name, advice in [
-            (self.config.train.token_budget, "train.token_budget is", "raise it or shorten"),
-            (positions, "the model's max_position_embeddings is", "shorten"),
-        ]:
-            if prompt + completion > limit:
-                where = example.source or example.task
-                raise UserError(f"{where}: {found}, but {name} {limit}; {advice} {what} or the prompt")
 
     def step(self, number: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Step `number`, from 1. Returns the line for metrics.jsonl and some generations."""

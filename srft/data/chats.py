@@ -20,7 +20,8 @@ def to_chat(value: Any, where: str, role: str = "user", padded: bool = False) ->
     where: "file:line: column", with which messages start.   padded: nulls inside of turns stand for what is not there.
     """
     if isinstance(value, str) and value.lstrip().startswith("[{"):  # a chat in a cell of a table
-        value = parsed(value) or value
+        chat = parsed(value)
+        value = chat if chat and any(key in chat[0] for key in ("role", "from")) else value
     if isinstance(value, str) and value.strip():
         return [{"role": role, "content": value}]
     if isinstance(value, dict) and ("role" in value or "from" in value):

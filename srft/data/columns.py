@@ -1,14 +1,15 @@
 """Which columns of a row are its prompt, its demonstration and its answer, and the examples that the row makes.
 
 `ALIASES` says by which names they are known, in any case of letters. Names of one group are alike, and a row that has
-two of them is refused; an earlier group comes before a later one. `data.columns` overrules: {demonstration = "solution"}.
+two of them is refused; an earlier group comes before a later one. `data.columns` overrules all of it:
+{demonstration = "solution"}.
 """
 
 import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from srft.data.chats import is_more_than_text, text_of, to_chat, to_tools
+from srft.data.chats import ROLES, is_more_than_text, text_of, to_chat, to_tools
 from srft.data.examples import RESERVED, Example, Turn
 from srft.data.rows import Row
 from srft.errors import UserError, nearest
@@ -30,6 +31,12 @@ ALIASES: dict[str, list[tuple[str, ...]]] = {
 OWN = ("prompt", "messages", "demonstration", "answer")  # reward functions get these in their own form, or not at all
 VERDICTS = ("correctness_math_verify", "correctness_llama")  # OpenR1's, one for each of its generations
 MARK = "####"  # GSM8K's: a worked solution, the mark, the answer
+
+
+def known_names() -> str:
+    """ALIASES as a table: > before what comes after, | between what is alike."""
+    lines = [f"  {name:<15}{' > '.join(' | '.join(group) for group in groups)}" for name, groups in ALIASES.items()]
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -63,15 +70,13 @@ class Columns:
                     f'rename it, or leave it out: data.columns = {{{name} = ""}}'
                 )
         found: dict[str, str] = {}
-        for name in ALIASES:
-            if name == "prompt" and "messages" in found:
+        for name, groups in ALIASES.items():
+            speaks = chat_that_answers(row.value, found)
+            if name == "demonstration" and speaks and name not in self.named:
+                groups = groups[:2]  # the chat tells its own solution: a weaker name means something else
+            beside = "messages" in found if name == "prompt" else "prompt" in self.named and name not in self.named
+            if name in ("prompt", "messages") and beside:
                 continue
-            if name == "messages" and self.named.get("prompt") and "messages" not in self.named:
-                continue
-            if name == "demonstration" and name not in self.named and self.ends(row, found):
-                groups = ALIASES[name][:2]  # of two solutions the chat's own is meant, unless both are named as one
-            else:
-                groups = ALIASES[name]
             if column := self.pick(row, name, groups):
                 found[name] = column
         if "prompt" not in found and "messages" not in found:
@@ -81,19 +86,19 @@ class Columns:
                 f"{row.source}: the column {' or '.join(map(repr, wanted or ('prompt', 'messages')))} is missing"
                 f"{nearest(wanted[0], columns) if wanted else ''}; found columns: {', '.join(columns) or 'none'}"
             )
-        speaks = self.ends(row, found)
+        speaks = chat_that_answers(row.value, found)
         if speaks and "demonstration" in found:
             raise UserError(
                 f"{row.source}: {speaks} end in an assistant turn and there is a {found['demonstration']} too; "
                 "keep one of them"
             )
+        solved = worked(look_up(row.value, found.get("answer")))
         if speaks:
             found["demonstration"] = speaks
-        if "demonstration" not in (found.keys() | self.named.keys()) and worked(look_up(row.value, found.get("answer"))):
+        elif solved and "demonstration" not in {*found, *self.named}:
             found["demonstration"] = found["answer"]
-        if found.get("answer") == found.get("demonstration") and "answer" in found and "answer" not in self.named:
-            if not worked(look_up(row.value, found["answer"])):
-                del found["answer"]  # data.columns says that it is a solution, and no mark tells the answer in it
+        if "answer" not in self.named and found.get("answer") == found.get("demonstration") and not solved:
+            found.pop("answer", None)  # data.columns says that it is a solution, and no mark tells the answer in it
         return found
 
     def pick(self, row: Row, name: str, groups: list[tuple[str, ...]]) -> str | None:
@@ -111,14 +116,6 @@ class Columns:
             if there:
                 return there[0]
         return None
-
-    def ends(self, row: Row, found: dict[str, str]) -> str | None:
-        """The column of the chat where the row's chat ends in an assistant turn."""
-        column = found.get("messages") or found.get("prompt")
-        value = look_up(row.value, column)
-        last = value[-1] if isinstance(value, list) and value else None
-        role = (last.get("role") or last.get("from")) if isinstance(last, dict) else None
-        return column if role in ("assistant", "gpt", "chatgpt", "bot", "model", "function_call") else None
 
     def examples(self, row: Row, taken: dict[str, str]) -> list[Example]:
         """One example, or with turns "all" one for each assistant turn, the last of the chat at the end.
@@ -149,6 +146,15 @@ class Columns:
             if any(each["role"] == "user" for each in chat[:index]) and chat[index - 1]["role"] != "assistant"
         ]
         return [*earlier, example(chat, last if last and is_learned(last) else None, answer)]
+
+
+def chat_that_answers(row: dict, found: dict[str, str]) -> str | None:
+    """The column of the row's chat, where that ends in an assistant turn."""
+    column = found.get("messages") or found.get("prompt")
+    value = look_up(row, column)
+    last = value[-1] if isinstance(value, list) and value else None
+    role = (last.get("role") or last.get("from")) if isinstance(last, dict) else None
+    return column if ROLES.get(role, role) == "assistant" else None
 
 
 def whole_chat(row: Row, taken: dict[str, str]) -> tuple[list[Turn], int]:
@@ -197,7 +203,7 @@ def answer_of(row: Row, taken: dict[str, str]) -> str | None:
 
 
 def fits(name: str, row: dict, column: str | None) -> bool:
-    """Whether the column can be what its name says. Our own names are taken at their word, and refused if they are wrong."""
+    """Whether the column can be what its name says. Our own names are taken at their word, and refused later."""
     value = look_up(row, column)
     if value is None:
         return False
@@ -221,11 +227,9 @@ def first_right(row: dict, generations: Any) -> str | None:
     if not isinstance(generations, list):
         return None
     verdicts = [row[name] for name in VERDICTS if isinstance(row.get(name), list)]
-    for index, each in enumerate(generations):
-        if isinstance(each, str) and each.strip():
-            if not verdicts or any(index < len(verdict) and verdict[index] for verdict in verdicts):
-                return each
-    return None
+    right = [not verdicts or any(each[at : at + 1] == [True] for each in verdicts) for at in range(len(generations))]
+    texts = [text for text, good in zip(generations, right) if good and isinstance(text, str) and text.strip()]
+    return texts[0] if texts else None
 
 
 def worked(answer: Any) -> bool:
@@ -260,4 +264,4 @@ def check_text(value: Any, where: str) -> None:
         json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start]
-        raise UserError(f"{where}: a lone surrogate, {ascii(half)}, is half of a character and no text") from error
+        raise UserError(f"{where}: a lone surrogate, {half!a}, is half of a character and no text") from error

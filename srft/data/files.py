@@ -1,6 +1,6 @@
 """Examples from files: rows.py reads them, columns.py knows what their columns are.
 
-    for examples in read_examples("train.jsonl", config.data): …      # those of one row, of its last turn at the end
+for examples in read_examples("train.jsonl", config.data): …      # those of one row, of its last turn at the end
 """
 
 import sys
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from srft.config import DataConfig
-from srft.data.columns import ALIASES, Columns, look_up
+from srft.data.columns import ALIASES, Columns
 from srft.data.examples import Example
 from srft.data.rows import Row, read_rows
 from srft.errors import UserError, nearest
@@ -17,7 +17,11 @@ from srft.errors import UserError, nearest
 
 @dataclass
 class Reading:
-    """What was read: the examples of each row; the errors of broken rows; of each part of an example, from which columns."""
+    """What was read.
+
+    examples: those of each row.   broken: the errors of broken rows.   columns: how many rows have each column.
+    uses: of each part of an example, how many rows have it from which column.
+    """
 
     examples: list[list[Example]] = field(default_factory=list)
     broken: list[UserError] = field(default_factory=list)

@@ -30,7 +30,11 @@ def load_examples(config: DataConfig, split: Split, count: int = 0) -> list[Exam
 def from_files(config: DataConfig, split: Split, count: int) -> list[Example]:
     if not config.train_file:
         raise UserError("data.train_file: data.eval_file alone was given; name a file to train on too")
-    train, held_out = sides(config, split)
+    rows = read_examples(config.train_file, config, told=split == "train")
+    apart = None
+    if config.eval_file:
+        apart = read_examples(config.eval_file, config, "data.eval_file", told=split == "eval")
+    train, held_out = sides(rows, apart)
     if not train:
         found = (
             "every prompt of it is also in data.eval_file" if config.eval_file else "it has one prompt, two are needed"
@@ -43,16 +47,13 @@ def from_files(config: DataConfig, split: Split, count: int) -> list[Example]:
     return examples[: count or None]
 
 
-def sides(config: DataConfig, told: Split = "train") -> tuple[list[Example], list[Example]]:
-    """What is trained on and what is held out, in the order of the files. told: the side whose file is spoken of.
+def sides(rows: list[list[Example]], apart: list[list[Example]] | None) -> tuple[list[Example], list[Example]]:
+    """What is trained on and what is held out, of the rows of the one file and, where there is one, of the other.
 
     A row goes to one side with all of its turns. What it is measured on is its last one, each prompt once; a prompt may
     be trained on with several demonstrations.
     """
-    rows = read_examples(config.train_file, config, told=told == "train")
-    if config.eval_file:
-        apart = read_examples(config.eval_file, config, "data.eval_file", told=told == "eval")
-    else:
+    if apart is None:
         hashes = sorted({prompt_hash(row[-1]) for row in rows})
         chosen = set(hashes[: max(1, len(hashes) // HELD_OUT)])
         apart = [row for row in rows if prompt_hash(row[-1]) in chosen]

@@ -58,7 +58,7 @@ class Prompter:
         if self.template:
             return self.ids(self.template.prompt(self.chat(example), example.tools, example.where))
         self.check_plain(example)
-        text = "\n\n".join(turn["content"] for turn in self.chat(example)) + "\n"
+        text = "\n\n".join(turn["content"] or "" for turn in self.chat(example)) + "\n"
         ids = self.tokenizer.encode(text, add_special_tokens=True)
         return ids[:-1] if ids[-1] == self.end_id else ids  # a tokenizer that closes its input would end the text
 

@@ -3,7 +3,7 @@
     for row in read_rows("train.jsonl"):      # or a directory of shards, a glob, a dataset that was saved, a hub's name
         row.source, row.value                 # "train.jsonl:12", {"prompt": …}; value is a UserError for a broken row
 
-Formats: .jsonl, .json (a list, or an object that holds one), .csv, .tsv, .parquet, .arrow, each also with .gz behind it.
+Formats: .jsonl, .json (a list, or an object that holds one), .csv, .tsv, .parquet, .arrow, each also with .gz.
 """
 
 import csv
@@ -11,6 +11,7 @@ import glob
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,12 +20,15 @@ from typing import Any, BinaryIO
 
 from srft.errors import UserError, first_line, missing
 
+TRAINED, HELD_OUT = ("train",), ("test", "validation", "valid", "val", "dev", "eval")  # splits, as datasets name them
+CARDS = ("dataset_info.json", "dataset_infos.json")  # tell about a dataset and hold no rows
+
 Numbered = Iterator[tuple[int, Any]]  # of a line, or of a row counted from 1; and its value, or a UserError
 
 
 @dataclass(frozen=True)
 class Row:
-    """source: "file:number".   task: name of the file or directory.   value: the row, or the UserError that tells why not.
+    """source: "file:number".   task: name of the file or directory.   value: the row, or a UserError for a broken one.
 
     padded: it comes from a table, where a nested object has a null for each key that another row has.
     """
@@ -39,24 +43,24 @@ def read_rows(path: str, option: str = "data.train_file") -> Iterator[Row]:
     """The rows of what `path` names, files in the order of their names; raises UserError for what cannot be read."""
     file = Path(path).expanduser()
     empty = True
-    for row in rows_of_hub(path, option) if is_hub_name(path) else rows_of_files(path, file):
+    for row in rows_of_hub(path, option) if is_hub_name(path) else rows_of_files(path, file, option):
         empty = False
         yield row
     if empty:
         raise UserError(f"{path}: the file has no rows; each one needs a prompt or messages")
 
 
-def rows_of_files(path: str, file: Path) -> Iterator[Row]:
+def rows_of_files(path: str, file: Path, option: str) -> Iterator[Row]:
     named, task = [str(file)], stem(file)
     if file.is_dir():
-        named, task = shards(path, file), file.resolve().name
+        named, task = shards(path, file, option), file.resolve().name
     elif not file.is_file() and glob.has_magic(path):
         named = sorted(each for each in glob.glob(str(file), recursive=True) if known(each))
         task = task.split("*")[0].strip("-_.") or file.parent.name
         if not named:
             raise UserError(f"{path}: no file of a known format has such a name ({', '.join(READERS)})")
     elif not known(path):
-        raise UserError(f"{path}: expected a file that ends in {', '.join(READERS)}, or one of these with .gz behind it")
+        raise UserError(f"{path}: expected a file that ends in {', '.join(READERS)}, each also with .gz")
     elif not file.is_file():
         raise UserError(f"{path}: there is no such file")
     for each in named:
@@ -71,20 +75,31 @@ def rows_of_files(path: str, file: Path) -> Iterator[Row]:
             raise UserError(f"{shown}: cannot be read: {reason}") from error
 
 
-def shards(path: str, directory: Path) -> list[str]:
-    """The files of a directory: those that a saved dataset lists, else all of a known format, in order of their names."""
+def shards(path: str, directory: Path, option: str) -> list[str]:
+    """The files of a directory: those that a saved dataset lists, else all of a known format, by their names."""
     if (directory / "dataset_dict.json").is_file():
         splits = json.loads((directory / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-        if "train" not in splits and len(splits) > 1:
-            raise UserError(f"{path}: a dataset of {', '.join(splits)}; name one of them: {path}/{splits[0]}")
-        directory /= "train" if "train" in splits else splits[0]
+        wanted = TRAINED if option == "data.train_file" else HELD_OUT
+        split = next((each for each in wanted if each in splits), None)
+        if split is None:
+            advice = f"name one of them: {path.rstrip('/')}/{splits[0]}"
+            raise UserError(f"{path}: a dataset of {', '.join(splits)}; {advice}")
+        directory /= split
     if (directory / "state.json").is_file():
         state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
         return [str(directory / each["filename"]) for each in state["_data_files"]]
-    found = sorted(str(each) for each in directory.rglob("*") if each.is_file() and known(each.name))
-    found = [each for each in found if not any(part.startswith(".") for part in Path(each).relative_to(directory).parts)]
+    found, splits = [], {}
+    for each in sorted(directory.rglob("*")):
+        parts = each.relative_to(directory).parts
+        if each.is_file() and known(each.name) and each.name not in CARDS and not any(p.startswith(".") for p in parts):
+            found.append(str(each))
+            words = [re.match("[a-z]*", part.lower())[0] for part in parts]
+            splits |= {word: str(each) for word in words if word in TRAINED + HELD_OUT}
     if not found:
         raise UserError(f"{path}: the directory holds no file of a known format ({', '.join(READERS)})")
+    if len(splits) > 1:
+        advice = f"name those of one, such as {splits.popitem()[1]}"
+        raise UserError(f"{path}: holds files of {' and '.join(splits)}; {advice}")
     return found
 
 
@@ -111,6 +126,8 @@ def rows_of_hub(path: str, option: str) -> Iterator[Row]:
     name, _, split = path.partition("@")
     name, _, configuration = name.partition(":")
     where = f"{option} {path!r}: there is no such file or directory, and as a dataset of a hub"
+    if not split and option != "data.train_file":
+        raise UserError(f"{where} it needs the split that is meant: {path}@test")
     try:
         import datasets
     except ImportError as error:
@@ -208,6 +225,7 @@ def read_table(stream: BinaryIO, path: str, format: str, batches: Any) -> Number
     except ImportError as error:
         raise missing("pyarrow", f"reading {format} files") from error
     try:
+        stream = io.BytesIO(stream.read()) if isinstance(stream, gzip.GzipFile) else stream
         rows = (row for batch in batches(pyarrow, stream) for row in batch.to_pylist())
         yield from enumerate(rows, start=1)
     except (OSError, pyarrow.ArrowException) as error:

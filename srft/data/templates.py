@@ -1,8 +1,8 @@
 """A chat as the tokenizer's chat template writes it, and a demonstration as what follows the prompt in that writing.
 
-    template = Template(tokenizer, "<|im_end|>", {"enable_thinking": False})
-    prompt = template.prompt(messages, tools, where)              # text, up to where the model starts to speak
-    template.continuation(prompt, messages, tools, turn, where)   # text, up to where the model's turn ends
+template = Template(tokenizer, "<|im_end|>", {"enable_thinking": False})
+prompt = template.prompt(messages, tools, where)              # text, up to where the model starts to speak
+template.continuation(prompt, messages, tools, turn, where)   # text, up to where the model's turn ends
 """
 
 import inspect
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Tools = list[dict[str, Any]] | None
-# How the prompt of a reasoning model ends: in a thought that it opened, or, where it is not to think, one that is closed.
+# How the prompt of a reasoning model ends: in an open thought, or, where it is not to think, in a closed one.
 THOUGHT = re.compile(
     r"(?P<opening><(?P<name>(?:\w+:)?(?:think|thinking|thought|reasoning))>|\[THINK\])(?P<space>\s*)"
     r"(?P<closed>(?:</(?P=name)>|\[/THINK\])\s*)?\Z"
@@ -38,7 +38,7 @@ REFUSALS = (TemplateError, TypeError, KeyError, ValueError, AttributeError)  # o
 
 @dataclass(frozen=True)
 class Template:
-    """end: the token that ends the model's turn, as text.   args: what else the template is given, data.template_args."""
+    """end: the token that ends the model's turn, as text.   args: what else the template gets, data.template_args."""
 
     tokenizer: "PreTrainedTokenizerBase"
     end: str
