@@ -133,7 +133,7 @@ def repeats(rows: list[list[Example]]) -> Iterator[str]:
 
 
 def leaks(rows: list[list[Example]], apart: list[list[Example]] | None) -> Iterator[str]:
-    """Held-out prompts that are in the training file: exactly, which is put right, or but for spaces, case and signs."""
+    """Held-out prompts that are in the training file, exactly, which is put right, or but for spaces and signs."""
     train, held_out = sides(rows, apart)
     yield f"{len(train)} examples to train on, {len(held_out)} prompts held out"
     there = {prompt_hash(row[-1]): row[-1] for row in rows}

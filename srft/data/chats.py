@@ -39,7 +39,7 @@ def to_turn(value: Any, where: str, padded: bool = False) -> Turn:
     named, content = given.pop("role", said[0]), given.pop("content", said[1])
     role = ROLES.get(named, named) if isinstance(named, str) else None
     if named == "function_call":
-        given["tool_calls"], content = parsed(content), None
+        given["tool_calls"], content = content, None
     if "function_call" in given:  # before tool_calls, OpenAI's turns had this one
         given["tool_calls"] = [given.pop("function_call")]
     if given.get("tool_calls"):
@@ -64,7 +64,7 @@ def joined(parts: list[Any], where: str) -> str:
 
 
 def to_calls(value: Any, where: str, padded: bool) -> list[dict[str, Any]]:
-    calls = parsed(value) if isinstance(value, str) else value
+    calls = parsed(value) or value if isinstance(value, str) else value
     calls = [calls] if isinstance(calls, dict) else calls
     made = []
     for call in calls if isinstance(calls, list) else [calls]:

@@ -46,5 +46,5 @@ class Example:
 
 def prompt_hash(example: Example) -> int:
     told = [*example.messages, example.tools] if example.tools else example.messages
-    text = json.dumps(told, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(told, sort_keys=True, ensure_ascii=False, default=str)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

@@ -34,7 +34,7 @@ class Reading:
         return "; ".join(
             f"{name} from {' and '.join(map(repr, self.uses[name]))}"
             for name in ALIASES
-            if name in self.uses and set(self.uses[name]) != {name}
+            if name in self.uses and not set(self.uses[name]) <= {name, "messages"}
         )
 
 
