@@ -98,7 +98,7 @@ def shards(path: str, directory: Path, option: str) -> list[str]:
     if not found:
         raise UserError(f"{path}: the directory holds no file of a known format ({', '.join(READERS)})")
     if len(splits) > 1:
-        advice = f"name those of one, such as {splits.popitem()[1]}"
+        advice = f"name those of one, such as {next(reversed(splits.values()))}"
         raise UserError(f"{path}: holds files of {' and '.join(splits)}; {advice}")
     return found
 

@@ -110,13 +110,12 @@ class Template:
 
 
 def forms(messages: list[Turn]) -> Iterator[list[Turn]]:
-    """A chat as it is, then with what some templates want instead: no null, arguments as text, no system turn."""
-    yield messages
+    """A chat as it is, then with what some templates want instead: arguments as text, no null, no system turn."""
     blank = [{**turn, "content": turn["content"] or ""} for turn in messages]
-    if blank != messages:
-        yield blank
-    if any("tool_calls" in turn for turn in messages):
-        yield from ([as_text(turn) for turn in chat] for chat in (messages, blank))
+    for chat in [messages] if blank == messages else [messages, blank]:
+        yield chat
+        if any("tool_calls" in turn for turn in chat):
+            yield [as_text(turn) for turn in chat]
     system, *rest = blank
     if rest and system["role"] == "system":  # Gemma's: the user's first turn says it
         yield [{**rest[0], "content": f"{system['content']}\n\n{rest[0]['content']}"}, *rest[1:]]

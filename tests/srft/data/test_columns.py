@@ -156,7 +156,10 @@ def test_systems_of_their_own_column(tmp_path):
         ({"prompt": "a", "completions": "t"}, "the column 'completions' has a name that reward functions know"),
         ({"text": "a"}, "the column 'prompt' or 'messages' is missing; found columns: text"),
         ({"prompt": "a", "completion": " "}, "completion: expected text or null, found ' '"),
-        ({"prompt": "a", "answer": "\ud83d"}, "answer: a lone surrogate, '\\ud83d', is half of a character and no text"),
+        (
+            {"prompt": "a", "answer": "\ud83d"},
+            "answer: a lone surrogate, '\\ud83d', is half of a character and no text",
+        ),
         (
             {"messages": [USER, {"role": "assistant", "content": "a"}], "completion": "b"},
             "messages end in an assistant turn and there is a completion too; keep one of them",
@@ -184,7 +187,10 @@ def test_a_reserved_column_may_be_left_out(tmp_path):
     [
         ({"demonstraton": "solution"}, "data.columns.demonstraton: not a part of an example; did you mean 'demonstrat"),
         ({"demonstration": 5}, "data.columns.demonstration: expected the name of a column, found 5"),
-        ({"demonstration": "solutoin"}, "data.columns.demonstration: no row has a column 'solutoin'; did you mean 'sol"),
+        (
+            {"demonstration": "solutoin"},
+            "data.columns.demonstration: no row has a column 'solutoin'; did you mean 'sol",
+        ),
         ({"prompt": "probem"}, "openr1.jsonl:1: the column 'probem' is missing; did you mean 'problem'?; found"),
     ],
 )

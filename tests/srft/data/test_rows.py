@@ -149,7 +149,9 @@ def test_a_dataset_of_a_hub(monkeypatch):
     assert asked == [("openai/gsm8k", "main", "test"), ("openai/gsm8k", None, "train")]
     assert next(read_rows("openai/gsm8k")).source == "openai/gsm8k:1"
     assert "cannot be loaded: Couldn't reach the hub; give a file, or owner/name" in refusal("far/away")
-    expected = "data.eval_file 'openai/gsm8k': there is no such file or directory, and as a dataset of a hub it needs the"
+    expected = (
+        "data.eval_file 'openai/gsm8k': there is no such file or directory, and as a dataset of a hub it needs the"
+    )
     assert refusal("openai/gsm8k", "data.eval_file").startswith(expected)
 
 
