@@ -1,4 +1,4 @@
-"""Which columns are the prompt, the demonstration and the answer: the formats that people bring, and what is refused."""
+"""Which columns are the prompt, the demonstration, the answer: published formats, and what is refused."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def test_published_formats(name, messages, demonstration, answer):
 
 def test_every_turn_of_a_chat_or_its_last():
     chats = read_examples(str(INPUTS / "openai_turns.jsonl"), DataConfig(turns="all"))
-    assert [[each.demonstration for each in row] for row in chats][0] == ["Hello!", SOLUTION, "#### 14"]
+    assert [each.demonstration for each in chats[0]] == ["Hello!", SOLUTION, "#### 14"]
     assert [[len(each.messages) for each in row] for row in chats] == [[1, 3, 5]] * 3
     assert [each.answer for each in chats[0]] == [None, None, "14"]  # the answer is to the last question
     last = read("openai_turns.jsonl")

@@ -17,26 +17,21 @@ OPENS = HEAD + "{{ turn.content.split('</think>')[-1] }}" + FOOT + "<think>\n{% 
 # As Qwen3-Thinking: the same, and the last turn's thought is written, an empty one where it has none.
 THINKS = (
     HEAD + "{% if turn.role == 'assistant' %}{% set parts = turn.content.split('</think>') %}<think>\n"
-    "{{ parts[0].split('<think>')[-1].strip('\n') if parts|length > 1 else '' }}\n</think>\n\n{{ parts[-1].strip('\n') }}"
+    "{{ parts[0].split('<think>')[-1].strip('\n') if parts|length > 1 else '' }}\n</think>\n\n"
+    "{{ parts[-1].strip('\n') }}"
     "{% else %}{{ turn.content }}{% endif %}" + FOOT + "<think>\n{% endif %}"
 )
 # As Qwen3: thinks unless it is told not to.
-SWITCH = (
-    HEAD
-    + "{{ turn.content }}"
-    + FOOT
-    + "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
-)
+CLOSED = "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+SWITCH = HEAD + "{{ turn.content }}" + FOOT + CLOSED + "{% endif %}"
 TOOLS = (
     "{% if tools %}<|start|>system\n{{ tools|tojson }}<|end|>\n{% endif %}" + HEAD + "{{ turn.content or '' }}"
     "{% for call in turn.tool_calls %}<call>{{ call.function|tojson }}</call>{% endfor %}" + FOOT + "{% endif %}"
 )
-# As DeepSeek-V3: a turn that calls has null for its content, and arguments are text.
-NULLS = (
-    HEAD + "{% if turn.content is none %}{% for call in turn.tool_calls %}"
-    "{{ call.function.name + ': ' + call.function.arguments }}{% endfor %}{% else %}{{ turn.content }}{% endif %}"
-    + FOOT
-    + "{% endif %}"
+# As DeepSeek-V3: arguments of a call are text.
+TEXTS = (
+    HEAD + "{{ turn.content }}{% for call in turn.tool_calls %}"
+    "{{ call.function.name + ': ' + call.function.arguments }}{% endfor %}" + FOOT + "{% endif %}"
 )
 QUESTION = [{"role": "user", "content": "3 + 4?"}]
 THOUGHT = "<think>\n3 plus 4.\n</think>\n\nIt is 7."
@@ -147,9 +142,9 @@ def test_a_call_after_a_thought_that_the_prompt_opens():
     assert written(opens, example(turn)) == ("<think>\n", "\n</think>\n\n" + call)
 
 
-def test_templates_that_want_null_and_arguments_as_text():
+def test_templates_that_want_arguments_as_text():
     turn = {"role": "assistant", "content": None, "tool_calls": [CALL]}
-    assert written(NULLS, example(turn))[1] == 'add: {"a": 3, "b": 4}<|end|>'
+    assert written(TEXTS, example(turn))[1] == 'add: {"a": 3, "b": 4}<|end|>'
 
 
 def test_content_that_is_null_is_not_printed():
