@@ -27,13 +27,13 @@ def to_chat(value: Any, where: str, role: str = "user", padded: bool = False) ->
     if isinstance(value, dict) and ("role" in value or "from" in value):
         value = [value]
     if not isinstance(value, list) or not value:
-        raise UserError(f"{where}: expected text or a list of turns, found {value!r}")
+        raise UserError(f"{where}: expected text or a list of turns, found {shown(value)}")
     return [to_turn(each, where, padded) for each in value]
 
 
 def to_turn(value: Any, where: str, padded: bool = False) -> Turn:
     if not isinstance(value, dict):
-        raise UserError(f'{where}: a turn is {{"role": text, "content": text}}, found {value!r}')
+        raise UserError(f'{where}: a turn is {{"role": text, "content": text}}, found {shown(value)}')
     given = {key: each for key, each in value.items() if each is not None}
     said = given.pop("from", None), given.pop("value", None)  # ShareGPT's names of role and content
     named, content = given.pop("role", said[0]), given.pop("content", said[1])
@@ -50,7 +50,7 @@ def to_turn(value: Any, where: str, padded: bool = False) -> Turn:
         content = joined(content, where)
     more = role == "assistant" and ("tool_calls" in given or any(key in given for key in THOUGHTS))
     if not isinstance(role, str) or not (isinstance(content, str) or (content is None and more)):
-        raise UserError(f'{where}: a turn is {{"role": text, "content": text}}, found {value!r}')
+        raise UserError(f'{where}: a turn is {{"role": text, "content": text}}, found {shown(value)}')
     return {"role": role, "content": content, **given}
 
 
@@ -72,7 +72,7 @@ def to_calls(value: Any, where: str, padded: bool) -> list[dict[str, Any]]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise UserError(
-                f'{where}: a tool call is {{"function": {{"name": text, "arguments": table}}}}, found {call!r}'
+                f'{where}: a tool call is {{"function": {{"name": text, "arguments": table}}}}, found {shown(call)}'
             )
         arguments = function.get("arguments", {})
         table = parsed(arguments) if isinstance(arguments, str) else arguments  # transformers' templates take a table
@@ -93,7 +93,7 @@ def to_tools(value: Any, where: str, padded: bool = False) -> list[dict[str, Any
         if isinstance(tool, dict) and "function" not in tool and "name" in tool:
             tool = {"type": "function", "function": tool}
         if not isinstance(tool, dict) or not isinstance(tool.get("function"), dict) or not tool["function"].get("name"):
-            raise UserError(f'{where}: a tool is {{"function": {{"name": text, …}}}}, found {tool!r}')
+            raise UserError(f'{where}: a tool is {{"function": {{"name": text, …}}}}, found {shown(tool)}')
         made.append(tool)
     return made
 
@@ -108,6 +108,12 @@ def text_of(turn: Turn) -> str:
 
 def is_more_than_text(turn: Turn) -> bool:
     return "tool_calls" in turn or any(key in turn for key in THOUGHTS)
+
+
+def shown(value: Any, length: int = 200) -> str:
+    """A value in a message to the user: rows may be long."""
+    text = repr(value)
+    return text if len(text) <= length else text[:length] + "…"
 
 
 def parsed(text: Any) -> Any:

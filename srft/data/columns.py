@@ -9,14 +9,14 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from srft.data.chats import ROLES, is_more_than_text, text_of, to_chat, to_tools
+from srft.data.chats import ROLES, is_more_than_text, shown, text_of, to_chat, to_tools
 from srft.data.examples import RESERVED, Example, Turn
 from srft.data.rows import Row
 from srft.errors import UserError, nearest
 
 ALIASES: dict[str, list[tuple[str, ...]]] = {
     "messages": [("messages",), ("conversations", "conversation")],  # OpenAI, ShareGPT
-    "prompt": [("prompt",), ("question", "problem", "instruction", "query")],  # TRL and verl, GSM8K, OpenR1, Alpaca
+    "prompt": [("prompt",), ("question", "problem", "instruction", "query"), ("input",)],  # TRL, GSM8K, OpenR1, Alpaca
     "demonstration": [
         ("demonstration",),
         ("completion",),  # TRL
@@ -29,6 +29,10 @@ ALIASES: dict[str, list[tuple[str, ...]]] = {
     "tools": [("tools",)],
 }
 OWN = ("prompt", "messages", "demonstration", "answer")  # reward functions get these in their own form, or not at all
+MORE = ("input", "context")  # what an instruction is done to, in Alpaca and in Dolly
+# What a question may need and its column does not say; an example without it would be another one.
+UNSAID = ("choices", "options", "context", "passage", "history")
+UNSEEN = ("image", "images", "video", "videos", "audio", "audios")
 VERDICTS = ("correctness_math_verify", "correctness_llama")  # OpenR1's, one for each of its generations
 MARK = "####"  # GSM8K's: a worked solution, the mark, the answer
 
@@ -86,6 +90,8 @@ class Columns:
                 f"{row.source}: the column {' or '.join(map(repr, wanted or ('prompt', 'messages')))} is missing"
                 f"{nearest(wanted[0], columns) if wanted else ''}; found columns: {', '.join(columns) or 'none'}"
             )
+        if not {"prompt", "messages"} & self.named.keys():
+            check_whole(row, found)
         speaks = chat_that_answers(row.value, found)
         if speaks and "demonstration" in found:
             raise UserError(
@@ -132,7 +138,7 @@ class Columns:
         def example(messages: list[Turn], turn: Turn | None, answer: str | None) -> Example:
             text = None if turn is None else text_of(turn)
             if text is not None and not text.strip():
-                raise UserError(f"{row.source}: demonstration: expected text or null, found {text!r}")
+                raise UserError(f"{row.source}: demonstration: expected text or null, found {shown(text)}")
             more = turn if turn and is_more_than_text(turn) else None
             return Example(messages, text, answer, row.task, columns, row.source, tools, more)
 
@@ -157,13 +163,27 @@ def chat_that_answers(row: dict, found: dict[str, str]) -> str | None:
     return column if ROLES.get(role, role) == "assistant" else None
 
 
+def check_whole(row: Row, found: dict[str, str]) -> None:
+    """Raise UserError for a row of which the prompt would be a part only."""
+    column = found.get("messages") or found["prompt"]
+    unsaid = () if column in OWN or "messages" in found else UNSAID
+    for name in (*unsaid, *UNSEEN):
+        if row.value.get(name) and not (column == "instruction" and name in MORE):
+            what = "text is all that is trained on" if name in UNSEEN else "write the whole prompt into one column"
+            raise UserError(
+                f"{row.source}: the column {name!r} would not be seen, the prompt is {column!r} alone; {what}, "
+                f"or say that it is the prompt: data.columns = {{{'messages' if 'messages' in found else 'prompt'} = "
+                f'"{column}"}}'
+            )
+
+
 def whole_chat(row: Row, taken: dict[str, str]) -> tuple[list[Turn], int]:
     """The chat with its demonstration at the end, and where in it the turns begin that may be learned from."""
     column = taken.get("messages") or taken["prompt"]
     value = look_up(row.value, column)
-    more = row.value.get("input") if column == "instruction" else None
-    if isinstance(more, str) and more.strip():
-        value = f"{value}\n{more}"  # Alpaca's task and what it is done to
+    if column == "instruction" and isinstance(value, str):
+        more = (row.value.get(each) for each in MORE)
+        value = "\n".join([value, *(each for each in more if isinstance(each, str) and each.strip())])
     chat = to_chat(value, f"{row.source}: {column}", padded=row.padded)
     if "system" in taken:
         system = to_chat(look_up(row.value, taken["system"]), f"{row.source}: {taken['system']}", "system")
@@ -180,10 +200,10 @@ def whole_chat(row: Row, taken: dict[str, str]) -> tuple[list[Turn], int]:
     if spelled(row.value, "generations") == column:
         value = first_right(row.value, value)
     if not isinstance(value, (str, list, dict)) or (isinstance(value, str) and not value.strip()):
-        raise UserError(f"{row.source}: {column}: expected text or null, found {value!r}")
+        raise UserError(f"{row.source}: {column}: expected text or null, found {shown(value)}")
     told = to_chat(value, f"{row.source}: {column}", "assistant", row.padded)
     if told[-1]["role"] != "assistant":
-        raise UserError(f"{row.source}: {column}: expected it to end in an assistant turn, found {told[-1]!r}")
+        raise UserError(f"{row.source}: {column}: expected it to end in an assistant turn, found {shown(told[-1])}")
     return chat + told, len(chat)
 
 
@@ -193,7 +213,7 @@ def answer_of(row: Row, taken: dict[str, str]) -> str | None:
     if isinstance(value, list) and len(value) == 1 and taken["answer"] != "answer":
         value = value[0]  # OlympiadBench's
     if value is not None and not isinstance(value, (str, int, float)):
-        raise UserError(f"{row.source}: {taken['answer']}: expected text or a number, found {value!r}")
+        raise UserError(f"{row.source}: {taken['answer']}: expected text or a number, found {shown(value)}")
     if value is None or value != value:  # a table's NaN
         return None
     text = str(value)

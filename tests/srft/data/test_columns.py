@@ -134,6 +134,19 @@ def test_an_empty_answer_is_none(tmp_path):
     assert [each.answer for each in found] == [None, None, None, "0", "0"]
 
 
+def test_instructions_and_what_they_are_done_to(tmp_path):
+    dolly = {"instruction": "Sum up.", "context": "A long story.", "response": "Short.", "category": "summarization"}
+    bare = {"input": "2 + 2?", "output": "4"}
+    first, second = rows(tmp_path, dolly, bare)
+    assert (first.prompt, first.demonstration) == ("Sum up.\nA long story.", "Short.")
+    assert (second.prompt, second.demonstration) == ("2 + 2?", "4")
+
+
+def test_a_part_of_a_question_may_be_meant(tmp_path):
+    (one,) = rows(tmp_path, {"question": "a", "choices": ["b"], "answer": 1}, columns={"prompt": "question"})
+    assert one.prompt == "a" and one.columns["choices"] == ["b"]
+
+
 def test_systems_of_their_own_column(tmp_path):
     (one,) = rows(tmp_path, {"system_prompt": "Be brief.", "question": "q", "response": "r"})
     assert one.messages == [BRIEF, {"role": "user", "content": "q"}] and one.demonstration == "r"
@@ -154,6 +167,15 @@ def test_systems_of_their_own_column(tmp_path):
         ({"prompt": "a", "task": "t"}, "the column 'task' has a name that reward functions know for something else; "),
         ({"prompt": "a", "prompts": "t"}, "the column 'prompts' has a name that reward functions know"),
         ({"prompt": "a", "completions": "t"}, "the column 'completions' has a name that reward functions know"),
+        (
+            {"question": "a", "choices": ["b", "c"], "answer": 1},
+            "the column 'choices' would not be seen, the prompt is 'question' alone; write the whole prompt into one",
+        ),
+        (
+            {"messages": [USER], "images": ["x.png"]},
+            "the column 'images' would not be seen, the prompt is 'messages' alone; text is all that is trained on, or "
+            'say that it is the prompt: data.columns = {messages = "messages"}',
+        ),
         ({"text": "a"}, "the column 'prompt' or 'messages' is missing; found columns: text"),
         ({"prompt": "a", "completion": " "}, "completion: expected text or null, found ' '"),
         (
