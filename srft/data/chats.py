@@ -19,9 +19,7 @@ def to_chat(value: Any, where: str, role: str = "user", padded: bool = False) ->
 
     where: "file:line: column", with which messages start.   padded: nulls inside of turns stand for what is not there.
     """
-    if isinstance(value, str) and value.lstrip().startswith("[{"):  # a chat in a cell of a table
-        chat = parsed(value)
-        value = chat if chat and any(key in chat[0] for key in ("role", "from")) else value
+    value = unpacked(value)
     if isinstance(value, str) and value.strip():
         return [{"role": role, "content": value}]
     if isinstance(value, dict) and ("role" in value or "from" in value):
@@ -29,6 +27,12 @@ def to_chat(value: Any, where: str, role: str = "user", padded: bool = False) ->
     if not isinstance(value, list) or not value:
         raise UserError(f"{where}: expected text or a list of turns, found {shown(value)}")
     return [to_turn(each, where, padded) for each in value]
+
+
+def unpacked(value: Any) -> Any:
+    """A chat that is JSON in a cell of a table; anything else as it is."""
+    chat = parsed(value) if isinstance(value, str) and value.lstrip().startswith("[{") else None
+    return chat if chat and any(key in chat[0] for key in ("role", "from")) else value
 
 
 def to_turn(value: Any, where: str, padded: bool = False) -> Turn:

@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from srft.data.chats import ROLES, is_more_than_text, shown, text_of, to_chat, to_tools
+from srft.data.chats import ROLES, is_more_than_text, shown, text_of, to_chat, to_tools, unpacked
 from srft.data.examples import RESERVED, Example, Turn
 from srft.data.rows import Row
 from srft.errors import UserError, nearest
@@ -78,7 +78,7 @@ class Columns:
             speaks = chat_that_answers(row.value, found)
             if name == "demonstration" and speaks and name not in self.named:
                 groups = groups[:2]  # the chat tells its own solution: a weaker name means something else
-            beside = "messages" in found if name == "prompt" else "prompt" in self.named and name not in self.named
+            beside = "messages" in found if name == "prompt" else self.named.get("prompt") and name not in self.named
             if name in ("prompt", "messages") and beside:
                 continue
             if column := self.pick(row, name, groups):
@@ -99,13 +99,18 @@ class Columns:
                 "keep one of them"
             )
         solved = worked(look_up(row.value, found.get("answer")))
-        if speaks:
+        if speaks and not self.told_nothing:
             found["demonstration"] = speaks
         elif solved and "demonstration" not in {*found, *self.named}:
             found["demonstration"] = found["answer"]
         if "answer" not in self.named and found.get("answer") == found.get("demonstration") and not solved:
             found.pop("answer", None)  # data.columns says that it is a solution, and no mark tells the answer in it
         return found
+
+    @property
+    def told_nothing(self) -> bool:
+        """Whether data.columns says that nothing is to be learned from what is told."""
+        return self.named.get("demonstration") == ""
 
     def pick(self, row: Row, name: str, groups: list[tuple[str, ...]]) -> str | None:
         if name in self.named:
@@ -145,19 +150,21 @@ class Columns:
         last = chat.pop() if chat[-1]["role"] == "assistant" else None
         if not chat or chat[-1]["role"] == "assistant":
             raise UserError(f"{row.source}: messages have no user turn to answer")
+        if last is None or self.told_nothing or not is_learned(last):
+            last = None
         earlier = [
             example(chat[:index], turn, None)
             for index, turn in enumerate(chat)
-            if self.turns == "all" and index >= start and is_learned(turn)
+            if self.turns == "all" and not self.told_nothing and index >= start and is_learned(turn)
             if any(each["role"] == "user" for each in chat[:index]) and chat[index - 1]["role"] != "assistant"
         ]
-        return [*earlier, example(chat, last if last and is_learned(last) else None, answer)]
+        return [*earlier, example(chat, last, answer)]
 
 
 def chat_that_answers(row: dict, found: dict[str, str]) -> str | None:
     """The column of the row's chat, where that ends in an assistant turn."""
     column = found.get("messages") or found.get("prompt")
-    value = look_up(row, column)
+    value = unpacked(look_up(row, column))
     last = value[-1] if isinstance(value, list) and value else None
     role = (last.get("role") or last.get("from")) if isinstance(last, dict) else None
     return column if ROLES.get(role, role) == "assistant" else None

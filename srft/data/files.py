@@ -75,7 +75,8 @@ def read_examples(
     reading = read_all(files, config, option)
     shown = ", ".join(names(files))
     if reading.broken and (config.broken == "error" or not reading.examples):
-        raise reading.broken[0]
+        more = f" (the first of {len(reading.broken)} broken rows; `srft data check` names all)"
+        raise UserError(f"{reading.broken[0]}{more if len(reading.broken) > 1 else ''}") from reading.broken[0]
     if reading.renamed and told:
         print(f"{shown}: {reading.renamed}")
     if reading.broken and told:

@@ -1,8 +1,13 @@
 """Turns of every form become the one that chat templates take; others are refused by name."""
 
+import csv
+import json
+
 import pytest
 
+from srft.config import DataConfig
 from srft.data.chats import text_of, to_chat, to_tools
+from srft.data.files import read_examples
 from srft.errors import UserError
 
 WHERE = "a.jsonl:1: messages"
@@ -52,6 +57,14 @@ def test_nulls_of_a_table_are_what_is_not_there():
 def test_chats_in_a_cell_of_a_table():
     assert to_chat('[{"role": "user", "content": "x"}]', WHERE) == [{"role": "user", "content": "x"}]
     assert to_chat('[{"a": 1}]', WHERE) == [{"role": "user", "content": '[{"a": 1}]'}]
+
+
+def test_a_chat_in_a_cell_tells_its_own_demonstration(tmp_path):
+    chat = json.dumps([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["messages", "solution"], [chat, "s"]])
+    ((one,),) = read_examples(str(tmp_path / "a.csv"), DataConfig())
+    assert (one.prompt, one.demonstration) == ("q", "a")
 
 
 def test_no_tools_are_none():

@@ -93,6 +93,9 @@ def test_columns_that_are_named():
     verl = read("verl.parquet", columns={"prompt": "extra_info.question", "demonstration": ""})
     assert (verl[0].prompt, verl[0].demonstration) == (QUESTION, None)
     assert all(each.answer is None for each in read("gsm8k.jsonl", columns={"answer": ""}))
+    for turns in ("last", "all"):
+        chats = read("openai_turns.jsonl", columns={"demonstration": ""}, turns=turns)
+        assert [(len(each.messages), each.demonstration) for each in chats] == [(5, None)] * 3
 
 
 def test_a_solution_without_a_mark_is_no_answer(tmp_path):

@@ -73,6 +73,10 @@ def test_broken_rows_are_left_out_where_that_is_wanted(tmp_path, capsys):
     assert len(load(path, broken="drop")) == 8
     expected = f"warning: {path}: 2 of 11 rows are broken and left out, the first: {path}:10: not valid JSON"
     assert capsys.readouterr().err.startswith(expected)
+    with pytest.raises(
+        UserError, match=r"train.jsonl:10: .* \(the first of 2 broken rows; `srft data check` names all"
+    ):
+        load(path)
     with pytest.raises(UserError, match=r"train.jsonl:1: not valid JSON"):
         load(write(tmp_path / "train.jsonl", ["{"]), broken="drop")
 
