@@ -82,7 +82,7 @@ def to_calls(value: Any, where: str, padded: bool) -> list[dict[str, Any]]:
         table = parsed(arguments) if isinstance(arguments, str) else arguments  # transformers' templates take a table
         function = {**function, "arguments": arguments if table is None else table}
         own = {key: each for key, each in call.items() if key not in ("name", "arguments")}
-        made.append({"type": "function", **own, "function": function})
+        made.append({**({} if "type" in own else {"type": "function"}), **own, "function": function})  # in its order
     return made
 
 
