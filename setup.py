@@ -17,6 +17,7 @@ TRAIN = [
     "reasoning-gym>=0.1.20",
     "gguf>=0.10",  # reads the embedded SmolLM2 weights
 ]
+HUB = ["datasets>=3"]  # datasets of a hub by name
 TENSORBOARD = ["tensorboard>=2.15"]
 TEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.5", "hypothesis>=6.100", "psutil>=5.9", "numpy>=1.26"]
 # What bench/peers.py compares with and pip can have beside the rest; verl wants an older transformers: --no-deps.
@@ -36,6 +37,7 @@ setup(
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={
         "train": TRAIN,
+        "hub": HUB,
         "tensorboard": TENSORBOARD,
         "test": TEST,
         "peers": PEERS,

@@ -5,9 +5,11 @@ A wrong input ends with one message and exit code 2, what nobody foresaw with on
 
 import errno
 import importlib.metadata
+import itertools
 import sys
 from pathlib import Path
 
+from srft.data.columns import known_names
 from srft.errors import UserError, nearest
 from srft.ranks import Ranks, join
 from srft.settings import help_text, load
@@ -18,6 +20,7 @@ srft: single-stage supervised + reinforcement fine-tuning of language models
   srft train [CONFIG.toml] [--section.key value …]      train, measured before and after on held-out prompts
   srft train --resume RUN_DIR [--section.key value …]   go on from the last checkpoint of a run that was stopped
   srft eval  [CONFIG.toml] [--checkpoint DIR] [--section.key value …]      avg@k and pass@k on held-out prompts
+  srft data check FILE… [--section.key value …]         what is in data files, and what is wrong with them
   srft report RUN_DIR                                   write RUN_DIR/report.html again from the run's files
   srft COMMAND --help                                   more on one command; `srft train --help` lists every setting
 
@@ -50,8 +53,9 @@ Lists take several values (--data.tasks chain_sum gsm_symbolic), tables take dot
 needs, with the settings of RUN_DIR/config.toml; what was written after it moves to RUN_DIR/previous-N. Any other
 checkpoint, and the interrupted-N of a run that was stopped, is a model to start a new run from: --model.path DIR.
 
-A data file has one row per prompt, .jsonl or .parquet: prompt (text) or messages (a chat), demonstration (a worked
-solution) and/or answer (what rewards compare with); other columns go to the reward function. For example
+A data file has one row per prompt (.jsonl, .json, .csv, .parquet, each also .gz): prompt (text) or messages (a chat),
+demonstration (a worked solution) and/or answer (what rewards compare with); other columns go to the reward function.
+`srft data check FILE` tells what is taken for what, `srft data check --help` which columns are known. For example
   {"prompt": "What is 2 + 3?", "demonstration": "2 + 3 = 5\\n#### 5", "answer": "5"}
 
 A reward function of your own is --reward.name my_module:my_function, with the signature
@@ -69,6 +73,21 @@ Where no CONFIG.toml is given and the checkpoint lies in a run, the settings are
 
 Settings are those of `srft train --help`; for example
   srft eval --checkpoint runs/2026-01-31-12-00-00 --eval.samples 16 --eval.prompts 200
+"""
+
+DATA_HELP = """\
+srft data check FILE… [--section.key value …]
+srft data check CONFIG.toml [--section.key value …]
+
+Tells what is in data files: which columns were taken for what, counts, lengths, repeated prompts, held-out prompts that
+are in the training file too, and every broken row with file and line. It needs no model; with --model.path lengths are
+tokens, and what the chat template refuses is told too.
+
+FILE is .jsonl, .json, .csv, .tsv, .parquet or .arrow, each also .gz, a directory of such files, a glob, a directory of
+save_to_disk, or a dataset of a hub: owner/name:configuration@split. Settings are those of `srft train --help`:
+  srft data check train.jsonl --data.eval_file test.jsonl --data.columns.demonstration solution --model.path ./my-model
+
+Known names of columns, in any case of letters; > before what comes after it, | between names of which a row has one:
 """
 
 REPORT_HELP = """\
@@ -107,6 +126,7 @@ def dispatch(arguments: list[str], ranks: Ranks) -> int:
     commands = {
         "train": (train, TRAIN_HELP + help_text()),
         "eval": (evaluate, EVAL_HELP),
+        "data": (check_data, DATA_HELP + known_names()),
         "report": (report, REPORT_HELP),
     }
     command, *rest = arguments or [""]
@@ -166,6 +186,22 @@ def evaluate(arguments: list[str]) -> None:
     from srft.evaluate import main_eval
 
     main_eval(config, checkpoint)
+
+
+def check_data(arguments: list[str]) -> None:
+    files = list(itertools.takewhile(lambda each: not each.startswith("--"), arguments))
+    overrides = arguments[len(files) :]
+    if files[:1] != ["check"] or not (files[1:] or "--data.train_file" in overrides):
+        raise UserError("srft data check takes files to check: srft data check train.jsonl")
+    path = files.pop() if files[1:] and files[-1].endswith(".toml") else None
+    config = load(path, overrides)
+    config.data.train_file = files[1:] or config.data.train_file
+    if not config.data.train_file:
+        raise UserError(f"{path}: data.train_file is not set, so there is nothing to check")
+    from srft.check import check, load_tokenizer
+
+    counted = any(each.partition("=")[0] == "--model.path" for each in overrides)
+    check(config, load_tokenizer(config.model) if counted else None)
 
 
 def report(arguments: list[str]) -> None:

@@ -65,13 +65,29 @@ class DataConfig(Section):
         {"chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}},
         "per task, the arguments of its generator",
     )
-    train_file: str | None = option(None, ".jsonl or .parquet with prompt or messages, and demonstration and/or answer")
-    eval_file: str | None = option(None, "the same for evaluation; without it an eighth of train_file is held out")
+    train_file: str | list[str] | None = option(  # noqa: RUF009
+        None, "a file, several, a directory, a glob, or a dataset of a hub: owner/name:configuration@split"
+    )
+    eval_file: str | list[str] | None = option(  # noqa: RUF009
+        None, "the same for evaluation; without it an eighth of train_file is held out"
+    )
+    columns: dict[str, Any] = option(  # noqa: RUF009
+        {}, 'which column is the prompt, messages, demonstration, answer, system, tools: {demonstration = "solution"}'
+    )
+    turns: Literal["last", "all"] = option(
+        "last", "of a chat with several assistant turns, the last is learned from, or all"
+    )
+    broken: Literal["error", "drop"] = option("error", "a row that cannot be used: error, or drop with a warning")
     size: int = option(0, "train prompts to draw; 0: the whole file, or 4096 from tasks", low=0)
     seed: int = option(0, "seed of the train prompts", low=0)
     eval_seed: int = option(17, "seed of the held-out prompts", low=0)
     system_prompt: str | None = option(None, "not set: tasks ask for the answer after ####, files add nothing")
-    max_prompt_tokens: int = option(512, "a longer prompt is refused", low=1)
+    template: Literal["auto", "none"] = option("auto", "auto: the tokenizer's chat template; none: plain text")
+    template_args: dict[str, Any] = option({}, "arguments of the chat template: {enable_thinking = false}")  # noqa: RUF009
+    max_prompt_tokens: int = option(512, "a longer prompt is too long", low=1)
+    overlong: Literal["error", "drop", "cut"] = option(
+        "error", "a row that is too long: error; drop; or cut: a prompt keeps its end, a demonstration its beginning"
+    )
 
 
 @dataclass

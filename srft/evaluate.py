@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from srft.config import Config, EvalConfig
-from srft.data import Example, Prompter, build_prompter, load_examples
+from srft.data import Example, Prompter, build_prompter, fit, load_examples
 from srft.errors import UserError
 from srft.likelihood import demonstration_loss
 from srft.metrics import mean
-from srft.model import EMBEDDED, load_model
+from srft.model import EMBEDDED, POSITIONS, load_model, positions
 from srft.rewards import Scorer, build_reward, check_answers
 from srft.rollout import Engine, build_engine
 from srft.rundir import finite
@@ -199,8 +199,10 @@ def main_eval(config: Config, checkpoint: str | None = None) -> Evaluation:
     scorer = scorer_for(build_reward(config.reward, config.data), config, examples)
     loaded = load_model(model, "--checkpoint" if checkpoint else "model.path")
     prompter = build_prompter(loaded.tokenizer, config.data)
+    problems = fit(prompter, examples, True, {POSITIONS: positions(loaded.model)})
+    examples = [problem.example for problem in problems]
     engine = build_engine(config.rollout.engine, loaded)
-    loss = demonstration_loss(loaded, [prompter.problem(each) for each in examples], config.train.token_budget)
+    loss = demonstration_loss(loaded, problems, config.train.token_budget)
     evaluation = evaluate(engine, examples, prompter, scorer, config.eval, config.rollout.max_new_tokens, loss)
     print(table(evaluation))
     scores = {name: value for name, value in evaluation.as_dict().items() if name != "generations"}

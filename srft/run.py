@@ -14,13 +14,13 @@ from tqdm import tqdm
 
 from srft import checkpoint, report, resume
 from srft.config import Config
-from srft.data import Example, build_prompter, load_examples
+from srft.data import Problem, build_prompter, fit, load_examples
 from srft.errors import UserError
 from srft.evaluate import Evaluation, evaluate, scorer_for, table
-from srft.learn import fit
+from srft.learn import job as jobs
 from srft.learn.objective import build_objective
 from srft.likelihood import demonstration_loss
-from srft.model import LoadedModel, load_model
+from srft.model import POSITIONS, LoadedModel, load_model, positions
 from srft.ranks import Ranks, broadcast
 from srft.rewards import build_reward, check_answers
 from srft.rundir import RunLog, create_run_dir, rewind_run_dir
@@ -82,8 +82,8 @@ def run(config: Config, ranks: Ranks | None = None, resumed: Path | None = None)
     done = checkpoint.step_of(resumed) if resumed else 0
     job = prepared(config, ranks, resumed, done)
     trainer, loaded, config = job.trainer, job.trainer.loaded, job.trainer.config
-    held_out, scorer = job.held_out, trainer.scorer if job.verified else None
-    problems = [trainer.prompter.problem(each) for each in held_out]
+    problems, scorer = job.held_out, trainer.scorer if job.verified else None
+    held_out = [problem.example for problem in problems]
     directory = opened(config, ranks, resumed, done)
     if ranks.main:
         (directory / resume.DATA).write_text(json.dumps(job.data, indent=1), encoding="utf-8")
@@ -145,13 +145,13 @@ class Job(NamedTuple):
     """What a run works with.
 
     trainer    its config says how many steps
-    held_out   examples to measure on
+    held_out   what is measured on
     verified   whether their completions can be scored; else the loss of their demonstrations is all there is
     data       what tells the examples from others (resume.py)
     """
 
     trainer: Trainer
-    held_out: list[Example]
+    held_out: list[Problem]
     verified: bool
     data: dict[str, Any]
 
@@ -174,18 +174,19 @@ def prepared(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> J
     verified = scorer_for(scorer, config, held_out) is not None
     if "rollouts" in objective.learns_from:
         check_answers(scorer, config.data, [], examples)
-    fit.check(objective, config, examples if config.train.steps else [])
+    jobs.check(objective, config, examples if config.train.steps else [])
     data = resume.fingerprint(examples, held_out)
     if resumed:
         resume.check_data(resumed.parent, data)
     loaded = load_model(dataclasses.replace(config.model, path=str(resumed)) if resumed else config.model)
     prompter = build_prompter(loaded.tokenizer, config.data)
+    measured = fit(prompter, held_out, True, {POSITIONS: positions(loaded.model)})
     trainer = Trainer(config, loaded, prompter, ranks.scorer(scorer), examples, objective, ranks=ranks)
     if resumed:
         checkpoint.read_state(trainer.optimizer.state(), resumed / checkpoint.STATE, ranks)
         trainer.optimizer.write_back()
         trainer.stale = True
-    return Job(trainer, held_out, verified, data)
+    return Job(trainer, measured, verified, data)
 
 
 def with_steps(config: Config, examples: int) -> Config:

@@ -25,7 +25,6 @@ What is not in the SRFT paper (arXiv 2506.19767), with the default objective and
 6. An update whose gradient is not finite is left out.
 """
 
-import math
 import random
 import time
 from collections.abc import Callable
@@ -36,14 +35,14 @@ from torch import Tensor
 
 import srft_kernels as sk
 from srft.config import Config
-from srft.data import Example, Problem, Prompter
+from srft.data import Example, Problem, Prompter, fit
 from srft.errors import UserError
 from srft.learn.credit import Group, advantages_of, reward_metrics, sequences_of, switched
 from srft.learn.objective import build_objective
 from srft.learn.packing import Microbatch, Sequence, pack
 from srft.learn.sharing import sharing_limit
 from srft.metrics import mean, peak_memory_mb
-from srft.model import LoadedModel, head_of, hidden_states
+from srft.model import POSITIONS, LoadedModel, head_of, hidden_states, positions
 from srft.optim import Optimizer
 from srft.ranks import Ranks
 from srft.rewards import Scorer
@@ -79,45 +78,32 @@ class Trainer:
         self.ranks.shard(loaded)  # after the trial, which may fail within a forward, and before the optimizer
         self.optimizer = Optimizer(loaded.model, config.train)
         # Encoding everything now finds a prompt that is too long before any time is spent.
-        self.problems = self._encoded(examples, config.train.steps * config.train.prompts_per_step)
+        most = {"train.token_budget": config.train.token_budget, POSITIONS: positions(loaded.model)}
+        self.problems = self._drawn(examples, most)
         if not self.learns_from_rollouts and self.problems and not any(p.demonstration for p in self.problems):
             raise UserError(f"loss.preset {config.loss.preset!r} learns from demonstrations, but no example has one")
-        self._check_lengths()
 
-    def _encoded(self, examples: list[Example], count: int) -> list[Problem]:
+    def _drawn(self, examples: list[Example], limits: dict[str, float]) -> list[Problem]:
         """The prompts of all steps, one step after the other: every example once, then all again in another order.
 
         The order follows from train.seed and the data alone: a run of more steps begins as one of fewer.
         """
-        drawn: list[Problem] = []
-        known: dict[int, Problem] = {}
-        size = len(examples)
-        for epoch in range(-(-count // size) if size else 0):
-            order = random.Random(f"{self.config.train.seed}/{epoch}").sample(range(size), size)
-            for index in order[: count - len(drawn)]:
-                if index not in known:
-                    known[index] = self.prompter.problem(examples[index], self.learns_from_demos)
-                drawn.append(known[index])
-        return drawn
+        train, generated = self.config.train, self.config.rollout.max_new_tokens if self.learns_from_rollouts else 0
 
-    def _check_lengths(self) -> None:
-        """A sequence cannot be cut: the longest that may come must fit the budget and the model's positions."""
-        generated = self.config.rollout.max_new_tokens if self.learns_from_rollouts else 0
-        lengths = [(len(p.prompt), max(generated, len(p.demonstration or ())), p.example) for p in self.problems]
-        lengths = [each for each in lengths if each[1]]  # nothing follows a prompt that is not learned from
-        if not lengths:
-            return
-        prompt, completion, example = max(lengths, key=lambda each: each[0] + each[1])
-        what = "rollout.max_new_tokens" if completion == generated else "its demonstration"
-        found = f"{prompt + completion} tokens (prompt {prompt} + {what} {completion})"
-        positions = getattr(self.loaded.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-        for limit, name, advice in [
-            (self.config.train.token_budget, "train.token_budget is", "raise it or shorten"),
-            (positions, "the model's max_position_embeddings is", "shorten"),
-        ]:
-            if prompt + completion > limit:
-                where = example.source or example.task
-                raise UserError(f"{where}: {found}, but {name} {limit}; {advice} {what} or the prompt")
+        def order(size: int) -> list[int]:
+            drawn: list[int] = []
+            while size and len(drawn) < train.steps * train.prompts_per_step:
+                drawn += random.Random(f"{train.seed}/{len(drawn) // size}").sample(range(size), size)
+            return drawn[: train.steps * train.prompts_per_step]
+
+        if self.config.data.overlong == "drop":  # which are left has to be known first
+            problems = fit(self.prompter, examples, self.learns_from_demos, limits, generated)
+            return [problems[index] for index in order(len(problems))]
+        drawn = order(len(examples))
+        needed = list(dict.fromkeys(drawn))
+        problems = fit(self.prompter, [examples[i] for i in needed], self.learns_from_demos, limits, generated)
+        known = dict(zip(needed, problems, strict=True))
+        return [known[index] for index in drawn]
 
     def step(self, number: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Step `number`, from 1. Returns the line for metrics.jsonl and some generations."""

@@ -2,6 +2,7 @@
 
 from srft.data.examples import Example
 from srft.data.load import load_examples
+from srft.data.overlong import fit
 from srft.data.prompts import Problem, Prompter, build_prompter
 
-__all__ = ["Example", "Problem", "Prompter", "build_prompter", "load_examples"]
+__all__ = ["Example", "Problem", "Prompter", "build_prompter", "fit", "load_examples"]

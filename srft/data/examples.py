@@ -6,33 +6,45 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Split = Literal["train", "eval"]
+Turn = dict[str, Any]
 HELD_OUT = 8  # one prompt in so many is for evaluation
+RESERVED = ("prompts", "completions", "task")  # what a reward function gets by these names is not a column
 
 
 @dataclass(frozen=True)
 class Example:
     """One prompt with what is known of its solution.
 
-    messages: the chat up to and including the user's turn, each {"role": …, "content": …}.
+    messages: the chat up to where the assistant speaks, each {"role": …, "content": …} and what else the turn has.
     demonstration: a worked solution to imitate, or None.   answer: what a verifier compares with, or None.
     task: name of the generator or of the file.   columns: everything else, for reward functions.
     source: where it comes from ("train.jsonl:12"), for messages to the user.
+    tools: functions that the chat template shows, or None.
+    turn: the demonstration as an assistant turn, where it is more than a text: tool_calls, reasoning_content.
     """
 
-    messages: list[dict[str, str]]
+    messages: list[Turn]
     demonstration: str | None
     answer: str | None
     task: str
     columns: dict[str, Any] = field(default_factory=dict)
     source: str = ""
+    tools: list[dict[str, Any]] | None = None
+    turn: Turn | None = None
 
     @property
-    def prompt(self) -> str | list[dict[str, str]]:
+    def prompt(self) -> str | list[Turn]:
         """The text of a single user turn, else the whole chat."""
         alone = len(self.messages) == 1 and self.messages[0]["role"] == "user"
         return self.messages[0]["content"] if alone else self.messages
 
+    @property
+    def where(self) -> str:
+        """What messages to the user call it."""
+        return self.source or self.task
+
 
 def prompt_hash(example: Example) -> int:
-    text = json.dumps(example.messages, sort_keys=True, ensure_ascii=False)
+    told = [*example.messages, example.tools] if example.tools else example.messages
+    text = json.dumps(told, sort_keys=True, ensure_ascii=False, default=str)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

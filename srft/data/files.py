@@ -1,93 +1,92 @@
-"""Examples from files: one row of a `.jsonl` or `.parquet` file is one example.
+"""Examples from files: rows.py reads them, columns.py knows what their columns are.
 
-A row has `prompt` (text) or `messages` (a chat), and usually `demonstration` (a worked solution) and `answer` (what a
-verifier compares with); a chat that ends in an assistant turn carries its demonstration there. Other columns go to the
-reward function.
+for examples in read_examples("train.jsonl", config.data): …      # those of one row, of its last turn at the end
 """
 
-import json
+import sys
+from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
 
+from srft.config import DataConfig
+from srft.data.columns import ALIASES, Columns
 from srft.data.examples import Example
-from srft.errors import UserError, missing
+from srft.data.rows import Row, read_rows
+from srft.errors import UserError, nearest
 
 
-def read_rows(path: str) -> Iterator[Example]:
-    """The examples of a `.jsonl` or `.parquet` file; errors name file and line (rows of parquet count from 1)."""
-    file = Path(path).expanduser()
-    readers = {".jsonl": read_jsonl, ".parquet": read_parquet}
-    if file.suffix not in readers:
-        raise UserError(f"{path}: expected a file that ends in .jsonl or .parquet")
-    if not file.is_file():
-        raise UserError(f"{path}: there is no such file")
-    empty = True
-    for number, row in readers[file.suffix](file):
-        empty = False
-        yield to_example(row, f"{path}:{number}", file.stem)
-    if empty:
-        raise UserError(f"{path}: the file has no rows; each one needs a prompt or messages")
+@dataclass
+class Reading:
+    """What was read.
+
+    examples: those of each row.   broken: the errors of broken rows.   columns: how many rows have each column.
+    uses: of each part of an example, how many rows have it from which column.
+    """
+
+    examples: list[list[Example]] = field(default_factory=list)
+    broken: list[UserError] = field(default_factory=list)
+    uses: dict[str, Counter] = field(default_factory=dict)
+    columns: Counter = field(default_factory=Counter)
+
+    @property
+    def renamed(self) -> str:
+        """Which columns were taken for what, where by other names than our own: "demonstration from 'solution'"."""
+        return "; ".join(
+            f"{name} from {' and '.join(map(repr, self.uses[name]))}"
+            for name in ALIASES
+            if name in self.uses and not set(self.uses[name]) <= {name, "messages"}
+        )
 
 
-def read_jsonl(file: Path) -> Iterator[tuple[int, Any]]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line.rstrip().decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                raise UserError(f"{file}:{number}: not UTF-8 text: {error.reason} at byte {error.start}") from error
-            except json.JSONDecodeError as error:
-                found = f"{error.msg} at column {error.colno}"
-                raise UserError(f"{file}:{number}: not valid JSON ({found}); each line is one object") from error
+def names(files: str | list[str]) -> list[str]:
+    return [files] if isinstance(files, str) else list(files)
 
 
-def read_parquet(file: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise missing("pyarrow", "reading parquet files") from error
-    try:
-        batches = pyarrow.parquet.ParquetFile(file).iter_batches()
-        yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"{file}: cannot be read as parquet: {error}") from error
+def rows_of(files: str | list[str], option: str = "data.train_file") -> Iterator[Row]:
+    for each in names(files):
+        yield from read_rows(each, option)
 
 
-def to_example(row: Any, source: str, task: str) -> Example:
-    if not isinstance(row, dict):
-        raise UserError(f"{source}: expected an object with named columns, found {type(row).__name__}")
-    columns = dict(row)
-    chat, text = columns.pop("messages", None), columns.pop("prompt", None)
-    demonstration, answer = columns.pop("demonstration", None), columns.pop("answer", None)
-    if chat is None and text is None:
-        found = ", ".join(map(str, row)) or "none"
-        raise UserError(f"{source}: the column 'prompt' or 'messages' is missing; found columns: {found}")
-    messages = to_messages(text if chat is None else chat, source, "prompt" if chat is None else "messages")
-    if messages[-1]["role"] == "assistant":
-        if demonstration is not None:
+def read_all(files: str | list[str], config: DataConfig, option: str = "data.train_file") -> Reading:
+    """Every row of the files, broken ones collected; raises UserError for a file that cannot be read."""
+    columns, reading = Columns(config.columns, config.turns), Reading()
+    for row in rows_of(files, option):
+        try:
+            taken = columns.taken(row)
+            reading.examples.append(columns.examples(row, taken))
+        except UserError as error:
+            reading.broken.append(error)
+            continue
+        reading.columns.update(map(str, row.value))
+        for name, column in taken.items():
+            reading.uses.setdefault(name, Counter())[column] += 1
+            reading.columns[column] += column not in row.value  # a column within a table
+    return reading
+
+
+def read_examples(
+    files: str | list[str], config: DataConfig, option: str = "data.train_file", told: bool = True
+) -> list[list[Example]]:
+    """The examples of each row, in the order of the files.
+
+    A broken row is refused with file and line, or with data.broken = "drop" left out with a warning.
+    told: say so, and which columns were taken for what; a file is read once for each side.
+    """
+    reading = read_all(files, config, option)
+    shown = ", ".join(names(files))
+    if reading.broken and (config.broken == "error" or not reading.examples):
+        more = f" (the first of {len(reading.broken)} broken rows; `srft data check` names all)"
+        raise UserError(f"{reading.broken[0]}{more if len(reading.broken) > 1 else ''}") from reading.broken[0]
+    if reading.renamed and told:
+        print(f"{shown}: {reading.renamed}")
+    if reading.broken and told:
+        found = f"{len(reading.broken)} of {len(reading.examples) + len(reading.broken)} rows are broken and left out"
+        print(f"warning: {shown}: {found}, the first: {reading.broken[0]}", file=sys.stderr)
+    for name, column in config.columns.items():
+        if column and option == "data.train_file" and not reading.columns[column]:
+            there = ", ".join(reading.columns)
             raise UserError(
-                f"{source}: messages end in an assistant turn and there is a demonstration too; keep one of them"
+                f"{shown}: data.columns.{name}: no row has a column {column!r}{nearest(column, reading.columns)}; "
+                f"found columns: {there}"
             )
-        demonstration = messages.pop()["content"]
-    if not messages or messages[-1]["role"] == "assistant":
-        raise UserError(f"{source}: messages have no user turn to answer")
-    if demonstration is not None and (not isinstance(demonstration, str) or not demonstration.strip()):
-        raise UserError(f"{source}: demonstration: expected text or null, found {demonstration!r}")
-    if answer is not None and not isinstance(answer, (str, int, float)):
-        raise UserError(f"{source}: answer: expected text or a number, found {answer!r}")
-    return Example(messages, demonstration, None if answer is None else str(answer), task, columns, source)
-
-
-def to_messages(value: Any, source: str, column: str) -> list[dict[str, str]]:
-    """A text becomes one user turn; a chat is checked."""
-    if isinstance(value, str) and value.strip():
-        return [{"role": "user", "content": value}]
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{source}: {column}: expected text or a list of turns, found {value!r}")
-    for turn in value:
-        if not (isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("role", "content"))):
-            raise UserError(f'{source}: {column}: a turn is {{"role": text, "content": text}}, found {turn!r}')
-    return [{"role": turn["role"], "content": turn["content"]} for turn in value]
+    return reading.examples

@@ -11,7 +11,7 @@ import random
 
 from srft.config import DataConfig
 from srft.data.examples import HELD_OUT, Example, Split, prompt_hash
-from srft.data.files import read_rows
+from srft.data.files import names, read_examples
 from srft.data.tasks import generate
 from srft.errors import UserError
 
@@ -20,7 +20,7 @@ def load_examples(config: DataConfig, split: Split, count: int = 0) -> list[Exam
     """At most `count` examples of one side, every prompt once, in an order fixed by the seed; 0: as many as there are.
 
     Fewer come back where a file or a small task has no more distinct prompts. Raises UserError for a file that cannot
-    be read, a broken line, a missing column, an unknown task, and a side without any example.
+    be read, a broken row, a missing column, an unknown task, and a side without any example.
     """
     if config.train_file or config.eval_file:
         return from_files(config, split, count)
@@ -30,22 +30,34 @@ def load_examples(config: DataConfig, split: Split, count: int = 0) -> list[Exam
 def from_files(config: DataConfig, split: Split, count: int) -> list[Example]:
     if not config.train_file:
         raise UserError("data.train_file: data.eval_file alone was given; name a file to train on too")
-    rows = list(read_rows(config.train_file))
+    rows = read_examples(config.train_file, config, told=split == "train")
+    apart = None
     if config.eval_file:
-        held_out = list(read_rows(config.eval_file))
-        kept_apart = {prompt_hash(each) for each in held_out}
-    else:
-        hashes = sorted({prompt_hash(each) for each in rows})
-        kept_apart = set(hashes[: max(1, len(hashes) // HELD_OUT)])
-        held_out = [each for each in rows if prompt_hash(each) in kept_apart]
-    train = [each for each in rows if prompt_hash(each) not in kept_apart]
+        apart = read_examples(config.eval_file, config, "data.eval_file", told=split == "eval")
+    train, held_out = sides(rows, apart)
     if not train:
         found = (
             "every prompt of it is also in data.eval_file" if config.eval_file else "it has one prompt, two are needed"
         )
-        raise UserError(f"{config.train_file}: nothing is left to train on: {found} (one in {HELD_OUT} is held out)")
-    # A prompt is measured once, but may be trained on with several demonstrations.
-    examples = train if split == "train" else list({prompt_hash(each): each for each in held_out}.values())
+        shown = ", ".join(names(config.train_file))
+        raise UserError(f"{shown}: nothing is left to train on: {found} (one in {HELD_OUT} is held out)")
+    examples = train if split == "train" else held_out
     # Evaluation keeps a seed of its own: what is measured stays the same when the training seed changes.
     random.Random(config.seed if split == "train" else config.eval_seed).shuffle(examples)
     return examples[: count or None]
+
+
+def sides(rows: list[list[Example]], apart: list[list[Example]] | None) -> tuple[list[Example], list[Example]]:
+    """What is trained on and what is held out, of the rows of the one file and, where there is one, of the other.
+
+    A row goes to one side with all of its turns. What it is measured on is its last one, each prompt once; a prompt may
+    be trained on with several demonstrations.
+    """
+    if apart is None:
+        hashes = sorted({prompt_hash(row[-1]) for row in rows})
+        chosen = set(hashes[: max(1, len(hashes) // HELD_OUT)])
+        apart = [row for row in rows if prompt_hash(row[-1]) in chosen]
+    held_out = {prompt_hash(row[-1]): row[-1] for row in apart}
+    kept = [row for row in rows if prompt_hash(row[-1]) not in held_out]
+    train = [each for row in kept for each in row if prompt_hash(each) not in held_out]
+    return train, list(held_out.values())

@@ -6,21 +6,15 @@ prompter.encode_demonstration(example)     # ids of the demonstration as the mod
 prompter.problem(example)                  # both
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from srft.config import DataConfig
-from srft.data.examples import Example
+from srft.data.examples import Example, Turn
 from srft.data.tasks import SYSTEM_PROMPT
+from srft.data.templates import Template
 from srft.errors import UserError
-
-try:
-    from jinja2 import TemplateError  # what transformers renders chat templates with
-except ImportError:
-
-    class TemplateError(Exception):
-        """Without jinja2 no template is rendered."""
-
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,62 +33,77 @@ class Problem:
 
 @dataclass(frozen=True)
 class Prompter:
-    """tokenizer; the system prompt or None; the most tokens a prompt may have; the id that ends the model's turn."""
+    """tokenizer; the system prompt or None; the most tokens a prompt may have; the id that ends the model's turn.
+
+    template: None where a chat is written as plain text.   overlong: data.overlong, what becomes of a longer prompt.
+    """
 
     tokenizer: "PreTrainedTokenizerBase"
     system_prompt: str | None
     max_prompt_tokens: int
     end_id: int
+    template: Template | None = None
+    overlong: str = "error"
 
     def encode_prompt(self, example: Example) -> list[int]:
-        """Token ids of the prompt; raises UserError when it is longer than data.max_prompt_tokens."""
-        where = example.source or example.task
-        try:
-            ids = self.template(example.messages) if self.tokenizer.chat_template else self.plain(example.messages)
-        except TemplateError as error:
-            raise UserError(f"{where}: the chat template of the tokenizer refuses it: {error}") from error
-        if len(ids) > self.max_prompt_tokens:
+        """Token ids of the prompt; raises UserError when it is longer than data.max_prompt_tokens, unless it is cut."""
+        ids = self.prompt_ids(example)
+        if len(ids) > self.max_prompt_tokens and self.overlong != "cut":
             found = f"the prompt has {len(ids)} tokens, data.max_prompt_tokens is {self.max_prompt_tokens}"
-            raise UserError(f"{where}: {found}; raise it or shorten {shorten(example)!r}")
-        return ids
+            raise UserError(f"{example.where}: {found}; raise it or shorten {shorten(example)!r}")
+        return ids[-self.max_prompt_tokens :]
+
+    def prompt_ids(self, example: Example) -> list[int]:
+        """The same, however long."""
+        if self.template:
+            return self.ids(self.template.prompt(self.chat(example), example.tools, example.where))
+        self.check_plain(example)
+        text = "\n\n".join(turn["content"] or "" for turn in self.chat(example)) + "\n"
+        ids = self.tokenizer.encode(text, add_special_tokens=True)
+        return ids[:-1] if ids[-1] == self.end_id else ids  # a tokenizer that closes its input would end the text
 
     def encode_demonstration(self, example: Example) -> list[int]:
         """Token ids of the demonstration and of the end of the turn; the demonstration must not be None."""
+        text = example.demonstration
+        if self.template:
+            chat, turn = self.chat(example), example.turn or {"role": "assistant", "content": text}
+            prompt = self.template.prompt(chat, example.tools, example.where)
+            text = self.template.continuation(prompt, chat, example.tools, turn, example.where)
         # Encoded by itself, as a rollout is: its first token follows the prompt's last one unmerged.
-        return [*self.tokenizer.encode(example.demonstration, add_special_tokens=False), self.end_id]
+        return [*self.ids(text), self.end_id]
 
     def problem(self, example: Example, with_demonstration: bool = True) -> Problem:
         """Raises UserError for a prompt that is too long, or empty."""
-        prompt = self.encode_prompt(example)
+        return self.whole(example, self.encode_prompt(example), with_demonstration)
+
+    def whole(self, example: Example, prompt: list[int], with_demonstration: bool = True) -> Problem:
         if not prompt:
-            raise UserError(f"{example.source or example.task}: the prompt is empty; there is nothing to continue")
-        shown = with_demonstration and example.demonstration is not None
-        return Problem(example, prompt, self.encode_demonstration(example) if shown else None)
+            raise UserError(f"{example.where}: the prompt is empty; there is nothing to continue")
+        if not with_demonstration or example.demonstration is None:
+            return Problem(example, prompt, None)
+        demonstration = self.encode_demonstration(example)
+        if example.turn:  # what is scored is what a rollout would have been
+            example = dataclasses.replace(example, demonstration=self.decode(demonstration))
+        return Problem(example, prompt, demonstration)
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: list[int]) -> str:
         """Text without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def with_system(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
-        if not self.system_prompt or messages[0]["role"] == "system":
-            return messages
-        return [{"role": "system", "content": self.system_prompt}, *messages]
+    def chat(self, example: Example) -> list[Turn]:
+        """The example's messages, after the system prompt where they have none of their own."""
+        if not self.system_prompt or example.messages[0]["role"] in ("system", "developer"):
+            return example.messages
+        return [{"role": "system", "content": self.system_prompt}, *example.messages]
 
-    def template(self, messages: list[dict[str, str]]) -> list[int]:
-        chat = self.with_system(messages)
-        try:
-            return apply(self.tokenizer, chat)
-        except TemplateError:
-            if chat[0]["role"] != "system" or len(chat) == 1:
-                raise
-        # Some templates (Gemma's) know no system turn: the user's first turn says it.
-        system, first, *rest = chat
-        return apply(self.tokenizer, [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest])
-
-    def plain(self, messages: list[dict[str, str]]) -> list[int]:
-        text = "\n\n".join(turn["content"] for turn in self.with_system(messages)) + "\n"
-        ids = self.tokenizer.encode(text, add_special_tokens=True)
-        return ids[:-1] if ids[-1] == self.end_id else ids  # a tokenizer that closes its input would end the text
+    def check_plain(self, example: Example) -> None:
+        calls = any("tool_calls" in turn for turn in [*example.messages, example.turn or {}])
+        if example.tools or calls:
+            what = "tool_calls" if calls else "tools"
+            raise UserError(f"{example.where}: {what}: plain text has no form for them; a chat template is needed")
 
 
 def build_prompter(tokenizer: "PreTrainedTokenizerBase", config: DataConfig) -> Prompter:
@@ -102,16 +111,18 @@ def build_prompter(tokenizer: "PreTrainedTokenizerBase", config: DataConfig) -> 
     system_prompt = config.system_prompt
     if system_prompt is None and not config.train_file:
         system_prompt = SYSTEM_PROMPT
-    return Prompter(tokenizer, system_prompt, config.max_prompt_tokens, end_of_turn(tokenizer))
+    templated = bool(tokenizer.chat_template) and config.template == "auto"
+    end_id = end_of_turn(tokenizer, templated)
+    template = Template(tokenizer, tokenizer.convert_ids_to_tokens(end_id), config.template_args) if templated else None
+    if config.template_args and not templated:
+        why = "data.template is none" if tokenizer.chat_template else "the tokenizer has no chat template"
+        raise UserError(f"data.template_args: {', '.join(config.template_args)} cannot be used: {why}")
+    return Prompter(tokenizer, system_prompt, config.max_prompt_tokens, end_id, template, config.overlong)
 
 
-def apply(tokenizer: "PreTrainedTokenizerBase", chat: list[dict[str, str]]) -> list[int]:
-    return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False))
-
-
-def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int:
+def end_of_turn(tokenizer: "PreTrainedTokenizerBase", templated: bool = True) -> int:
     """The id that ends an assistant's turn in the chat template, else the tokenizer's end of sequence."""
-    if tokenizer.chat_template:
+    if tokenizer.chat_template and templated:
         chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": SENTINEL}]
         tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(SENTINEL)[2]
         for token in tokenizer.encode(tail, add_special_tokens=False):
@@ -123,5 +134,5 @@ def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int:
 
 
 def shorten(example: Example, length: int = 60) -> str:
-    text = example.messages[-1]["content"]
+    text = example.messages[-1]["content"] or ""
     return text if len(text) <= length else text[:length] + "…"

@@ -5,6 +5,7 @@ hidden = hidden_states(loaded.model, ids, mask)         # (B, L, H)
 srft_kernels.linear_logprobs(hidden[:, :-1], target=ids[:, 1:], **head)
 """
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +37,14 @@ def head_of(model: "PreTrainedModel") -> dict[str, Any]:
         "logit_scale": float(scale),
         "vocab_size": vocab_size,
     }
+
+
+POSITIONS = "the model's max_position_embeddings"
+
+
+def positions(model: "PreTrainedModel") -> float:
+    """The most tokens of a sequence; infinity where the model does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def hidden_states(

@@ -106,7 +106,10 @@ def test_report(rooms, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["trian"], "srft: error: unknown command 'trian'; did you mean 'train'? (commands: train, eval, report)\n"),
+        (
+            ["trian"],
+            "srft: error: unknown command 'trian'; did you mean 'train'? (commands: train, eval, data, report)\n",
+        ),
         (["train", "none.toml"], "srft: error: none.toml: cannot be read as a configuration"),
         (["train", "--train.lrr", "1"], "unknown key 'train.lrr'; did you mean 'train.lr'?"),
         (["eval", "--checkpoint"], "srft: error: --checkpoint: expected a directory or a model's name"),

@@ -56,6 +56,14 @@ def test_overrides_of_every_kind():
     }
 
 
+def test_one_file_or_several(tmp_path):
+    for given, expected in ((["a"], "a"), (["a", "b"], ["a", "b"]), (['["a"]'], ["a"])):
+        config = load(None, ["--data.train_file", *given])
+        assert config.data.train_file == expected
+        (tmp_path / "again.toml").write_text(to_toml(config))
+        assert load(str(tmp_path / "again.toml")) == config
+
+
 def test_overrides_leave_the_defaults_alone():
     load(None, ["--data.task_args.chain_sum.max_terms", "9"])
     assert Config().data.task_args["chain_sum"]["max_terms"] != 9

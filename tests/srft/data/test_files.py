@@ -75,8 +75,8 @@ def test_parquet_chats(tmp_path):
         ('{"prompt": "a"', ":2: not valid JSON (Expecting ',' delimiter at column 15); each line is one object"),
         ("[1]", ":2: expected an object with named columns, found list"),
         (
-            '{"question": "a", "answer": 1}',
-            ":2: the column 'prompt' or 'messages' is missing; found columns: question, answer",
+            '{"text": "a", "answer": 1}',
+            ":2: the column 'prompt' or 'messages' is missing; found columns: text, answer",
         ),
         ('{"prompt": " "}', ":2: prompt: expected text or a list of turns, found ' '"),
         ('{"prompt": 5}', ":2: prompt: expected text or a list of turns, found 5"),
@@ -108,7 +108,7 @@ def test_bytes_that_are_no_text(tmp_path):
 def test_files_that_cannot_be_used(tmp_path):
     for name, content, expected in [
         ("none.jsonl", None, "none.jsonl: there is no such file"),
-        ("data.csv", "", "data.csv: expected a file that ends in .jsonl or .parquet"),
+        ("data.txt", "", "data.txt: expected a file that ends in .jsonl, .json, .csv, .tsv, .parquet, .arrow, each"),
         ("empty.jsonl", "\n", "empty.jsonl: the file has no rows; each one needs a prompt or messages"),
         ("broken.parquet", "no parquet", "broken.parquet: cannot be read as parquet: "),
         ("one.jsonl", '{"prompt": "a"}\n', "one.jsonl: nothing is left to train on: it has one prompt, two are needed"),

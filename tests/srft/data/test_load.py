@@ -40,3 +40,48 @@ def test_everything_held_out_by_the_eval_file(tmp_path):
     path = write(tmp_path / "train.jsonl", rows(3))
     with pytest.raises(UserError, match=r"nothing is left to train on: every prompt of it is also in data.eval_file"):
         load(path, eval_file=path)
+
+
+def test_several_files_and_one_order(tmp_path):
+    paths = [write(tmp_path / f"{name}.jsonl", rows(12, offset)) for name, offset in (("a", 0), ("b", 12))]
+    both = write(tmp_path / "both.jsonl", rows(24))
+    train = load(paths)
+    assert [each.prompt for each in train] == [each.prompt for each in load(both)]
+    assert {each.task for each in train} == {"a", "b"}
+    assert [load(paths, count=count) for count in (1, 7)] == [train[:1], train[:7]]
+
+
+def test_a_chat_goes_to_one_side_with_all_of_its_turns(tmp_path):
+    chats = [
+        [turn(role, f"{number}.{place}") for place, role in enumerate(["user", "assistant"] * 2)]
+        for number in range(16)
+    ]
+    path = write(tmp_path / "chats.jsonl", [{"messages": chat} for chat in chats])
+    train, held_out = (load(path, side, turns="all") for side in ("train", "eval"))
+    assert len(held_out) == 2 and all(len(each.messages) == 3 for each in held_out)
+    apart = {each.source for each in held_out}
+    assert len(train) == 28 and not apart & {each.source for each in train}
+    assert {each.demonstration[-1] for each in train} == {"1", "3"}
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+def test_broken_rows_are_left_out_where_that_is_wanted(tmp_path, capsys):
+    path = write(tmp_path / "train.jsonl", [*rows(9), "{", {"prompt": 5}])
+    assert len(load(path, broken="drop")) == 8
+    expected = f"warning: {path}: 2 of 11 rows are broken and left out, the first: {path}:10: not valid JSON"
+    assert capsys.readouterr().err.startswith(expected)
+    with pytest.raises(
+        UserError, match=r"train.jsonl:10: .* \(the first of 2 broken rows; `srft data check` names all"
+    ):
+        load(path)
+    with pytest.raises(UserError, match=r"train.jsonl:1: not valid JSON"):
+        load(write(tmp_path / "train.jsonl", ["{"]), broken="drop")
+
+
+def test_columns_of_other_names_are_told(tmp_path, capsys):
+    path = write(tmp_path / "train.jsonl", [{"question": str(i), "answer": f"so\n#### {i}"} for i in range(9)])
+    load(path), load(path, "eval")
+    assert capsys.readouterr().out == f"{path}: prompt from 'question'; demonstration from 'answer'\n"

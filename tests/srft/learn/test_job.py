@@ -6,7 +6,7 @@ import pytest
 
 from srft.data import Example
 from srft.errors import UserError
-from srft.learn import fit
+from srft.learn import job
 from srft.learn.objective import build_objective
 from srft.settings import load
 
@@ -18,7 +18,7 @@ def examples(demonstrations: int, count: int = 8, **columns) -> list[Example]:
 
 def check(*overrides: str, data: list[Example]) -> None:
     config = load(None, list(overrides))
-    fit.check(build_objective(config.loss), config, data)
+    job.check(build_objective(config.loss), config, data)
 
 
 @pytest.mark.parametrize("preset", ["srft_paper", "srft_official", "luffy", "chord", "hpt", "sft", "dft"])

@@ -1,0 +1,294 @@
+"""Which columns of a row are its prompt, its demonstration and its answer, and the examples that the row makes.
+
+`ALIASES` says by which names they are known, in any case of letters. Names of one group are alike, and a row that has
+two of them is refused; an earlier group comes before a later one. `data.columns` overrules all of it:
+{demonstration = "solution"}.
+"""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from srft.data.chats import ROLES, is_more_than_text, shown, text_of, to_chat, to_tools, unpacked
+from srft.data.examples import RESERVED, Example, Turn
+from srft.data.rows import Row
+from srft.errors import UserError, nearest
+
+ALIASES: dict[str, list[tuple[str, ...]]] = {
+    "messages": [("messages",), ("conversations", "conversation")],  # OpenAI, ShareGPT
+    "prompt": [("prompt",), ("question", "problem", "instruction", "query"), ("input",)],  # TRL, GSM8K, OpenR1, Alpaca
+    "demonstration": [
+        ("demonstration",),
+        ("completion",),  # TRL
+        ("generations",),  # OpenR1: the first that it calls right
+        ("solution", "output", "response", "r1_solution_1", "target"),  # MATH, Alpaca, OpenOrca, DeepMath, LUFFY
+        ("extra_info.answer",),  # verl's GSM8K
+    ],
+    "answer": [("answer",), ("final_answer", "ground_truth", "reward_model.ground_truth")],  # DeepMath, verl
+    "system": [("system", "system_prompt")],
+    "tools": [("tools",)],
+}
+OWN = ("prompt", "messages", "demonstration", "answer")  # reward functions get these in their own form, or not at all
+MORE = ("input", "context")  # what an instruction is done to, in Alpaca and in Dolly
+# What a question may need and its column does not say; an example without it would be another one.
+UNSAID = ("choices", "options", "context", "passage", "history")
+UNSEEN = ("image", "images", "video", "videos", "audio", "audios")
+VERDICTS = ("correctness_math_verify", "correctness_llama")  # OpenR1's, one for each of its generations
+MARK = "####"  # GSM8K's: a worked solution, the mark, the answer
+
+
+def known_names() -> str:
+    """ALIASES as a table: > before what comes after, | between what is alike."""
+    lines = [f"  {name:<15}{' > '.join(' | '.join(group) for group in groups)}" for name, groups in ALIASES.items()]
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """named: data.columns, from what is wanted to the column that is it; "" for none.   turns: data.turns."""
+
+    named: dict[str, Any] = field(default_factory=dict)
+    turns: str = "last"
+
+    def __post_init__(self) -> None:
+        for name, column in self.named.items():
+            if not isinstance(column, str):
+                raise UserError(f"data.columns.{name}: expected the name of a column, found {column!r}")
+            if name not in ALIASES and (name not in RESERVED or column):
+                known = f"{', '.join(ALIASES)} can be named"
+                raise UserError(f"data.columns.{name}: not a part of an example{nearest(name, ALIASES)}; {known}")
+
+    def taken(self, row: Row) -> dict[str, str]:
+        """Which column of the row is what, such as {"prompt": "question"}.
+
+        Raises UserError, with file and line, where two could be the same, where there is no prompt, for a broken row.
+        """
+        if isinstance(row.value, UserError):
+            raise row.value
+        if not isinstance(row.value, dict):
+            raise UserError(f"{row.source}: expected an object with named columns, found {type(row.value).__name__}")
+        for name in RESERVED:
+            if name in row.value and name not in self.named:
+                raise UserError(
+                    f"{row.source}: the column {name!r} has a name that reward functions know for something else; "
+                    f'rename it, or leave it out: data.columns = {{{name} = ""}}'
+                )
+        found: dict[str, str] = {}
+        for name, groups in ALIASES.items():
+            speaks = chat_that_answers(row.value, found)
+            if name == "demonstration" and speaks and name not in self.named:
+                groups = groups[:2]  # the chat tells its own solution: a weaker name means something else
+            beside = "messages" in found if name == "prompt" else self.named.get("prompt") and name not in self.named
+            if name in ("prompt", "messages") and beside:
+                continue
+            if column := self.pick(row, name, groups):
+                found[name] = column
+        if "prompt" not in found and "messages" not in found:
+            wanted = [self.named[name] for name in ("prompt", "messages") if self.named.get(name)]
+            columns = [str(each) for each in row.value]
+            raise UserError(
+                f"{row.source}: the column {' or '.join(map(repr, wanted or ('prompt', 'messages')))} is missing"
+                f"{nearest(wanted[0], columns) if wanted else ''}; found columns: {', '.join(columns) or 'none'}"
+            )
+        if not {"prompt", "messages"} & self.named.keys():
+            check_whole(row, found)
+        speaks = chat_that_answers(row.value, found)
+        if speaks and "demonstration" in found:
+            raise UserError(
+                f"{row.source}: {speaks} end in an assistant turn and there is a {found['demonstration']} too; "
+                "keep one of them"
+            )
+        solved = worked(look_up(row.value, found.get("answer")))
+        if speaks and not self.told_nothing:
+            found["demonstration"] = speaks
+        elif solved and "demonstration" not in {*found, *self.named}:
+            found["demonstration"] = found["answer"]
+        if "answer" not in self.named and found.get("answer") == found.get("demonstration") and not solved:
+            found.pop("answer", None)  # data.columns says that it is a solution, and no mark tells the answer in it
+        return found
+
+    @property
+    def told_nothing(self) -> bool:
+        """Whether data.columns says that nothing is to be learned from what is told."""
+        return self.named.get("demonstration") == ""
+
+    def pick(self, row: Row, name: str, groups: list[tuple[str, ...]]) -> str | None:
+        if name in self.named:
+            column = self.named[name]
+            return column if column and look_up(row.value, column) is not None else None
+        for group in groups:
+            there = [each for each in (spelled(row.value, alias) for alias in group) if fits(name, row.value, each)]
+            if len(there) > 1:
+                advice = f'data.columns = {{{name} = "{there[0]}"}}'
+                raise UserError(
+                    f"{row.source}: the columns {' and '.join(map(repr, there))} could both be the {name}; "
+                    f"say which: {advice}"
+                )
+            if there:
+                return there[0]
+        return None
+
+    def examples(self, row: Row, taken: dict[str, str]) -> list[Example]:
+        """One example, or with turns "all" one for each assistant turn, the last of the chat at the end.
+
+        Raises UserError, with file and line, for a row that cannot be used.
+        """
+        for column in dict.fromkeys(taken.values()):
+            check_text(look_up(row.value, column), f"{row.source}: {column}")
+        chat, start = whole_chat(row, taken)
+        answer = answer_of(row, taken)
+        columns = {str(name): each for name, each in row.value.items() if name not in (*OWN, *RESERVED)}
+        tools = to_tools(look_up(row.value, taken.get("tools")), f"{row.source}: tools", row.padded)
+
+        def example(messages: list[Turn], turn: Turn | None, answer: str | None) -> Example:
+            text = None if turn is None else text_of(turn)
+            if text is not None and not text.strip():
+                raise UserError(f"{row.source}: demonstration: expected text or null, found {shown(text)}")
+            more = turn if turn and is_more_than_text(turn) else None
+            return Example(messages, text, answer, row.task, columns, row.source, tools, more)
+
+        last = chat.pop() if chat[-1]["role"] == "assistant" else None
+        if not chat or chat[-1]["role"] == "assistant":
+            raise UserError(f"{row.source}: messages have no user turn to answer")
+        if last is None or self.told_nothing or not is_learned(last):
+            last = None
+        earlier = [
+            example(chat[:index], turn, None)
+            for index, turn in enumerate(chat)
+            if self.turns == "all" and not self.told_nothing and index >= start and is_learned(turn)
+            if any(each["role"] == "user" for each in chat[:index]) and chat[index - 1]["role"] != "assistant"
+        ]
+        return [*earlier, example(chat, last, answer)]
+
+
+def chat_that_answers(row: dict, found: dict[str, str]) -> str | None:
+    """The column of the row's chat, where that ends in an assistant turn."""
+    column = found.get("messages") or found.get("prompt")
+    value = unpacked(look_up(row, column))
+    last = value[-1] if isinstance(value, list) and value else None
+    role = (last.get("role") or last.get("from")) if isinstance(last, dict) else None
+    return column if ROLES.get(role, role) == "assistant" else None
+
+
+def check_whole(row: Row, found: dict[str, str]) -> None:
+    """Raise UserError for a row of which the prompt would be a part only."""
+    column = found.get("messages") or found["prompt"]
+    unsaid = () if column in OWN or "messages" in found else UNSAID
+    for name in (*unsaid, *UNSEEN):
+        if row.value.get(name) and not (column == "instruction" and name in MORE):
+            what = "text is all that is trained on" if name in UNSEEN else "write the whole prompt into one column"
+            raise UserError(
+                f"{row.source}: the column {name!r} would not be seen, the prompt is {column!r} alone; {what}, "
+                f"or say that it is the prompt: data.columns = {{{'messages' if 'messages' in found else 'prompt'} = "
+                f'"{column}"}}'
+            )
+
+
+def whole_chat(row: Row, taken: dict[str, str]) -> tuple[list[Turn], int]:
+    """The chat with its demonstration at the end, and where in it the turns begin that may be learned from."""
+    column = taken.get("messages") or taken["prompt"]
+    value = look_up(row.value, column)
+    if column == "instruction" and isinstance(value, str):
+        more = (row.value.get(each) for each in MORE)
+        value = "\n".join([value, *(each for each in more if isinstance(each, str) and each.strip())])
+    chat = to_chat(value, f"{row.source}: {column}", padded=row.padded)
+    if "system" in taken:
+        system = to_chat(look_up(row.value, taken["system"]), f"{row.source}: {taken['system']}", "system")
+        if chat[0]["role"] in ("system", "developer"):
+            raise UserError(
+                f"{row.source}: the chat has a system turn and there is a column {taken['system']!r} too; "
+                'leave that out: data.columns = {system = ""}'
+            )
+        chat = system + chat
+    column = taken.get("demonstration")
+    if column is None or column in (taken.get("messages"), taken.get("prompt")):
+        return chat, 0
+    value = look_up(row.value, column)
+    if spelled(row.value, "generations") == column:
+        value = first_right(row.value, value)
+    if not isinstance(value, (str, list, dict)) or (isinstance(value, str) and not value.strip()):
+        raise UserError(f"{row.source}: {column}: expected text or null, found {shown(value)}")
+    told = to_chat(value, f"{row.source}: {column}", "assistant", row.padded)
+    if told[-1]["role"] != "assistant":
+        raise UserError(f"{row.source}: {column}: expected it to end in an assistant turn, found {shown(told[-1])}")
+    return chat + told, len(chat)
+
+
+def answer_of(row: Row, taken: dict[str, str]) -> str | None:
+    """The reference answer as text; None where there is none, or only space."""
+    value = look_up(row.value, taken.get("answer"))
+    if isinstance(value, list) and len(value) == 1 and taken["answer"] != "answer":
+        value = value[0]  # OlympiadBench's
+    if value is not None and not isinstance(value, (str, int, float)):
+        raise UserError(f"{row.source}: {taken['answer']}: expected text or a number, found {shown(value)}")
+    if value is None or value != value:  # a table's NaN
+        return None
+    text = str(value)
+    if taken["answer"] == taken.get("demonstration") and worked(value):
+        text = text.rpartition(MARK)[2].strip()
+    return text if text.strip() else None
+
+
+def fits(name: str, row: dict, column: str | None) -> bool:
+    """Whether the column can be what its name says. Our own names are taken at their word, and refused later."""
+    value = look_up(row, column)
+    if value is None:
+        return False
+    if column == "extra_info.answer":
+        return worked(value)
+    if column in OWN or name == "tools":
+        return True
+    if name == "answer":
+        return isinstance(value, (str, int, float)) or (isinstance(value, list) and len(value) == 1)
+    if name == "system":
+        return isinstance(value, str) and bool(value.strip())
+    if column.lower() == "generations":
+        return first_right(row, value) is not None
+    if column.lower() == "target":
+        return isinstance(value, list) and all(isinstance(each, dict) for each in value)
+    return isinstance(value, (str, list, dict))
+
+
+def first_right(row: dict, generations: Any) -> str | None:
+    """Of several solutions the first that a verdict calls right, or the first where there is no verdict."""
+    if not isinstance(generations, list):
+        return None
+    verdicts = [row[name] for name in VERDICTS if isinstance(row.get(name), list)]
+    right = [not verdicts or any(each[at : at + 1] == [True] for each in verdicts) for at in range(len(generations))]
+    texts = [text for text, good in zip(generations, right) if good and isinstance(text, str) and text.strip()]
+    return texts[0] if texts else None
+
+
+def worked(answer: Any) -> bool:
+    """Whether an answer is a worked solution, as GSM8K's: text, the mark, and the answer behind it."""
+    steps, mark, final = answer.rpartition(MARK) if isinstance(answer, str) else ("", "", "")
+    return bool(steps.strip() and mark and final.strip())
+
+
+def is_learned(turn: Turn) -> bool:
+    """An assistant turn, unless it has OpenAI's sign for one that is not to be learned from."""
+    return turn["role"] == "assistant" and turn.get("weight", 1) != 0
+
+
+def spelled(row: dict, alias: str) -> str | None:
+    """The column's name in the row, in whatever case; a dotted alias leads into a column that is a table."""
+    if "." in alias or alias in row:
+        return alias
+    return next((each for each in row if isinstance(each, str) and each.lower() == alias), None)
+
+
+def look_up(row: dict, column: str | None) -> Any:
+    """The value of a column, or of `column.key` in a table; None where there is none."""
+    if column is None or column in row:
+        return row.get(column)
+    name, _, key = column.partition(".")
+    inner = row.get(name)
+    return look_up(inner, key) if key and isinstance(inner, dict) else None
+
+
+def check_text(value: Any, where: str) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise UserError(f"{where}: a lone surrogate, {half!a}, is half of a character and no text") from error
