@@ -98,6 +98,12 @@ class RolloutConfig(Section):
     temperature: float = option(1.0, "sampling temperature, also of the log-probs in the loss", above=0)
     top_p: float = option(1.0, "nucleus sampling", above=0, high=1)
     batch_size: int = option(64, "sequences per call of generate", low=1)
+    resample: int = option(
+        0,
+        "replace prompts whose rollouts all got the same reward by others, so many times a step, and leave out those that "
+        "remain (dynamic sampling); 0: learn from them too",
+        low=0,
+    )
 
 
 @dataclass
@@ -114,6 +120,9 @@ class LossConfig(Section):
     options: dict[str, Any] = option({}, "fields of the objective to change")  # noqa: RUF009
     advantage_std: bool = option(True, "divide advantages by the standard deviation of their group")
     advantage_eps: float = option(1e-6, "added to that standard deviation", low=0)
+    mask_truncated: bool = option(
+        False, "no loss on rollouts that were cut at rollout.max_new_tokens; they count in their group's mean"
+    )
     hpt_threshold: float = option(
         0.0,
         "preset hpt: a prompt learns from its rollouts where more than this share of them is rewarded",

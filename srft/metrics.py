@@ -24,6 +24,7 @@ DESCRIPTIONS = {
     "reward_std": "standard deviation of the same",
     "reward_demo": "mean reward of the demonstrations",
     "informative": "share of prompts whose rollouts got different rewards",
+    "resampled": "prompts drawn in place of those whose rollouts did not differ (rollout.resample)",
     "response_tokens": "mean length of a rollout (tokens)",
     "finished": "share of rollouts that ended by themselves",
     "clip_fraction": "share of rollout tokens beyond the clip range",

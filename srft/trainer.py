@@ -37,7 +37,7 @@ import srft_kernels as sk
 from srft.config import Config
 from srft.data import Example, Problem, Prompter, fit
 from srft.errors import UserError
-from srft.learn.credit import Group, advantages_of, reward_metrics, sequences_of, switched
+from srft.learn.credit import Group, advantages_of, informative, reward_metrics, sequences_of, switched
 from srft.learn.objective import build_objective
 from srft.learn.packing import Microbatch, Sequence, pack
 from srft.learn.sharing import sharing_limit
@@ -112,11 +112,12 @@ class Trainer:
         torch.manual_seed(random.Random(f"{self.config.train.seed}/{number}/{self.ranks.rank}").getrandbits(63))
         problems = self._draw(number)
         groups = self._score(problems, self._roll_out(problems, number))
+        groups, resampled = self._resampled(groups, number)
         advantages = [advantages_of(group, self.config.loss) for group in groups]
         sequences = self._credit(groups, advantages)
         generated = time.perf_counter()
         microbatches = self._pack(sequences)
-        metrics = reward_metrics(groups) | self._learn(microbatches, number)
+        metrics = reward_metrics(groups) | resampled | self._learn(microbatches, number)
         ended = time.perf_counter()
         lengths = {kind: sum(len(s.completion) for s in sequences if s.is_demo == kind) for kind in (True, False)}
         padded = sum(m.input_ids.numel() for m in microbatches)
@@ -139,8 +140,24 @@ class Trainer:
         count = self.config.train.prompts_per_step
         return self.problems[(number - 1) * count : number * count]
 
-    def _roll_out(self, problems: list[Problem], number: int) -> list[list[Rollout]]:
-        """Of each prompt; none where the objective learns from none."""
+    def _resampled(self, groups: list[Group], number: int) -> tuple[list[Group], dict[str, float]]:
+        """Groups whose rollouts differ in reward, others drawn in place of those that do not, as rollout.resample says;
+        and a metric of how many were drawn. (Dynamic sampling, arXiv 2503.14476.)"""
+        turns, drawn = self.config.rollout.resample if self.learns_from_rollouts else 0, 0
+        if not turns:
+            return groups, {}
+        pool = list({id(problem): problem for problem in self.problems}.values())
+        for turn in range(turns):
+            kept = [group for group in groups if informative(group)]
+            if not (missing := len(groups) - len(kept)):
+                break
+            others = random.Random(f"{self.config.train.seed}/{number}/{turn}").sample(pool, min(missing, len(pool)))
+            groups = kept + self._score(others, self._roll_out(others, number, turn + 1))
+            drawn += len(others)
+        return [group for group in groups if informative(group)], {"resampled": float(drawn)}
+
+    def _roll_out(self, problems: list[Problem], number: int, turn: int = 0) -> list[list[Rollout]]:
+        """Of each prompt; none where the objective learns from none. Other completions at each turn of a step."""
         if not self.learns_from_rollouts:
             return [[] for _ in problems]
         self.refresh_engine()
@@ -151,7 +168,7 @@ class Trainer:
             max_new_tokens=rollout.max_new_tokens,
             temperature=rollout.temperature,
             top_p=rollout.top_p,
-            seed=self.config.train.seed * 1_000_003 + number,
+            seed=self.config.train.seed * 1_000_003 + number + turn * 1_000_000_007,
             batch_size=rollout.batch_size,
         )
         self.engine.release()
@@ -175,7 +192,8 @@ class Trainer:
 
     def _credit(self, groups: list[Group], advantages: list[list[float]]) -> list[Sequence]:
         """What to learn from."""
-        of_groups = [sequences_of(*each) for each in zip(groups, advantages)]
+        mask = self.config.loss.mask_truncated
+        of_groups = [sequences_of(*each, mask) for each in zip(groups, advantages)]
         if self.objective.switches:
             of_groups = [switched(sequences, self.config.loss.hpt_threshold) for sequences in of_groups]
         return [sequence for sequences in of_groups for sequence in sequences]

@@ -60,13 +60,20 @@ def switched(sequences: list[Sequence], threshold: float) -> list[Sequence]:
     return [sequence for sequence, kept in zip(sequences, learns.tolist()) if kept]
 
 
-def sequences_of(group: Group, advantages: SequenceOf[float]) -> list[Sequence]:
-    """The rollouts that were scored, and the demonstration."""
+def informative(group: Group) -> bool:
+    """Did its rollouts get different rewards?"""
+    scored = [reward for reward in group.rewards if reward is not None]
+    return bool(scored) and min(scored) < max(scored)
+
+
+def sequences_of(group: Group, advantages: SequenceOf[float], mask_truncated: bool = False) -> list[Sequence]:
+    """The rollouts that were scored, and the demonstration. mask_truncated: of the rollouts, those that ended."""
     prompt, demonstration = group.problem.prompt, group.problem.demonstration
     sequences = [
         Sequence(prompt, rollout.tokens, False, reward, advantage)
         for rollout, reward, advantage in zip(group.rollouts, group.rewards, advantages)
-        if reward is not None  # a rollout that nobody could score teaches nothing
+        # a rollout that nobody could score teaches nothing
+        if reward is not None and (rollout.finished or not mask_truncated)
     ]
     if demonstration:
         # An unscored demonstration is still imitated; with advantage 0 it has no RL term.
@@ -83,7 +90,7 @@ def reward_metrics(groups: SequenceOf[Group]) -> dict[str, float]:
         "reward_mean": mean(rewards),
         "reward_std": std(rewards),
         "reward_demo": mean([group.demo_reward for group in groups if group.demo_reward is not None]),
-        "informative": mean([float(min(of_group) < max(of_group)) for of_group in scored if of_group]),
+        "informative": mean([float(informative(group)) for group, known in zip(groups, scored) if known]),
         "response_tokens": mean([float(len(rollout.tokens)) for rollout in rollouts]),
         "finished": mean([float(rollout.finished) for rollout in rollouts]),
     }

@@ -373,3 +373,50 @@ def test_a_sequence_beyond_the_token_budget_or_the_model_is_refused(tiny, option
     with pytest.raises(UserError, match=expected):
         make(tiny, *options, data=data)
     make(tiny, "--train.token_budget=90", data=data)
+
+
+class Sums(Engine):
+    """Completions of its own making, by the number of the call: all alike at first, then different ones."""
+
+    def __init__(self, lengths: list[list[int]], finished: bool = True):
+        self.lengths, self.finished, self.prompts = lengths, finished, []
+
+    def generate(self, prompts, samples, **_):
+        lengths = self.lengths[min(len(self.prompts), len(self.lengths) - 1)]
+        self.prompts.append(len(prompts))
+        return [[Rollout([70] * lengths[i % len(lengths)], self.finished) for i in range(samples)] for _ in prompts]
+
+
+def by_length(prompts, completions, **columns):
+    return [float(len(text)) for text in completions]
+
+
+def test_prompts_without_information_are_replaced(tiny):
+    """Where the rollouts of all prompts got the same reward at first, others are drawn, so many times at most."""
+    engine = Sums([[3], [3], [2, 3]])
+    trainer = make(tiny, "--loss.preset", "grpo", "--rollout.resample", "4", engine=engine, reward=by_length)
+    line, _ = trainer.step(1)
+    assert engine.prompts == [3, 3, 3] and line["resampled"] == 6
+    assert line["informative"] == 1 and line["rollout_tokens"] > 0
+    engine = Sums([[3]])
+    trainer = make(fresh(), "--loss.preset", "grpo", "--rollout.resample", "2", engine=engine, reward=by_length)
+    line, _ = trainer.step(1)
+    assert engine.prompts == [3, 3, 3] and line["rollout_tokens"] == 0  # none is left
+    assert "resampled" not in make(fresh(), engine=Sums([[3]]), reward=by_length).step(1)[0]
+
+
+def test_what_is_drawn_again_is_the_same_in_a_resumed_run(tiny):
+    steps = []
+    for _ in range(2):
+        trainer = make(fresh(), "--rollout.resample", "2", reward=by_length)
+        steps.append([trainer.step(n)[0]["loss"] for n in (1, 2)])
+    assert steps[0] == steps[1]
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_rollouts_that_were_cut_have_no_loss_where_asked(tiny, masked):
+    option = ["--loss.mask_truncated", str(masked).lower()]
+    engine = Sums([[2, 3]], finished=False)
+    trainer = make(tiny, "--loss.preset", "grpo", *option, engine=engine, reward=by_length)
+    line, _ = trainer.step(1)
+    assert (line["rollout_tokens"] == 0) == masked and line["reward_std"] > 0
