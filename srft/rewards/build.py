@@ -32,8 +32,6 @@ def build_reward(config: RewardConfig, data: DataConfig) -> Scorer:
     if not all(math.isfinite(weight) for weight in config.weights):
         raise UserError(f"reward.weights: expected finite numbers, found {config.weights}")
     rewards = [reward_of(name, config, data) for name in names]
-    for each in rewards:
-        each.load()
     name = ", ".join(each.name for each in rewards)
     return Scorer(name, *rewards, weights=config.weights, seconds=config.timeout, workers=config.workers)
 

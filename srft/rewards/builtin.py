@@ -6,6 +6,7 @@ is imported by `load`, in the process where it is called.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 from srft.data.tasks import gym, make
@@ -26,7 +27,7 @@ class BuiltIn:
     needs_answer = True
 
     def load(self) -> None:
-        """Import what it needs; raises UserError."""
+        """Import what it needs, in the process that calls it."""
 
     def wants(self, column: str) -> bool:
         return column in self.takes
@@ -58,17 +59,19 @@ class Exact(BuiltIn):
         return same(completion, answer)
 
 
+@dataclass
 class MathVerify(Exact):
     """`exact`, or equal as mathematics (fractions, roots, sets, LaTeX) by math-verify."""
 
     name = "math_verify"
     confined = True  # sympy may take for ever; math-verify's own limits are signals and need a main thread
 
+    def __post_init__(self) -> None:
+        if find_spec("math_verify") is None:
+            raise missing("math-verify", "reward.name 'math_verify'")
+
     def load(self) -> None:
-        try:
-            import math_verify  # noqa: F401
-        except ImportError as error:
-            raise missing("math-verify", "reward.name 'math_verify'") from error
+        import math_verify  # noqa: F401
 
     def equal(self, completion: str, answer: str) -> bool:
         if same(completion, answer):

@@ -17,7 +17,7 @@ import sys
 import time
 import weakref
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Pipe, wait
 from typing import Any
 
@@ -79,7 +79,7 @@ class Worker:
             return None
         self.stop()
         if not self.loaded:
-            return Failure("unloaded", f"its process was not ready within {PATIENCE:g} s")
+            return Failure("unloaded", f"it was not ready within {PATIENCE:g} s")
         return Failure("late", f"took more than {self.seconds:g} s (reward.timeout)")
 
     def ended(self) -> Failure:
@@ -88,11 +88,13 @@ class Worker:
         except subprocess.TimeoutExpired:
             code = 0
         self.stop()
-        words = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return Failure("ended" if self.loaded else "unloaded", f"its process {words}")
+        words = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended its process with code {code}"
+        return Failure("ended" if self.loaded else "unloaded", words)
 
     def stop(self) -> None:
         """End it with all that it started."""
+        if not self.alive:
+            return
         self.alive = False
         self.connection.close()
         with contextlib.suppress(ProcessLookupError, PermissionError):  # it is gone; macOS says the second
@@ -100,72 +102,84 @@ class Worker:
         self.process.wait()
 
 
-@dataclass
 class Pool:
-    """At most `workers` processes; 0: rewards are called here, without a limit of time. seconds: see Job."""
+    """At most `workers` processes; 0: rewards are called here, without a limit of time."""
 
-    rewards: list[Any]
-    workers: int = 0
-    local: set[int] = field(default_factory=set)  # rewards that only this process can call
-    started: list[Worker] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.local = {i for i, each in enumerate(self.rewards) if not (self.workers and each.confined)}
-        weakref.finalize(self, stop_all, self.started)
+    def __init__(self, rewards: list[Any], workers: int = 0):
+        self.rewards, self.workers = rewards, workers
+        self.here = {i for i, each in enumerate(rewards) if not (workers and each.confined)}  # called by this process
+        self.able: set[int] = set()  # those that another process could load
+        self.started: list[Worker] = []
+        weakref.finalize(self, stop_all, self.started, os.getpid())
 
     def run(self, jobs: list[Job]) -> list[list[Part] | Failure]:
         """What came of each job, in their order."""
         answers: dict[int, list[Part] | Failure] = {}
-        waiting = deque(i for i, job in enumerate(jobs) if job.reward not in self.local)
+        waiting = deque(range(len(jobs)))
         try:
-            while waiting or any(worker.job is not None for worker in self.started):
-                while waiting and (worker := self.idle()):
-                    number = waiting.popleft()
-                    worker.begin(
-                        number, pickle.dumps((jobs[number].reward, jobs[number].columns)), jobs[number].seconds
-                    )
-                busy = [worker for worker in self.started if worker.job is not None]
-                due = min(worker.deadline for worker in busy) - time.monotonic()
-                wait([worker.connection for worker in busy], timeout=max(0.0, min(due, 0.2)))
-                for worker in busy:
-                    answer = worker.answer()
-                    if answer is not None:
-                        answers[worker.job], worker.job = answer, None
+            while waiting or self.busy():
+                self._hand_out(jobs, waiting)
+                wait([worker.connection for worker in self.busy()], timeout=self._patience())
+                for worker in self.busy():
+                    if (answer := worker.answer()) is None:
+                        continue
+                    number, worker.job = worker.job, None
+                    reward = jobs[number].reward
+                    if not isinstance(answer, Failure) or answer.kind != "unloaded":
+                        self.able.add(reward)
+                    elif reward not in self.able:
+                        self._keep_here(reward, answer.words)
+                        continue
+                    answers[number] = answer
         finally:  # a call that is broken off must not answer the next one
-            for worker in self.started:
-                if worker.job is not None:
-                    worker.stop()
-            self.started[:] = [worker for worker in self.started if worker.alive]
-        for number, answer in answers.items():
-            if isinstance(answer, Failure) and answer.kind == "unloaded":
-                self.keep_here(jobs[number].reward, answer)
-        return [
-            answers[i] if i in answers and jobs[i].reward not in self.local else self.here(jobs[i])
-            for i in range(len(jobs))
-        ]
+            stop_all(self.busy())
+            self._forget_the_ended()
+        return [answers[i] if i in answers else call(self.rewards[j.reward], j.columns) for i, j in enumerate(jobs)]
 
-    def here(self, job: Job) -> list[Part] | Failure:
-        return call(self.rewards[job.reward], job.columns)
+    def busy(self) -> list[Worker]:
+        return [worker for worker in self.started if worker.job is not None]
 
-    def keep_here(self, reward: int, failure: Failure) -> None:
-        if reward not in self.local:
-            self.local.add(reward)
-            print(
-                f"warning: reward.name {self.rewards[reward].name!r}: a process of its own cannot call it "
-                f"({failure.words}); it is called in this one, where a hang or a crash of it ends the run",
-                file=sys.stderr,
-            )
+    def _hand_out(self, jobs: list[Job], waiting: deque[int]) -> None:
+        """Jobs for processes without one. A process is started where all have one and more are allowed."""
+        while waiting:
+            job = jobs[waiting[0]]
+            if job.reward in self.here:
+                waiting.popleft()
+                continue
+            self._forget_the_ended()
+            free = next((worker for worker in self.started if worker.job is None), None)
+            if free is None and len(self.started) == self.workers:
+                return
+            try:
+                message = pickle.dumps((job.reward, job.columns))
+            except Exception as error:
+                self._keep_here(job.reward, f"its columns cannot be sent there: {error}")
+                continue
+            if free is None:
+                free = Worker(pickle.dumps([pickle.dumps(each) for each in self.rewards]))
+                self.started.append(free)
+            free.begin(waiting.popleft(), message, job.seconds)
 
-    def idle(self) -> Worker | None:
-        """A process without a job, started where all have one and more are allowed."""
+    def _patience(self) -> float:
+        """Until the next deadline, but not so long that a process without a word is found late."""
+        soonest = min((worker.deadline for worker in self.busy()), default=0.0)
+        return max(0.0, min(soonest - time.monotonic(), 0.2))
+
+    def _forget_the_ended(self) -> None:
         self.started[:] = [worker for worker in self.started if worker.alive]
-        free = next((worker for worker in self.started if worker.job is None), None)
-        if free is None and len(self.started) < self.workers:
-            free = Worker(pickle.dumps([pickle.dumps(each) for each in self.rewards]))
-            self.started.append(free)
-        return free
+
+    def _keep_here(self, reward: int, reason: str) -> None:
+        if reward in self.here:
+            return
+        self.here.add(reward)
+        print(
+            f"warning: reward.name {self.rewards[reward].name!r}: a process of its own cannot call it ({reason}); it "
+            "is called in the training process, where a hang or a crash of it ends the run",
+            file=sys.stderr,
+        )
 
 
-def stop_all(workers: list[Worker]) -> None:
-    for worker in workers:
-        worker.stop()
+def stop_all(workers: list[Worker], owner: int | None = None) -> None:
+    if owner in (None, os.getpid()):  # a fork of this process has the list too
+        for worker in workers:
+            worker.stop()

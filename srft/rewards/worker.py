@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -111,7 +112,9 @@ def serve(descriptor: int) -> None:
         rewards[number] = reward
         loaded.add(number)
         connection.send(LOADED)
-        connection.send(call(reward, columns))
+        answer = call(reward, columns)
+        sys.stdout.flush()  # what a function prints is not lost when its process is ended
+        connection.send(answer)
 
 
 def end_with_parent(parent: int) -> None:
