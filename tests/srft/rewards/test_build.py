@@ -1,7 +1,11 @@
 """From reward.name to a scorer, and what is refused before a model is loaded."""
 
+import json
+import sys
+
 import pytest
 
+from srft.cli import main
 from srft.config import DataConfig, RewardConfig
 from srft.data import build_prompter
 from srft.errors import UserError
@@ -127,3 +131,34 @@ def test_columns_that_do_not_exist_or_are_srfts_own_are_refused(function, rows, 
 )
 def test_columns_that_exist_or_have_a_default_are_not_refused(function):
     check_answers(Scorer("own", function), FILE, [example("4")], [example("4", finished_=1)])
+
+
+OF_TRL = """
+def length(completions, **kwargs):
+    return [float(len(completion[0]["content"])) for completion in completions]
+
+async def level(prompts, completions, level, completion_ids, **kwargs):
+    assert len(prompts) == len(completion_ids) == len(level)
+    return [float(each) for each in level]
+"""
+
+
+def test_rewards_of_trl_train_a_model_from_a_file(tiny_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    (tmp_path / "rewards.py").write_text(OF_TRL)
+    rows = [{"prompt": [{"role": "user", "content": f"{i} + 1?"}], "level": i} for i in range(16)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = (
+        f"--model.path {tiny_dir} --model.device cpu --data.train_file d.jsonl --run.dir run --train.steps 1 "
+        "--train.prompts_per_step 2 --rollout.max_new_tokens 4 --eval.prompts 2 --eval.samples 1 --loss.preset grpo "
+        "--reward.name rewards.py:length rewards.py:level --reward.weights 1 0.5 --reward.conversational"
+    ).split()
+    assert main(["train", *settings]) == 0, capsys.readouterr().err
+    (line,) = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert line["reward_mean"] == pytest.approx(line["reward/length"] + 0.5 * line["reward/level"])
+    assert line["reward_failed"] == 0.0
+    with pytest.raises(UserError, match=r"d\.jsonl: reward\.name 'rewards\.py:level' names the column 'level'"):
+        rows = "".join(json.dumps({"prompt": f"{i} + 1?", "levels": i}) + "\n" for i in range(16))
+        (tmp_path / "d.jsonl").write_text(rows)
+        main(["train", *settings, "--run.dir", "another", "--model.path", "not looked for", "--debug"])
