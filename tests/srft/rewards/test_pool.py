@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from srft.config import RewardConfig
 from srft.errors import UserError
-from tests.srft.rewards.conftest import example
+from srft.rewards import build_reward
+from tests.srft.rewards.conftest import FILE, example
 
 SOURCE = """
 import os, signal, sys, time
@@ -53,7 +55,7 @@ def printed(completions):
     return [1.0] * len(completions)
 
 def slow(completions):
-    time.sleep(0.2 * len(completions))
+    time.sleep(0.3 * len(completions))
     return [1.0 / len(completions) for _ in completions]
 
 def flaky(completions):
@@ -84,8 +86,8 @@ def gone(process: int) -> bool:
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("hang", "took more than 0.5 s (reward.timeout)"),
-        ("busy", "took more than 0.5 s (reward.timeout)"),
+        ("hang", "took more than 1 s (reward.timeout)"),
+        ("busy", "took more than 1 s (reward.timeout)"),
         ("exit", "called sys.exit(None)"),
         ("exit at once", "ended its process with code 0"),
         ("segfault", "was killed by SIGSEGV"),
@@ -96,11 +98,10 @@ def gone(process: int) -> bool:
 )
 def test_a_fault_costs_its_completion_only(write, fault, words, capfd):
     for function, expected in (("reward", 0.5), ("compute_score", 1.0)):
-        scorer = write(SOURCE, function, timeout=0.5, workers=1)
-        for _ in range(2):
-            rewards = scorer([example()] * 3, ["fine", fault, "fine too"])
-            assert rewards == [expected, None, expected]
-            assert rewards.details == [{}, {"reward_failed": 1.0}, {}]
+        scorer = write(SOURCE, function, timeout=1.0, workers=1)
+        rewards = scorer([example()] * 3, ["fine", fault, "fine too"])
+        assert rewards == [expected, None, expected]
+        assert rewards.details == [{}, {"reward_failed": 1.0}, {}]
         told = capfd.readouterr().err.splitlines()
         name = scorer.name
         lost = f"1 of 3 completions could not be scored, the first: it {words}; metric reward_failed counts them"
@@ -166,12 +167,12 @@ def test_processes_end_with_a_run_that_is_killed(write, tmp_path):
 
 
 def test_a_long_list_may_take_as_long_as_its_completions(write, capfd):
-    scorer = write(SOURCE, "slow", timeout=0.5, workers=2)
+    scorer = write(SOURCE, "slow", timeout=1.0, workers=2)
     assert scorer([example()] * 4, ["a"] * 4) == [0.25] * 4
     assert scorer.patient == {0}
     started = time.monotonic()
     assert scorer([example()] * 4, ["a"] * 4) == [0.25] * 4
-    assert time.monotonic() - started < 1.6  # it is not tried again with one at a time
+    assert time.monotonic() - started < 2.6  # it is not tried again with one at a time
     assert capfd.readouterr().err == ""
 
 
@@ -196,6 +197,12 @@ def test_a_function_that_no_other_process_finds_is_called_in_this_one(write, mon
         assert scorer([example()] * 2, ["a", "b"]) == [os.getpid()] * 2
     told = capfd.readouterr().err
     assert told.count("warning: ") == 1 and "OSError: no device" in told and "in the training process" in told
+
+
+def test_a_function_of_the_program_itself_is_called_in_it(monkeypatch, capfd):
+    monkeypatch.setattr(sys.modules["__main__"], "reward", lambda completions: [os.getpid()], raising=False)
+    assert build_reward(RewardConfig("__main__:reward", workers=1), FILE)([example()], ["a"]) == [os.getpid()]
+    assert "reward.name '__main__:reward': a process of its own cannot call it" in capfd.readouterr().err
 
 
 def test_columns_that_cannot_be_sent_are_scored_in_this_process(write, capfd):
