@@ -58,6 +58,10 @@ def slow(completions):
     time.sleep(0.3 * len(completions))
     return [1.0 / len(completions) for _ in completions]
 
+def unhurried(completions):
+    time.sleep(1.5 * (completions == ["slow"]))
+    return [float(each == "fast") for each in completions]
+
 def flaky(completions):
     if len(completions) == 2:
         os._exit(1)
@@ -212,10 +216,9 @@ def test_columns_that_cannot_be_sent_are_scored_in_this_process(write, capfd):
 
 
 def test_a_call_that_is_broken_off_does_not_answer_the_next_one(write, monkeypatch):
-    scorer = write(SOURCE, "slow", workers=1)
-    scorer([example()], ["a"])
+    scorer = write(SOURCE, "unhurried", workers=2)
     with monkeypatch.context() as patch:
         patch.setattr("srft.rewards.pool.wait", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            scorer([example()] * 2, ["a"] * 2)
-    assert scorer([example()] * 4, ["a"] * 4) == [0.25] * 4
+            scorer([example()], ["slow"])
+    assert scorer([example()], ["fast"]) == [1.0]
