@@ -209,6 +209,21 @@ def test_a_function_of_the_program_itself_is_called_in_it(monkeypatch, capfd):
     assert "reward.name '__main__:reward': a process of its own cannot call it" in capfd.readouterr().err
 
 
+def test_a_function_that_another_process_could_call_never_gets_into_this_one(write, tmp_path):
+    """Not even when a process that is to replace one cannot load it: it may hang."""
+    scorer = write(SOURCE, "compute_score", workers=1)
+    assert scorer([example()], ["fine"]) == [1.0]
+    (module,) = tmp_path.glob("module_*.py")
+    module.write_text("broken")
+    assert scorer([example()] * 2, ["exit at once", "exit at once"]) == [None, None]
+
+
+@pytest.mark.skipif(not Path("/proc/self/oom_score_adj").exists(), reason="Linux")
+def test_where_memory_runs_out_the_process_of_a_reward_goes_first(write):
+    source = "def reward(completions):\n    return [float(open('/proc/self/oom_score_adj').read())]"
+    assert write(source, workers=1)([example()], ["a"]) == [1000.0]
+
+
 def test_columns_that_cannot_be_sent_are_scored_in_this_process(write, capfd):
     scorer = write(SOURCE + "\ndef reward(completions, x):\n    return [x[0](3)]\n", workers=1)
     assert scorer([example(x=lambda y: y)], ["a"]) == [3.0]
