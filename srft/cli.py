@@ -58,8 +58,9 @@ demonstration (a worked solution) and/or answer (what rewards compare with); oth
 `srft data check FILE` tells what is taken for what, `srft data check --help` which columns are known. For example
   {"prompt": "What is 2 + 3?", "demonstration": "2 + 3 = 5\\n#### 5", "answer": "5"}
 
-A reward function of your own is --reward.name my_module:my_function, with the signature
+A reward function of your own is --reward.name my_module:my_function or my_file.py:my_function, with the signature
   def my_function(prompts, completions, **columns) -> list[float | None]
+or that of a reward of TRL or verl (docs/training.md).
 
 Settings
 """

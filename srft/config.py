@@ -100,18 +100,30 @@ class RolloutConfig(Section):
     batch_size: int = option(64, "sequences per call of generate", low=1)
     resample: int = option(
         0,
-        "replace prompts whose rollouts all got the same reward by others, so many times a step, and leave out those that "
-        "remain (dynamic sampling); 0: learn from them too",
+        "replace prompts whose rollouts all got the same reward by others, so many times a step, and leave out what "
+        "remains (dynamic sampling); 0: learn from them too",
         low=0,
     )
 
 
 @dataclass
 class RewardConfig(Section):
-    name: str = option(
+    name: str | list[str] = option(  # noqa: RUF009
         "auto",
-        "auto (a task's own, math_verify for files), exact, math_verify, reasoning_gym, or package.module:function",
+        "auto (a task's own, math_verify for files), exact, math_verify, reasoning_gym, package.module:function, "
+        "file.py:function, or several of them",
     )
+    weights: list[float] = option([], "of several functions, in their order; none given: 1 each")  # noqa: RUF009
+    mark: Literal["auto", "required", "any"] = option(
+        "auto",
+        "what exact, math_verify and reasoning_gym read: auto: behind #### or \\boxed{} where the prompt asks for "
+        "it; required: always; any: the last number of a finished completion counts too",
+    )
+    conversational: bool = option(False, "functions get prompts and completions as chats, as TRL's for chats want them")
+    timeout: float = option(
+        30.0, "seconds that scoring one completion may take; one that is late is not scored", above=0
+    )
+    workers: int = option(2, "processes that call rewards; 0: the training process itself, without a timeout", low=0)
 
 
 @dataclass

@@ -100,8 +100,16 @@ def evaluate(
         batch_size=config.batch_size,
     )
     engine.release()
-    texts = [prompter.decode(rollout.tokens) for group in groups for rollout in group]
-    rewards = iter(scorer([example for example in examples for _ in range(config.samples)], texts))
+    rollouts = [rollout for group in groups for rollout in group]
+    texts = [prompter.decode(rollout.tokens) for rollout in rollouts]
+    rewards = iter(
+        scorer(
+            [example for example in examples for _ in range(config.samples)],
+            texts,
+            finished=[rollout.finished for rollout in rollouts],
+            completion_ids=[rollout.tokens for rollout in rollouts],
+        )
+    )
     generations = []
     for example, group, start in zip(examples, groups, range(0, len(texts), config.samples)):
         generations.append(

@@ -23,6 +23,7 @@ DESCRIPTIONS = {
     "reward_mean": "mean reward of the rollouts that were scored",
     "reward_std": "standard deviation of the same",
     "reward_demo": "mean reward of the demonstrations",
+    "reward_failed": "rollouts that could not be scored: their reward hung, crashed or raised",
     "informative": "share of prompts whose rollouts got different rewards",
     "resampled": "prompts drawn in place of those whose rollouts did not differ (rollout.resample)",
     "response_tokens": "mean length of a rollout (tokens)",

@@ -117,7 +117,7 @@ def override(tree: dict[str, Any], key: str, values: list[str]) -> None:
     kind, table = type_of(f"{section}.{name}"), tree.setdefault(section, {})
     if kind is bool and not values:
         values = ["true"]
-    if typing.get_origin(kind) is list or (len(values) > 1 and list[str] in typing.get_args(kind)):
+    if typing.get_origin(kind) is list or (len(values) > 1 and list in map(typing.get_origin, typing.get_args(kind))):
         table[name] = values[0] if values[:1] and values[0].startswith("[") else values
         return
     if len(values) != 1:
@@ -169,8 +169,10 @@ def words(kind: Any) -> str:
     """A type as users read it."""
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(typing.get_args(kind))
-    if typing.get_origin(kind) is list or list[str] in typing.get_args(kind):
-        return "a list of texts" if typing.get_origin(kind) is list else "text or a list of texts"
+    if typing.get_origin(kind) is list:
+        return "a list of numbers" if float in typing.get_args(kind) else "a list of texts"
+    if list in map(typing.get_origin, typing.get_args(kind)):
+        return "text or a list of texts"
     names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
     return names.get(kind, "a table" if typing.get_origin(kind) is dict else "text")
 

@@ -37,7 +37,7 @@ import srft_kernels as sk
 from srft.config import Config
 from srft.data import Example, Problem, Prompter, fit
 from srft.errors import UserError
-from srft.learn.credit import Group, advantages_of, informative, reward_metrics, sequences_of, switched
+from srft.learn.credit import Group, advantages_of, informative, reward_metrics, scored, sequences_of, switched
 from srft.learn.objective import build_objective
 from srft.learn.packing import Microbatch, Sequence, pack
 from srft.learn.sharing import sharing_limit
@@ -181,14 +181,7 @@ class Trainer:
         self.stale = False
 
     def _score(self, problems: list[Problem], rollouts: list[list[Rollout]]) -> list[Group]:
-        """One call of the scorer: for all rollouts, then for the demonstrations."""
-        owners = [problem.example for problem, each in zip(problems, rollouts) for _ in each]
-        texts = [self.prompter.decode(rollout.tokens) for each in rollouts for rollout in each]
-        demos = [problem.example for problem in problems if problem.demonstration]
-        rewards = iter(self.scorer(owners + demos, texts + [example.demonstration for example in demos]))
-        of_rollouts = [[next(rewards) for _ in each] for each in rollouts]
-        of_demos = [next(rewards) if problem.demonstration else None for problem in problems]
-        return [Group(*each) for each in zip(problems, rollouts, of_rollouts, of_demos)]
+        return scored(self.scorer, self.prompter, problems, rollouts)
 
     def _credit(self, groups: list[Group], advantages: list[list[float]]) -> list[Sequence]:
         """What to learn from."""

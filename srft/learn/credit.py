@@ -1,21 +1,22 @@
 """Credit: what of a prompt's completions is learned from, and how much better each did than the others of its group.
 
-group = Group(problem, rollouts, rewards, demo_reward)
+groups = scored(scorer, prompter, problems, rollouts)
 advantages = advantages_of(group, config.loss)          # over the rollouts and the demonstration
 sequences_of(group, advantages)                         # what there is to learn from; HPT chooses by `switched`
 """
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean, stdev
 
 import torch
 
 import srft_kernels as sk
 from srft.config import LossConfig
-from srft.data import Problem
+from srft.data import Problem, Prompter
 from srft.learn.packing import Sequence
 from srft.metrics import mean, std
+from srft.rewards import Scorer
 from srft.rollout import Rollout
 
 
@@ -27,6 +28,23 @@ class Group:
     rollouts: list[Rollout]
     rewards: list[float | None]  # of each rollout
     demo_reward: float | None
+    details: list[dict[str, float]] = field(default_factory=list)  # of each rollout: what its reward is made of
+
+
+def scored(scorer: Scorer, prompter: Prompter, problems: list[Problem], rollouts: list[list[Rollout]]) -> list[Group]:
+    """A group of each problem: all their rollouts, then the demonstrations, in one call of the scorer."""
+    sampled = [(problem, rollout) for problem, each in zip(problems, rollouts) for rollout in each]
+    shown = [problem for problem in problems if problem.demonstration]
+    rewards = scorer(
+        [problem.example for problem, _ in sampled] + [problem.example for problem in shown],
+        [prompter.decode(rollout.tokens) for _, rollout in sampled] + [each.example.demonstration for each in shown],
+        finished=[rollout.finished for _, rollout in sampled] + [True] * len(shown),
+        completion_ids=[rollout.tokens for _, rollout in sampled] + [problem.demonstration for problem in shown],
+    )
+    one, details = iter(rewards), iter(rewards.details)
+    of_rollouts = [[next(one) for _ in each] for each in rollouts]
+    of_demos = [next(one) if problem.demonstration else None for problem in problems]
+    return [Group(*each, [next(details) for _ in each[1]]) for each in zip(problems, rollouts, of_rollouts, of_demos)]
 
 
 def advantages_of(group: Group, config: LossConfig) -> list[float]:
@@ -86,10 +104,14 @@ def reward_metrics(groups: SequenceOf[Group]) -> dict[str, float]:
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     scored = [[reward for reward in group.rewards if reward is not None] for group in groups]
     rewards = [reward for of_group in scored for reward in of_group]
+    details = [of_rollout for group in groups for of_rollout in group.details]
+    parts = sorted({name for each in details for name in each if name.startswith("reward/")})
     return {
         "reward_mean": mean(rewards),
         "reward_std": std(rewards),
         "reward_demo": mean([group.demo_reward for group in groups if group.demo_reward is not None]),
+        "reward_failed": sum(each.get("reward_failed", 0.0) for each in details),
+        **{name: mean([each[name] for each in details if name in each]) for name in parts},
         "informative": mean([float(informative(group)) for group, known in zip(groups, scored) if known]),
         "response_tokens": mean([float(len(rollout.tokens)) for rollout in rollouts]),
         "finished": mean([float(rollout.finished) for rollout in rollouts]),

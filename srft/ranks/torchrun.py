@@ -26,7 +26,7 @@ from srft.data import Example
 from srft.errors import UserError
 from srft.model import LoadedModel
 from srft.ranks.ranks import Ranks
-from srft.rewards import Scorer
+from srft.rewards import Rewards, Scorer
 from srft.rollout import Engine, Rollout
 
 T = TypeVar("T")
@@ -265,11 +265,18 @@ class DividedScorer:
     def name(self) -> str:
         return self.alone.name
 
-    def __call__(self, examples: list[Example], completions: list[str]) -> list[float | None]:
+    @property
+    def needs_answer(self) -> bool:
+        return self.alone.needs_answer
+
+    def __call__(self, examples: list[Example], completions: list[str], **lists: list | None) -> Rewards:
         place: dict[int, int] = {}
         for example in examples:
             place.setdefault(id(example), len(place))
         mine = [i for i, each in enumerate(examples) if place[id(each)] % self.ranks.size == self.ranks.rank]
-        scores = self.alone([examples[i] for i in mine], [completions[i] for i in mine])
-        merged = {i: score for part in self.ranks.gather(dict(zip(mine, scores))) for i, score in part.items()}
-        return [merged[i] for i in range(len(examples))]
+        own = {name: of and [of[i] for i in mine] for name, of in lists.items()}
+        scored = self.alone([examples[i] for i in mine], [completions[i] for i in mine], **own)
+        merged = {}
+        for part in self.ranks.gather(dict(zip(mine, zip(scored, scored.details)))):
+            merged |= part
+        return Rewards(*zip(*(merged[i] for i in range(len(examples)))))

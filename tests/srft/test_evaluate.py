@@ -102,3 +102,16 @@ def test_a_checkpoint_that_is_none_is_told_as_such(tmp_path, monkeypatch):
             main_eval(load(None, []), name)
     with pytest.raises(UserError, match="the hub was asked"):
         main_eval(load(None, []), "org/none")
+
+
+def test_a_reward_is_told_which_completions_were_cut_off_and_their_tokens(tiny):
+    class Cut(Engine):
+        def generate(self, prompts, samples, **settings):
+            return [[Rollout([16 + i], bool(i)) for i in range(samples)] for _ in prompts]
+
+    def reward(completions, finished, completion_ids):
+        return [float(each) + ids[0] for each, ids in zip(finished, completion_ids)]
+
+    prompter = build_prompter(tiny.tokenizer, DataConfig(system_prompt=""))
+    result = evaluate(Cut(), problems("a"), prompter, Scorer("test", reward), EvalConfig(samples=2), 7)
+    assert result.generations[0]["rewards"] == [16.0, 18.0]

@@ -58,6 +58,7 @@ def settings(model: Path, run_dir: Path) -> list[str]:
         "run.dir": run_dir,
         "run.checkpoint_every": 2,
         "reward.name": "parity:reward",
+        "reward.workers": 0,  # where it can kill its rank
         "train.steps": STEPS,
         "train.prompts_per_step": 5,
         "train.token_budget": 400,

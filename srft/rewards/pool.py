@@ -1,0 +1,185 @@
+"""Processes that call rewards: one that hangs or crashes is ended and replaced, and the run goes on.
+
+    pool = Pool(rewards, workers=2)
+    pool.run([Job(0, columns, seconds=30.0), …])           # per job its parts, or a Failure
+
+They are fresh interpreters, not forks, since a process that has used CUDA or threads cannot be forked, and not
+`concurrent.futures`, whose pool is lost with one of its processes and cannot stop a call. They need neither torch
+nor the program's main module, start when they are needed, and end with the pool.
+"""
+
+import contextlib
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections import deque
+from dataclasses import dataclass
+from multiprocessing.connection import Pipe, wait
+from typing import Any
+
+from srft.rewards.worker import LOADED, START, Failure, Part, call
+
+PATIENCE = 600.0  # seconds for a process to start and to import what a reward needs
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call: the number of a reward, its columns, and the seconds that it may take."""
+
+    reward: int
+    columns: dict[str, list]
+    seconds: float
+
+
+class Worker:
+    """One process, and the job that it has."""
+
+    def __init__(self, rewards: bytes):
+        self.connection, theirs = Pipe()
+        # A session of its own: Ctrl-C is for the run to deal with, and what a reward starts can be ended with it.
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", START, str(theirs.fileno()), *map(os.path.abspath, sys.path)],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        theirs.close()
+        self.job: int | None = None
+        self.seconds = self.deadline = 0.0
+        self.loaded = False
+        self.alive = True
+        self.send(rewards)
+
+    def send(self, message: bytes) -> None:
+        with contextlib.suppress(OSError):  # it has ended, which `answer` finds out
+            self.connection.send_bytes(message)
+
+    def begin(self, number: int, message: bytes, seconds: float) -> None:
+        self.job, self.seconds, self.loaded = number, seconds, False
+        self.deadline = time.monotonic() + PATIENCE
+        self.send(message)
+
+    def answer(self) -> list[Part] | Failure | None:
+        """What came of its job; None: nothing yet. A process that has ended, or is late, is no longer `alive`."""
+        try:
+            while self.connection.poll():
+                message = pickle.loads(self.connection.recv_bytes())
+                if message != LOADED:
+                    return message
+                self.loaded, self.deadline = True, time.monotonic() + self.seconds
+        except (EOFError, OSError):
+            return self.ended()
+        if self.process.poll() is not None and not self.connection.poll():
+            return self.ended()  # what it started may still hold the connection open
+        if time.monotonic() < self.deadline:
+            return None
+        self.stop()
+        if not self.loaded:
+            return Failure("unloaded", f"it was not ready within {PATIENCE:g} s")
+        return Failure("late", f"took more than {self.seconds:g} s (reward.timeout)")
+
+    def ended(self) -> Failure:
+        try:
+            code = self.process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            code = 0
+        self.stop()
+        words = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended its process with code {code}"
+        return Failure("ended" if self.loaded else "unloaded", words)
+
+    def stop(self) -> None:
+        """End it with all that it started."""
+        if not self.alive:
+            return
+        self.alive = False
+        self.connection.close()
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # it is gone; macOS says the second
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+class Pool:
+    """At most `workers` processes; 0: rewards are called here, without a limit of time."""
+
+    def __init__(self, rewards: list[Any], workers: int = 0):
+        self.rewards, self.workers = rewards, workers
+        self.here = {i for i, each in enumerate(rewards) if not (workers and each.confined)}  # called by this process
+        self.able: set[int] = set()  # those that another process could load
+        self.started: list[Worker] = []
+        weakref.finalize(self, stop_all, self.started, os.getpid())
+
+    def run(self, jobs: list[Job]) -> list[list[Part] | Failure]:
+        """What came of each job, in their order."""
+        answers: dict[int, list[Part] | Failure] = {}
+        waiting = deque(range(len(jobs)))
+        try:
+            while waiting or self.busy():
+                self._hand_out(jobs, waiting)
+                wait([worker.connection for worker in self.busy()], timeout=self._patience())
+                for worker in self.busy():
+                    if (answer := worker.answer()) is None:
+                        continue
+                    number, worker.job = worker.job, None
+                    reward = jobs[number].reward
+                    if not isinstance(answer, Failure) or answer.kind != "unloaded":
+                        self.able.add(reward)
+                    elif reward not in self.able:
+                        self._keep_here(reward, answer.words)
+                        continue
+                    answers[number] = answer
+        finally:  # a call that is broken off must not answer the next one
+            stop_all(self.busy())
+            self._forget_the_ended()
+        return [answers[i] if i in answers else call(self.rewards[j.reward], j.columns) for i, j in enumerate(jobs)]
+
+    def busy(self) -> list[Worker]:
+        return [worker for worker in self.started if worker.job is not None]
+
+    def _hand_out(self, jobs: list[Job], waiting: deque[int]) -> None:
+        """Jobs for processes without one. A process is started where all have one and more are allowed."""
+        while waiting:
+            job = jobs[waiting[0]]
+            if job.reward in self.here:
+                waiting.popleft()
+                continue
+            self._forget_the_ended()
+            free = next((worker for worker in self.started if worker.job is None), None)
+            if free is None and len(self.started) == self.workers:
+                return
+            try:
+                message = pickle.dumps((job.reward, job.columns))
+            except Exception as error:
+                self._keep_here(job.reward, f"its columns cannot be sent there: {error}")
+                continue
+            if free is None:
+                free = Worker(pickle.dumps([pickle.dumps(each) for each in self.rewards]))
+                self.started.append(free)
+            free.begin(waiting.popleft(), message, job.seconds)
+
+    def _patience(self) -> float:
+        """Until the next deadline, but not so long that a process without a word is found late."""
+        soonest = min((worker.deadline for worker in self.busy()), default=0.0)
+        return max(0.0, min(soonest - time.monotonic(), 0.2))
+
+    def _forget_the_ended(self) -> None:
+        self.started[:] = [worker for worker in self.started if worker.alive]
+
+    def _keep_here(self, reward: int, reason: str) -> None:
+        if reward in self.here:
+            return
+        self.here.add(reward)
+        print(
+            f"warning: reward.name {self.rewards[reward].name!r}: a process of its own cannot call it ({reason}); it "
+            "is called in the training process, where a hang or a crash of it ends the run",
+            file=sys.stderr,
+        )
+
+
+def stop_all(workers: list[Worker], owner: int | None = None) -> None:
+    if owner in (None, os.getpid()):  # a fork of this process has the list too
+        for worker in workers:
+            worker.stop()

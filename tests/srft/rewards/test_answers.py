@@ -1,0 +1,92 @@
+"""Where the answer of a text stands, and when a mark has to be before it."""
+
+import pytest
+
+from srft.rewards.answers import MarkRule, final_answer, is_answer, same
+
+CUT = "1 + 4 = 5\nAdding 1 to 4,"  # the answer is 4
+
+
+@pytest.mark.parametrize(
+    ("completion", "numeric", "expected"),
+    [
+        ("1 + 1 = 2\n#### 2", True, "2"),
+        ("#### 1\n#### 1,234.5 apples, not 7", True, "1,234.5"),
+        ("The answer is 14.", True, "14"),
+        ("5-3 gives 2, so x=-4", True, "-4"),
+        ("from 5-3", True, "3"),  # a minus between numbers is no sign
+        ("no idea", True, ""),
+        ("####", True, ""),
+        (r"so \boxed{\frac{1}{2}} holds", False, r"\frac{1}{2}"),
+        ("####  Paris \n", False, "Paris"),
+        ("Paris", False, "Paris"),
+    ],
+)
+def test_final_answer(completion, numeric, expected):
+    assert final_answer(completion, numeric) == expected
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "expected"),
+    [
+        ("#### 14", "14", True),
+        ("#### 114", "14", False),
+        ("it is 1,000.00", "1000", True),
+        ("#### 5", "a long solution with 3\n#### 5", True),
+        ("#### paris.", "Paris", True),
+        ("London", "Paris", False),
+        ("", "4", False),
+    ],
+)
+def test_same(completion, answer, expected):
+    assert same(completion, answer) is expected
+
+
+@pytest.mark.parametrize("reference", [None, "", "  \n", "####", "so it is\n#### ", r"\boxed{}", r"\boxed{ }", "."])
+def test_a_reference_that_says_nothing_is_no_answer(reference):
+    assert not is_answer(reference)
+    assert is_answer("0") and is_answer("#### 5")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "system_prompt", "asks"),
+    [
+        ("2 + 3?", None, False),
+        ("2 + 3?", "Answer after ####.", True),
+        ("2 + 3? End with a line\n#### <answer>", None, True),
+        ("2 + 3? End with\n#### answer", None, True),
+        (r"2 + 3? Put it in \boxed{}.", None, True),
+        ("2 + 3? Put it in \\boxed{}.", "", True),
+        ([{"role": "system", "content": "Answer after ####."}, {"role": "user", "content": "2 + 3?"}], None, True),
+        ([{"role": "system", "content": "Be kind."}, {"role": "user", "content": "?"}], "Answer after ####.", False),
+        ([{"role": "user", "content": "?"}, {"role": "assistant", "content": "#### 5"}], None, False),
+        ([{"role": "user", "content": [{"type": "text", "text": "answer after ####"}]}], None, True),
+        ("#### Problem\n2 + 3?", None, False),  # a heading of Markdown
+        ("##### Answer the question\n2 + 3?", None, False),
+    ],
+)
+def test_a_prompt_that_asks_for_a_mark(prompt, system_prompt, asks):
+    rule = MarkRule("auto", system_prompt)
+    assert (rule.counted(prompt, "it is 5") is None) == asks
+    assert rule.counted(prompt, "#### 5").endswith("#### 5")
+
+
+@pytest.mark.parametrize(
+    ("mode", "prompt", "completion", "finished", "expected"),
+    [
+        ("auto", "Answer after ####.", CUT, False, None),
+        ("auto", "Answer after ####.", CUT, True, None),
+        ("auto", "2 + 2?", CUT, False, None),
+        ("auto", "2 + 2?", CUT, True, CUT),
+        ("auto", "2 + 2?", CUT + "#### 4", False, CUT + "#### 4"),
+        ("any", "Answer after ####.", CUT, True, CUT),
+        ("any", "Answer after ####.", CUT, False, None),
+        ("required", "2 + 2?", CUT, True, None),
+        ("required", "2 + 2?", r"\boxed{4} I think", True, r"\boxed{4}"),
+        ("auto", r"Use \boxed{}.", "\\boxed{4}\n#### Note\n7", True, r"\boxed{4}"),
+        ("auto", "Answer after ####.", "\\boxed{7}\n#### 4", True, "#### 4"),
+        ("auto", r"Use \boxed{}.", "so\n#### 4", True, "#### 4"),  # the other mark is a given answer too
+    ],
+)
+def test_what_counts_of_a_completion(mode, prompt, completion, finished, expected):
+    assert MarkRule(mode).counted(prompt, completion, finished) == expected
