@@ -39,6 +39,8 @@ class Optimizer:
         self.adamw = OPTIMIZERS[config.optimizer](
             [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
             lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
             weight_decay=config.weight_decay,
             fused=all(p.device.type in ("cpu", "cuda") for p in self.masters),
         )

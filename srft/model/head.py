@@ -50,6 +50,8 @@ def hidden_states(
         attention_mask = added.masked_fill_(~attention_mask, torch.finfo(model.dtype).min)
     positions = {} if position_ids is None else {"position_ids": position_ids}  # not every backbone takes them
     backbone = model.get_decoder()
+    if backbone is model:  # transformers does not find that of Llama 4
+        backbone = model.model
     return backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions).last_hidden_state
 
 
