@@ -38,7 +38,9 @@ def read_gguf(
         absent, unknown = model.load_state_dict(weights, strict=False)
     except Exception as error:
         advice = "a directory with safetensors is read for more architectures"
-        raise UserError(f"{where}: no causal LM could be read from this GGUF file: {first_line(error)}; {advice}") from error
+        raise UserError(
+            f"{where}: no causal LM could be read from this GGUF file: {first_line(error)}; {advice}"
+        ) from error
     model.tie_weights()
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     if problems := sorted({*absent} - tied) or sorted(unknown):

@@ -85,8 +85,10 @@ def read(config: ModelConfig, dtype: torch.dtype, option: str) -> tuple["PreTrai
         model, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **settings)
     except Exception as error:
         check_trust(error, where)
-        if attention and ("attn_implementation" in str(error) or config.attention in first_line(error).lower()):
-            found = f"{first_line(error).rstrip('.')}; auto takes what the model has"
+        if attention and ("attn_implementation" in str(error) or "FlashAttention" in str(error)):
+            found = (
+                f"{first_line(error).rstrip('.')}; auto takes what the model has, sdpa and eager need no other package"
+            )
             raise UserError(f"model.attention {config.attention!r}: {found}") from error
         raise UserError(f"{where}: no causal LM could be loaded from it: {first_line(error)}") from error
     if absent := sorted(report["missing_keys"]):  # transformers would train them from random values

@@ -28,7 +28,9 @@ class TransformersEngine(Engine):
         self.eos_ids = loaded.eos_ids
         self.pad_id = loaded.pad_id
         self.accepted = inspect.signature(loaded.model.forward).parameters
-        self.cache_name = "cache" if "cache" in self.accepted else "past_key_values"  # the latter up to transformers 5.2x
+        self.cache_name = (
+            "cache" if "cache" in self.accepted else "past_key_values"
+        )  # the latter up to transformers 5.2x
 
     @torch.no_grad()
     def generate(
