@@ -18,6 +18,7 @@ TRAIN = [
     "gguf>=0.10",  # reads the embedded SmolLM2 weights
 ]
 TENSORBOARD = ["tensorboard>=2.15"]
+TRACKERS = {"tensorboard": TENSORBOARD, "wandb": ["wandb>=0.17"], "trackio": ["trackio>=0.5"]}
 TEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.5", "hypothesis>=6.100", "psutil>=5.9", "numpy>=1.26"]
 # What bench/peers.py compares with and pip can have beside the rest; verl wants an older transformers: --no-deps.
 PEERS = ["liger-kernel>=0.8.5", "cut-cross-entropy>=25.1", "trl>=1.14", "quack-kernels>=0.6"]
@@ -36,7 +37,7 @@ setup(
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={
         "train": TRAIN,
-        "tensorboard": TENSORBOARD,
+        **TRACKERS,
         "test": TEST,
         "peers": PEERS,
         "dev": TRAIN + TENSORBOARD + TEST + LINT,

@@ -5,10 +5,11 @@ A wrong input ends with one message and exit code 2, what nobody foresaw with on
 
 import errno
 import importlib.metadata
+import signal
 import sys
 from pathlib import Path
 
-from srft.errors import UserError, nearest
+from srft.errors import UserError, disk_full, nearest
 from srft.ranks import Ranks, join
 from srft.settings import help_text, load
 
@@ -79,7 +80,7 @@ Writes RUN_DIR/report.html again: one self-contained page with the curves, the c
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for a wrong input, 1 for another error, 130 when interrupted."""
+    """Run one command; returns the exit code: 0, 2 for a wrong input, 1 for another error, 128 + n by signal n."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     ranks = Ranks()
@@ -90,13 +91,17 @@ def main(arguments: list[str] | None = None) -> int:
         if debug:
             raise
         return ranks.fail(f"srft: error: {error}", 2)
-    except KeyboardInterrupt:
-        return ranks.fail("srft: interrupted", 130)
+    except KeyboardInterrupt as error:
+        number = getattr(error, "number", signal.SIGINT)
+        by = "" if number == signal.SIGINT else f" by {error}"
+        return ranks.fail(f"srft: interrupted{by}", 128 + number)
     except Exception as error:
         if debug:
             raise
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return ranks.fail(f"srft: error: {error.filename}: {error.strerror}; give it the rights needed", 2)
+        if isinstance(error, OSError) and (advice := disk_full(error)):
+            return ranks.fail(f"srft: error: {error.filename or 'a file'}: {error.strerror or error}{advice}", 2)
         message = " ".join(str(error).split())
         where = f"rank {ranks.rank}: " if ranks.size > 1 else ""
         message = f"srft: error: {where}unexpected {type(error).__name__}: {message}; --debug shows where"

@@ -43,8 +43,8 @@ def without_dropout(model: "PreTrainedModel") -> None:
     difference = ((after - before).norm() / before.norm()).item()
     if not difference < 1e-3 * (1 if model.dtype.itemsize >= 4 else 50):
         raise UserError(
-            f"model.dropout false: {type(model).__name__} computes something else in training mode ({difference:.1%} of "
-            "its hidden states) for a reason that srft does not know; with model.dropout true it is trained as it is"
+            f"model.dropout false: {type(model).__name__} differs in training mode (by {difference:.1%}) "
+            "for a reason that srft does not know; with model.dropout true it is trained as it is"
         )
 
 

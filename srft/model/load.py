@@ -27,7 +27,10 @@ EMBEDDED = "smollm2"
 
 @dataclass
 class LoadedModel:
-    """model in train mode on `device`, without dropout unless model.dropout; eos_ids: every token that ends a completion; pad_id: fills up batches."""
+    """model in train mode on `device`, without dropout unless model.dropout.
+
+    eos_ids: every token that ends a completion.   pad_id: fills up batches.
+    """
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
@@ -41,8 +44,8 @@ def load_model(config: ModelConfig, option: str = "model.path") -> LoadedModel:
     """The model and tokenizer that `config.path` names, on its device and in its type, ready to train.
 
     Raises UserError for a device that is not there, a path that is neither a model directory nor a hub name that can be
-    fetched, a directory without tokenizer or without all weights, code of the model's own that is not trusted, and a model
-    whose head works in an unknown way.
+    fetched, a directory without tokenizer or without all weights, code of the model's own that is not trusted, and a
+    model whose head works in an unknown way.
     `option`: what messages call the path.
     """
     device = choose_device(config.device)

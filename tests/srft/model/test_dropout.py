@@ -38,7 +38,7 @@ def save(directory, name, **settings):
         ("falcon", WIDE | {"attention_dropout": 0.3, "hidden_dropout": 0.3}),  # read from the config in forward
         ("opt", {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2}
          | {"num_attention_heads": 4, "layerdrop": 0.5, "dropout": 0.1}),  # whole layers
-        ("mixtral", WIDE | {"num_key_value_heads": 2, "num_local_experts": 4, "router_jitter_noise": 0.5}),  # noise of a router
+        ("mixtral", WIDE | {"num_key_value_heads": 2, "num_local_experts": 4, "router_jitter_noise": 0.5}),
     ],
 )  # fmt: skip
 def test_training_mode_computes_what_evaluation_mode_does(tmp_path, name, settings):
@@ -68,5 +68,5 @@ def test_noise_that_cannot_be_turned_off_is_refused():
 
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2 | SMALL))
     model.transformer = Noisy(model.config)
-    with pytest.raises(UserError, match=r"model\.dropout false: GPT2LMHeadModel .* in training mode \(10\.0%"):
+    with pytest.raises(UserError, match=r"model\.dropout false: GPT2LMHeadModel .* in training mode \(by 10\.0%"):
         without_dropout(model)

@@ -30,9 +30,9 @@ def write(path, model, architecture="llama"):
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*tokenizer.convert_ids_to_tokens(range(config.vocab_size - 1)), "ab"])  # what is merged
+    writer.add_token_list([*tokenizer.convert_ids_to_tokens(range(config.vocab_size - 2)), "ab", "cd"])
     writer.add_token_types([3, 3] + [1] * (config.vocab_size - 2))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_eos_token_id(0)
     writer.add_bos_token_id(0)
     writer.add_pad_token_id(0)
@@ -51,7 +51,7 @@ def write(path, model, architecture="llama"):
 
 
 def test_a_gguf_file_is_a_model_like_any_other(tmp_path):
-    made = tiny_model(vocab_size=259)
+    made = tiny_model(vocab_size=260)
     write(tmp_path / "tiny.gguf", made)
     loaded = load_model(ModelConfig(str(tmp_path / "tiny.gguf"), device="cpu"))
     weights = loaded.model.state_dict()
@@ -65,7 +65,7 @@ def test_a_gguf_file_is_a_model_like_any_other(tmp_path):
 
 
 def test_a_gguf_file_that_cannot_be_read_is_told(tmp_path):
-    write(tmp_path / "odd.gguf", tiny_model(vocab_size=259), "rwkv6")
+    write(tmp_path / "odd.gguf", tiny_model(vocab_size=260), "rwkv6")
     (tmp_path / "cut.gguf").write_bytes(b"GGUF, or not")
     for name, expected in (("odd", "architecture rwkv6 is not supported"), ("cut", "")):
         message = rf"{name}\.gguf': no causal LM could be read from this GGUF file: .*{expected}.*safetensors"

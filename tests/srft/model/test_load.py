@@ -107,7 +107,7 @@ def test_the_attention_is_transformers_own_choice(tmp_path):
     byte_tokenizer().save_pretrained(tmp_path)
     loaded = load_model(ModelConfig(path=str(tmp_path), device="cpu"))
     assert loaded.model.config._attn_implementation == "eager"  # all that Bloom has
-    with pytest.raises(UserError, match="^model.attention 'sdpa': BloomForCausalLM does not support"):
+    with pytest.raises(UserError, match=r"^model\.attention 'sdpa': BloomForCausalLM does not support"):
         load_model(ModelConfig(path=str(tmp_path), device="cpu", attention="sdpa"))
 
 
