@@ -26,6 +26,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class _State:
+    process = 0  # that listens
     held = False
     waiting: int | None = None  # a signal that came meanwhile
 
@@ -41,7 +42,7 @@ def listening() -> Iterator[None]:
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
     before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
-    _State.held, _State.waiting = False, None
+    _State.process, _State.held, _State.waiting = os.getpid(), False, None
     for number in before:
         signal.signal(number, _interrupt)
     try:
@@ -74,6 +75,9 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     for each in SIGNALS:
         if signal.getsignal(each) is _interrupt:
             signal.signal(each, signal.SIG_DFL)
+    if os.getpid() != _State.process:  # a child, so young that `_forget` has not run
+        os.kill(os.getpid(), number)
+        return
     _State.waiting = number
     if not _State.held:
         release()

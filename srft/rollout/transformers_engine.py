@@ -6,6 +6,7 @@ with noise of the completion's own: who its neighbours in the batch are does not
 """
 
 import inspect
+import logging
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -135,11 +136,19 @@ class TransformersEngine(Engine):
         own, training = self.model.generation_config, self.model.training
         self.model.generation_config = GenerationConfig()
         self.model.eval()
+        logger = logging.getLogger("transformers.modeling_utils")
+        logger.addFilter(not_of_padding)
         try:
             yield
         finally:
+            logger.removeFilter(not_of_padding)
             self.model.generation_config = own
             self.model.train(training)
+
+
+def not_of_padding(record: logging.LogRecord) -> bool:
+    """False for a warning that padding is not masked: transformers takes what fills up rows that have ended for it."""
+    return "input_ids may be padded" not in record.getMessage()
 
 
 class GumbelNoise:
