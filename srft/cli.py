@@ -39,7 +39,7 @@ srft train --resume RUN_DIR [--section.key value …]
 
 Samples prompts, generates rollouts, scores them and the demonstrations with a verifiable reward, takes one optimizer
 step on both; evaluates on held-out prompts before and after. Everything is written into run.dir: config.toml,
-metrics.jsonl, samples.jsonl, checkpoints and report.html.
+metrics.jsonl, samples.jsonl, status.json, checkpoints and report.html.
 
 Settings come from the defaults below, then CONFIG.toml, then the command line:
   [train]                                   in CONFIG.toml is the same as
@@ -48,8 +48,9 @@ Lists take several values (--data.tasks chain_sum gsm_symbolic), tables take dot
 (--data.task_args.chain_sum.max_terms 4, --loss.options.entropy_sign 1).
 
 --resume goes on from the newest checkpoint of a run that had run.checkpoint_every, the only one that keeps what that
-needs, with the settings of RUN_DIR/config.toml; what was written after it moves to RUN_DIR/previous-N. Any other
-checkpoint, and the interrupted-N of a run that was stopped, is a model to start a new run from: --model.path DIR.
+needs, with the settings of RUN_DIR/config.toml; what was written after it moves to RUN_DIR/previous-N. SIGTERM and
+Ctrl-C leave such a checkpoint too. Any other checkpoint, and the interrupted-N of a run without run.checkpoint_every, is
+a model to start a new run from: --model.path DIR.
 
 A data file has one row per prompt, .jsonl or .parquet: prompt (text) or messages (a chat), demonstration (a worked
 solution) and/or answer (what rewards compare with); other columns go to the reward function. For example

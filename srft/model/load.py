@@ -101,7 +101,7 @@ def read(config: ModelConfig, dtype: torch.dtype, option: str) -> tuple["PreTrai
 
 def check_trust(error: Exception, where: str) -> None:
     """Raise UserError where the model is refused only because it brings Python code."""
-    if "trust_remote_code" in str(error):
+    if "trust_remote_code=True" in str(error):
         advice = "read it, and if you trust it, --model.trust_remote_code true"
         raise UserError(f"{where}: it comes with Python code of its own, which is not run unasked; {advice}") from error
 

@@ -138,7 +138,7 @@ def test_a_stopped_run_says_why(run_dir, status, expected):
     directory = run_dir([line(1)], [evaluation(0, 0.1, "sums")])
     write_status(directory, *status)
     page = checked(build(directory))
-    assert expected in page and ("stopped" in page or "running" in page) == bool(expected)
+    assert expected in page and ('<div class="bad">' in page) == bool(expected)
     (directory / "interrupted-1").mkdir()
     assert "as it was after step 1, where the run was stopped, is in interrupted-1" in checked(build(directory))
 
