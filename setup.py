@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 TRAIN = [
-    "transformers>=5.0",
+    "transformers>=5.17",
     "safetensors>=0.5",
     "jsonargparse>=4.40",
     "tomli>=2.0; python_version < '3.11'",

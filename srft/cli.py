@@ -49,8 +49,8 @@ Lists take several values (--data.tasks chain_sum gsm_symbolic), tables take dot
 
 --resume goes on from the newest checkpoint of a run that had run.checkpoint_every, the only one that keeps what that
 needs, with the settings of RUN_DIR/config.toml; what was written after it moves to RUN_DIR/previous-N. SIGTERM and
-Ctrl-C leave such a checkpoint too. Any other checkpoint, and the interrupted-N of a run without run.checkpoint_every, is
-a model to start a new run from: --model.path DIR.
+Ctrl-C leave such a checkpoint too. Any other checkpoint, and the interrupted-N of a run without
+run.checkpoint_every, is a model to start a new run from: --model.path DIR.
 
 A data file has one row per prompt, .jsonl or .parquet: prompt (text) or messages (a chat), demonstration (a worked
 solution) and/or answer (what rewards compare with); other columns go to the reward function. For example
