@@ -3,6 +3,7 @@
 #   make train   SRFT on the embedded SmolLM2-135M, CPU or CUDA     make bench   speed, memory and error
 #   make test    every test                                         make lint    ruff, and which room imports which
 #   make oldest-test  the kernels under Triton 3.6.0
+#   make transformers-test  the trainer under the oldest transformers, OLDEST_TRANSFORMERS=
 #   make newest-test  every test under the newest PyTorch, NEWEST=, whose download is a CUDA build of some GB
 #   make peers-test   bench/peers.py and docs/migrate.md against the peers' packages, in an environment on top of this one
 #   make gpu     tests, bench and profiles on a GPU, in 9 minutes
@@ -20,7 +21,7 @@ ARGS   ?=
 BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 
-.PHONY: train test peers-test oldest-test newest newest-test bench gpu aot tune lint clean
+.PHONY: train test peers-test oldest-test transformers-test newest newest-test bench gpu aot tune lint clean
 
 train: $(READY)
 	$(BIN)/srft train $(ARGS)
@@ -88,6 +89,17 @@ oldest-test: $(OLDEST)/.ready
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/srft_kernels/test_triton_kernels_aot.py -n auto \
 		tests/srft_kernels/test_triton_objectives.py tests/srft_kernels/test_triton_rows.py \
 		tests/srft_kernels/test_triton_launch.py -k "sm_90 or not compiles"
+
+# The trainer under the oldest transformers that is supported, whose names and warnings differ from the newest's.
+OLDEST_TRANSFORMERS ?= transformers==5.17.0
+TRANSFORMERS_VENV   ?= .venv-transformers
+transformers-test: $(TRANSFORMERS_VENV)/.ready
+	OMP_NUM_THREADS=1 $(TRANSFORMERS_VENV)/bin/python -m pytest tests/srft -n auto --dist loadgroup $(ARGS)
+
+$(TRANSFORMERS_VENV)/.ready: $(READY)
+	$(call on_top,$(TRANSFORMERS_VENV))
+	$(TRANSFORMERS_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) "$(OLDEST_TRANSFORMERS)"
+	touch $@
 
 # Every test under the newest PyTorch, with the Triton that it brings.
 NEWEST      ?= torch==2.14.1

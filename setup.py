@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 TRAIN = [
-    "transformers>=5.0",
+    "transformers>=5.17",
     "safetensors>=0.5",
     "jsonargparse>=4.40",
     "tomli>=2.0; python_version < '3.11'",
@@ -19,6 +19,7 @@ TRAIN = [
 ]
 HUB = ["datasets>=3"]  # datasets of a hub by name
 TENSORBOARD = ["tensorboard>=2.15"]
+TRACKERS = {"tensorboard": TENSORBOARD, "wandb": ["wandb>=0.17"], "trackio": ["trackio>=0.5"]}
 TEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.5", "hypothesis>=6.100", "psutil>=5.9", "numpy>=1.26"]
 # What bench/peers.py compares with and pip can have beside the rest; verl wants an older transformers: --no-deps.
 PEERS = ["liger-kernel>=0.8.5", "cut-cross-entropy>=25.1", "trl>=1.14", "quack-kernels>=0.6"]
@@ -38,7 +39,7 @@ setup(
     extras_require={
         "train": TRAIN,
         "hub": HUB,
-        "tensorboard": TENSORBOARD,
+        **TRACKERS,
         "test": TEST,
         "peers": PEERS,
         "dev": TRAIN + TENSORBOARD + TEST + LINT,

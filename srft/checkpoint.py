@@ -4,6 +4,7 @@ Where a run can go on from it (`srft train --resume`), its subdirectory `state` 
 optimizer's moments, written by torch.distributed.checkpoint: each rank its part, to be loaded on any number of ranks.
 """
 
+import math
 import re
 import shutil
 import warnings
@@ -12,7 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import Tensor
 
-from srft.errors import UserError
+from srft.errors import UserError, disk_full
 from srft.model import LoadedModel
 from srft.ranks import Ranks
 
@@ -50,8 +51,24 @@ def save(
     except (OSError, SafetensorError) as error:
         if ranks.main:
             shutil.rmtree(partial, ignore_errors=True)  # it may be what filled the disk
-        raise UserError(f"checkpoint: {directory} could not be written: {error}") from error
+        raise UserError(f"checkpoint: {directory} could not be written: {error}{disk_full(error)}") from error
     return directory
+
+
+def prune(run: Path, keep: int, rewards: dict[int, float]) -> None:
+    """Delete all of a run's checkpoints but the newest `keep`, the best by held-out reward, and what --resume needs.
+
+    rewards: by step, of the evaluations; a checkpoint of a step without one cannot be the best.
+    """
+    steps = sorted(int(each.name[11:]) for each in run.glob("checkpoint-*") if each.name[11:].isdecimal())
+    rated = [step for step in steps if math.isfinite(rewards.get(step, math.nan))]
+    kept = {*steps[-keep:], *sorted(rated, key=lambda step: (rewards[step], step))[-1:]}
+    for step in sorted({*steps} - kept):
+        directory = run / f"checkpoint-{step}"
+        if not (directory / STATE).exists():
+            directory.rename(run / f".{directory.name}.partial")  # half deleted it must not look like a checkpoint
+    for partial in run.glob(".checkpoint-*.partial"):  # also what an interrupted save or deletion has left
+        shutil.rmtree(partial)
 
 
 def write_state(state: dict[str, Tensor], directory: Path, ranks: Ranks) -> None:

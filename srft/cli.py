@@ -6,11 +6,12 @@ A wrong input ends with one message and exit code 2, what nobody foresaw with on
 import errno
 import importlib.metadata
 import itertools
+import signal
 import sys
 from pathlib import Path
 
 from srft.data.columns import known_names
-from srft.errors import UserError, nearest
+from srft.errors import UserError, disk_full, nearest
 from srft.ranks import Ranks, join
 from srft.settings import help_text, load
 
@@ -41,7 +42,7 @@ srft train --resume RUN_DIR [--section.key value …]
 
 Samples prompts, generates rollouts, scores them and the demonstrations with a verifiable reward, takes one optimizer
 step on both; evaluates on held-out prompts before and after. Everything is written into run.dir: config.toml,
-metrics.jsonl, samples.jsonl, checkpoints and report.html.
+metrics.jsonl, samples.jsonl, status.json, checkpoints and report.html.
 
 Settings come from the defaults below, then CONFIG.toml, then the command line:
   [train]                                   in CONFIG.toml is the same as
@@ -50,8 +51,9 @@ Lists take several values (--data.tasks chain_sum gsm_symbolic), tables take dot
 (--data.task_args.chain_sum.max_terms 4, --loss.options.entropy_sign 1).
 
 --resume goes on from the newest checkpoint of a run that had run.checkpoint_every, the only one that keeps what that
-needs, with the settings of RUN_DIR/config.toml; what was written after it moves to RUN_DIR/previous-N. Any other
-checkpoint, and the interrupted-N of a run that was stopped, is a model to start a new run from: --model.path DIR.
+needs, with the settings of RUN_DIR/config.toml; what was written after it moves to RUN_DIR/previous-N. SIGTERM and
+Ctrl-C leave such a checkpoint too. Any other checkpoint, and the interrupted-N of a run without
+run.checkpoint_every, is a model to start a new run from: --model.path DIR.
 
 A data file has one row per prompt (.jsonl, .json, .csv, .parquet, each also .gz): prompt (text) or messages (a chat),
 demonstration (a worked solution) and/or answer (what rewards compare with); other columns go to the reward function.
@@ -99,7 +101,7 @@ Writes RUN_DIR/report.html again: one self-contained page with the curves, the c
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for a wrong input, 1 for another error, 130 when interrupted."""
+    """Run one command; returns the exit code: 0, 2 for a wrong input, 1 for another error, 128 + n by signal n."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     ranks = Ranks()
@@ -110,13 +112,17 @@ def main(arguments: list[str] | None = None) -> int:
         if debug:
             raise
         return ranks.fail(f"srft: error: {error}", 2)
-    except KeyboardInterrupt:
-        return ranks.fail("srft: interrupted", 130)
+    except KeyboardInterrupt as error:
+        number = getattr(error, "number", signal.SIGINT)
+        by = "" if number == signal.SIGINT else f" by {error}"
+        return ranks.fail(f"srft: interrupted{by}", 128 + number)
     except Exception as error:
         if debug:
             raise
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return ranks.fail(f"srft: error: {error.filename}: {error.strerror}; give it the rights needed", 2)
+        if isinstance(error, OSError) and (advice := disk_full(error)):
+            return ranks.fail(f"srft: error: {error.filename or 'a file'}: {error.strerror or error}{advice}", 2)
         message = " ".join(str(error).split())
         where = f"rank {ranks.rank}: " if ranks.size > 1 else ""
         message = f"srft: error: {where}unexpected {type(error).__name__}: {message}; --debug shows where"

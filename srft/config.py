@@ -14,9 +14,17 @@ from typing import Any, Literal
 from srft.errors import UserError, nearest
 
 
-def option(default: Any, help: str, *, low: float = -math.inf, above: float = -math.inf, high: float = math.inf) -> Any:
-    """A dataclass field: default, help that users read, and bounds: low ≤ value ≤ high, value > above."""
-    metadata = {"help": help, "low": low, "above": above, "high": high}
+def option(
+    default: Any,
+    help: str,
+    *,
+    low: float = -math.inf,
+    above: float = -math.inf,
+    high: float = math.inf,
+    below: float = math.inf,
+) -> Any:
+    """A dataclass field: default, help that users read, and bounds: low ≤ value ≤ high, above < value < below."""
+    metadata = {"help": help, "low": low, "above": above, "high": high, "below": below}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -31,10 +39,10 @@ class Section:
         for each in dataclasses.fields(self):
             key, value = f"{section}.{each.name}", getattr(self, each.name)
             if isinstance(value, (int, float)):
-                low, above, high = (each.metadata[bound] for bound in ("low", "above", "high"))
-                if not (low <= value <= high and value > above and math.isfinite(value)):
+                low, above, high, below = (each.metadata[bound] for bound in ("low", "above", "high", "below"))
+                if not (low <= value <= high and above < value < below and math.isfinite(value)):
                     bounds = [f"at least {low}"] * (low > -math.inf) + [f"more than {above}"] * (above > -math.inf)
-                    bounds += [f"at most {high}"] * (high < math.inf)
+                    bounds += [f"at most {high}"] * (high < math.inf) + [f"less than {below}"] * (below < math.inf)
                     raise UserError(f"{key}: expected {' and '.join(bounds) or 'a finite number'}, found {value}")
             choices = typing.get_args(hints[each.name])
             if value is None and type(None) not in choices:
@@ -47,12 +55,16 @@ class Section:
 
 @dataclass
 class ModelConfig(Section):
-    path: str = option("smollm2", "embedded SmolLM2-135M-Instruct, or a local directory, or a hub name")
+    path: str = option("smollm2", "embedded SmolLM2-135M-Instruct, or a directory, a .gguf file, or a hub name")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "auto: float32 on CPU, bfloat16 on CUDA; float16 would need loss scaling, which srft does not do"
     )
     device: str = option("auto", "auto: cuda where there is one, else cpu; or cpu, cuda, cuda:1, …")
-    attention: str = option("sdpa", "attention implementation of transformers: sdpa, eager, flash_attention_2, …")
+    attention: str = option(
+        "auto", "auto: what transformers takes for the model; or sdpa, eager, flash_attention_2, … of transformers"
+    )
+    dropout: bool = option(False, "keep the model's dropout in training; rollouts are sampled without it")
+    trust_remote_code: bool = option(False, "run the Python code that comes with a model which transformers lacks")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward: less memory, more time")
 
 
@@ -156,6 +168,9 @@ class TrainConfig(Section):
     warmup_steps: int = option(2, "steps of linear warm-up", low=0)
     schedule: Literal["constant", "cosine", "linear"] = option("linear", "after the warm-up: constant, or down to 0")
     weight_decay: float = option(0.0, "decoupled weight decay of matrices", low=0)
+    beta1: float = option(0.9, "AdamW: decay of the mean of gradients", low=0, below=1)
+    beta2: float = option(0.999, "AdamW: decay of the mean of squared gradients", low=0, below=1)
+    eps: float = option(1e-8, "AdamW: added to the root of that mean", above=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", above=0)
     token_budget: int = option(2048, "tokens per microbatch, padding included", low=1)
     share_prompts: bool = option(
@@ -179,9 +194,13 @@ class EvalConfig(Section):
 @dataclass
 class RunConfig(Section):
     dir: str = option("runs/{time}", "where the run writes; {time} becomes the start of the run, ~ your home")
-    tensorboard: bool = option(False, "write TensorBoard events too")
+    tracker: Literal["none", "wandb", "trackio", "tensorboard"] = option("none", "where metrics go besides the files")
+    tensorboard: bool = option(False, "write TensorBoard events too, beside another tracker")
     checkpoint_every: int = option(
         0, "keep a checkpoint every so many steps, for --resume to go on from; 0: only the final one", low=0
+    )
+    keep_checkpoints: int = option(
+        0, "keep the newest N checkpoints, and the best by held-out reward; 0: all of them", low=0
     )
     samples_per_step: int = option(2, "generations kept in samples.jsonl at each step", low=0)
     overwrite: bool = option(False, "write into a run directory that is not empty; what is in it moves to previous-N")

@@ -1,6 +1,7 @@
 """The one exception that means "what you gave cannot work, and here is what to do"."""
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -26,3 +27,11 @@ def nearest(name: str, known: Iterable[str], count: int = 1) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, to be quoted; the error's type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def disk_full(error: BaseException) -> str:
+    """What to do about it, as the end of a sentence, where the error says that a disk or a quota is full; else ""."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    if not full and not any(words in str(error) for words in ("No space left", "quota exceeded")):
+        return ""
+    return "; the disk is full: free some of it, or keep less with run.keep_checkpoints"

@@ -45,6 +45,11 @@ class Evaluation(Scores):
     generations: list[dict[str, Any]] = field(default_factory=list)  # one per prompt, its k completions with rewards
 
     @property
+    def score(self) -> float:
+        """What is better the more it is: the reward, or where nothing was scored minus the loss."""
+        return -self.loss if math.isnan(self.reward) else self.reward
+
+    @property
     def perplexity(self) -> float:
         return math.exp(min(self.loss, 700.0))
 

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from srft import signals
 from srft.config import TrainConfig
 
 
@@ -39,6 +40,8 @@ class Optimizer:
         self.adamw = OPTIMIZERS[config.optimizer](
             [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
             lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
             weight_decay=config.weight_decay,
             fused=all(p.device.type in ("cpu", "cuda") for p in self.masters),
         )
@@ -88,6 +91,7 @@ class Optimizer:
         for group in self.adamw.param_groups:
             group["lr"] = rate
         if math.isfinite(norm):
+            signals.hold()  # until the step is over: between steps alone a run can be saved to go on
             self.adamw.step()
             self.write_back()
         self.adamw.zero_grad(set_to_none=True)

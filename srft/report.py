@@ -11,7 +11,7 @@ from typing import Any
 
 from srft.errors import UserError, missing
 from srft.metrics import DESCRIPTIONS
-from srft.rundir import read_jsonl
+from srft.rundir import naming, read_jsonl, read_status
 
 # Title, the keys drawn in it, and what the y axis shows. Keys that a run does not have are left out.
 CURVES = [
@@ -49,6 +49,7 @@ def build(run_dir: Path) -> Path:
         lstrip_blocks=True,
     )
     environment.filters["number"] = number
+    older = next((each.name for each in run_dir.glob("interrupted-*")), None)
     page = environment.get_template("report.html").render(
         name=run_dir.resolve().name,
         steps=steps,
@@ -56,14 +57,16 @@ def build(run_dir: Path) -> Path:
         last=evaluations[-1] if len(evaluations) > 1 else None,
         curves=curves(steps, evaluations),
         pairs=pairs(evaluations),
-        stopped=next((each.name for each in run_dir.glob("interrupted-*")), None),
+        stopped=stopped(read_status(run_dir), len(steps)),
+        model=older,
         totals=totals(steps),
         descriptions=DESCRIPTIONS,
         samples=read_jsonl(run_dir / "samples.jsonl")[-12:],
         config=(run_dir / "config.toml").read_text(encoding="utf-8"),
     )
     partial = run_dir / ".report.html.partial"
-    partial.write_text(page, encoding="utf-8")
+    with naming(run_dir / "report.html"):
+        partial.write_text(page, encoding="utf-8")
     return partial.rename(run_dir / "report.html")
 
 
@@ -72,6 +75,18 @@ def require_packages() -> None:
     for package in ("jinja2", "matplotlib"):
         if importlib.util.find_spec(package) is None:
             raise missing(package, "report.html")
+
+
+def stopped(status: dict[str, Any] | None, logged: int) -> str:
+    """Why and where the run stopped; nothing of one that finished.   logged: steps in metrics.jsonl."""
+    if not status or status["state"] == "finished":
+        return ""
+    step = status["step"] if status["state"] != "running" else max(logged, status["step"])
+    where = f"after step {step} of {status['steps']}" if step else "before its first step"
+    if status["state"] == "running":
+        return f"still running, or killed without a word, {where}"
+    by = f"by {status['reason']}" if status["state"] == "interrupted" else f"by an error: {status['reason']}"
+    return f"stopped {where} {by}" + (f"; {status['resume']} goes on" if status["resume"] else "")
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -87,14 +102,16 @@ def totals(steps: list[dict[str, Any]]) -> dict[str, str]:
     def total(key: str) -> float:
         return sum(step.get(key) or 0 for step in steps)
 
-    return {
+    rolled_out, demonstrated = total("rollout_tokens"), total("demo_tokens")
+    known = {  # what there was none of is not shown
         "steps": str(len(steps)),
-        "rollout": f"{total('seconds_rollout'):.0f} s",
+        "rollout": rolled_out and f"{total('seconds_rollout'):.0f} s",
         "training": f"{total('seconds_train'):.0f} s",
-        "rollout tokens": f"{total('rollout_tokens'):,.0f}",
-        "demonstration tokens": f"{total('demo_tokens'):,.0f}",
+        "rollout tokens": rolled_out and f"{rolled_out:,.0f}",
+        "demonstration tokens": demonstrated and f"{demonstrated:,.0f}",
         "peak memory": f"{max(step.get('peak_memory_mb') or 0 for step in steps):,.0f} MB",
     }
+    return {name: text for name, text in known.items() if text}
 
 
 def pairs(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:

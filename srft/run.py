@@ -1,8 +1,10 @@
 """One run, `srft train`: evaluate, train, evaluate again, write the report, and lose nothing that was written."""
 
+import contextlib
 import dataclasses
 import json
 import math
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -12,10 +14,10 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from srft import checkpoint, report, resume
+from srft import checkpoint, report, resume, signals, tracker
 from srft.config import Config
 from srft.data import Problem, build_prompter, fit, load_examples
-from srft.errors import UserError
+from srft.errors import UserError, disk_full, first_line
 from srft.evaluate import Evaluation, evaluate, scorer_for, table
 from srft.learn import job as jobs
 from srft.learn.objective import build_objective
@@ -23,7 +25,7 @@ from srft.likelihood import demonstration_loss
 from srft.model import POSITIONS, LoadedModel, load_model, positions
 from srft.ranks import Ranks, broadcast
 from srft.rewards import build_reward, check_answers
-from srft.rundir import RunLog, create_run_dir, rewind_run_dir
+from srft.rundir import RunLog, create_run_dir, naming, rewind_run_dir, write_status
 from srft.settings import load, to_toml
 from srft.trainer import Trainer
 
@@ -72,12 +74,18 @@ class RunResult:
 def run(config: Config, ranks: Ranks | None = None, resumed: Path | None = None) -> RunResult:
     """Evaluate, train, evaluate again, write the report; prints the result as its last line.
 
-    Everything is written as soon as it is known, and an interruption or an error still saves the model as it is
-    (`interrupted-<step>`) and makes the report; of several ranks, the last checkpoint is what stays.
+    Everything is written as soon as it is known, and SIGTERM, Ctrl-C or an error still saves the model as it is, with
+    run.checkpoint_every so that --resume goes on from it, and makes the report; of several ranks, the last checkpoint
+    is what stays.
     resumed: a checkpoint with the state of its run, which goes on from there in the same directory.
     """
-    started = time.perf_counter()
     ranks = ranks or Ranks()
+    with signals.listening() if ranks.size == 1 else contextlib.nullcontext():  # torchrun's ranks listen themselves
+        return _run(config, ranks, resumed)
+
+
+def _run(config: Config, ranks: Ranks, resumed: Path | None) -> RunResult:
+    started = time.perf_counter()
     ranks.check(config.model)
     done = checkpoint.step_of(resumed) if resumed else 0
     job = prepared(config, ranks, resumed, done)
@@ -86,11 +94,15 @@ def run(config: Config, ranks: Ranks | None = None, resumed: Path | None = None)
     held_out = [problem.example for problem in problems]
     directory = opened(config, ranks, resumed, done)
     if ranks.main:
-        (directory / resume.DATA).write_text(json.dumps(job.data, indent=1), encoding="utf-8")
-    log = RunLog(directory, config.run.tensorboard, done=done, silent=not ranks.main)
+        with naming(directory / resume.DATA):
+            (directory / resume.DATA).write_text(json.dumps(job.data, indent=1), encoding="utf-8")
+    settings = dataclasses.asdict(config)
+    trackers = tracker.open_trackers(config.run, directory, settings, done) if ranks.main else []
+    log = RunLog(directory, trackers, silent=not ranks.main)
     on = f"{ranks.size} × {loaded.device}" if ranks.size > 1 else loaded.device
     print(f"{parameters(loaded)} on {on}; {f'going on after step {done} in' if resumed else 'writing to'} {directory}")
-    last = f"; its last checkpoint is {{}}: srft train --resume {directory} goes on from it"
+    going_on = f"srft train --resume {shlex.quote(str(directory))}"
+    last = f"; its last checkpoint is {{}}: {going_on} goes on from it"
     ranks.last_words = last.format(resumed) if resumed else f"; what was written is in {directory}, no checkpoint yet"
     evaluations = {row["step"]: Evaluation.of(row) for row in broadcast(ranks, lambda: log.evaluations())}
 
@@ -114,24 +126,49 @@ def run(config: Config, ranks: Ranks | None = None, resumed: Path | None = None)
         when = f"held-out after {step} of {config.train.steps} steps\n" if config.train.steps else ""
         tqdm.write(f"{when}{table(result)}")
 
+    def status(state: str, reason: str = "", command: str = "") -> None:
+        if ranks.main:
+            write_status(directory, state, done, config.train.steps, reason, command)
+
     try:
+        status("running")
         measure(done)
         steps = steps_with_bar(trainer, log, config, done)
         for done in steps:
+            signals.release()
             if config.run.checkpoint_every and done % config.run.checkpoint_every == 0:
                 path = directory / f"checkpoint-{done}"
                 checkpoint.save(loaded, path, ranks, trainer.optimizer.state())
                 ranks.last_words = last.format(path)
             measure(done)
+            if config.run.keep_checkpoints and ranks.main:
+                checkpoint.prune(
+                    directory, config.run.keep_checkpoints, {step: each.score for step, each in evaluations.items()}
+                )
         checkpoint.save(loaded, directory / "final", ranks)
+        status("finished")
         page = broadcast(ranks, lambda: report.build(directory))
     except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        reason = (str(error) or "Ctrl-C") if interrupted else described(error)
+        state = "interrupted" if interrupted else "failed"
         if ranks.size > 1:  # the others cannot be asked for their part of the model
+            with contextlib.suppress(OSError):
+                status(state, reason)
             raise
-        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped by an error"
-        print(f"{reason} after step {done} of {config.train.steps}; what was written stays:", file=sys.stderr)
-        for line in rescued(loaded, directory, done):
-            print(f"  {line}", file=sys.stderr)
+        lines = [f"{f'interrupted by {reason}' if interrupted else 'stopped by an error'} after step {done} of "]
+        lines[0] += f"{config.train.steps}; what was written stays:"
+        lines += [f"  {line}" for line in saved(trainer, directory, done, bool(config.run.checkpoint_every))]
+        newest = checkpoint.newest_with_state(directory)
+        if newest:
+            lines.append(f"  {newest}, from which the run goes on: {going_on}")
+        try:
+            status(state, reason, going_on if newest else "")
+            lines.append(f"  the report in {report.build(directory)}")
+        except Exception as failure:  # must not hide what stopped the run
+            lines.append(f"  {directory} (no report: {failure}{disk_full(failure)})")
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print("\n".join(lines), file=sys.stderr)
         raise
     finally:
         log.close()
@@ -164,6 +201,7 @@ def prepared(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> J
     if resumed:
         resume.check_settings(load(str(resumed.parent / "config.toml")), config)
     report.require_packages()  # a run of hours must not fail on its last page
+    tracker.require_packages(config.run)
     objective = build_objective(config.loss)
     scorer = build_reward(config.reward, config.data)
     examples = load_examples(config.data, "train", config.data.size)
@@ -206,25 +244,35 @@ def opened(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> Pat
     else:
         directory = broadcast(ranks, lambda: create_run_dir(config.run))
     if ranks.main:
-        (directory / "config.toml").write_text(settings, encoding="utf-8")
+        with naming(directory / "config.toml"):
+            (directory / "config.toml").write_text(settings, encoding="utf-8")
     return directory
 
 
-def rescued(loaded: LoadedModel, directory: Path, done: int) -> Iterator[str]:
-    """Save the model of an interrupted run and make its report, as far as that works; says what there is."""
+def saved(trainer: Trainer, directory: Path, done: int, to_go_on: bool) -> Iterator[str]:
+    """Save what an interrupted run has learned, as far as that works; says what there is.
+
+    to_go_on: with the state for --resume, where the error did not come in the middle of an update.
+    """
     model = directory / "final"
     if done and not model.exists():
-        model = directory / f"interrupted-{done}"
-        try:
-            checkpoint.save(loaded, model)
-        except Exception as error:  # must not hide what stopped the run
-            yield f"the model could not be saved: {error}"
+        places = [(directory / f"interrupted-{done}", None)]
+        if to_go_on and not signals.held():
+            places.insert(0, (directory / f"checkpoint-{done}", trainer.optimizer.state()))
+        for model, state in places:
+            try:
+                if not model.exists():  # the checkpoint that was due, or that the run was resumed from
+                    checkpoint.save(trainer.loaded, model, None, state)
+                break
+            except Exception as error:  # must not hide what stopped the run; the model alone may still have room
+                yield f"the model could not be saved: {error}"
     if model.exists():
-        yield f"the model in {model} (srft eval --checkpoint {model})"
-    try:
-        yield f"the report in {report.build(directory)}"
-    except Exception as error:
-        yield f"{directory} (no report: {error})"
+        yield f"the model in {model} (srft eval --checkpoint {shlex.quote(str(model))})"
+
+
+def described(error: BaseException) -> str:
+    """What stopped the run, in a line."""
+    return first_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
 
 
 def steps_with_bar(trainer: Trainer, log: RunLog, config: Config, done: int = 0) -> Iterator[int]:
@@ -240,7 +288,8 @@ def steps_with_bar(trainer: Trainer, log: RunLog, config: Config, done: int = 0)
             log.metrics(metrics)
             log.samples(samples)
             shown = {"reward": "reward_mean", "entropy": "rollout_entropy", "loss": "loss"}
-            words = [f"{name} {metrics[key]:.3f}" for name, key in shown.items() if key in metrics]
+            known = {name: metrics.get(key, math.nan) for name, key in shown.items()}
+            words = [f"{name} {value:.3f}" for name, value in known.items() if math.isfinite(value)]
             bar.set_postfix_str(", ".join([*words, f"{metrics['tokens_per_second']:.0f} tokens/s"]), refresh=False)
             bar.update()
             skipped = skipped + 1 if metrics["skipped_updates"] == 1 else 0

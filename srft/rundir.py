@@ -4,20 +4,25 @@ config.toml         the resolved configuration
 metrics.jsonl       one line per step; metrics.py explains every key
 samples.jsonl       some generations of each step
 evaluation.jsonl    one line per evaluation, all of its generations included
+status.json         whether it runs, finished, or why it stopped
 checkpoint-N, final, interrupted-N, report.html, tensorboard/
 """
 
 import json
 import math
+import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from srft.config import RunConfig
-from srft.errors import UserError, missing
+from srft.errors import UserError, first_line
+from srft.tracker import Tracker
 
-OURS = ("config.toml", "*.jsonl", "report.html", "checkpoint-*", "final", "interrupted-*", "tensorboard")
+OURS = ("config.toml", "status.json", "*.jsonl", "report.html", "checkpoint-*", "final", "interrupted-*", "tensorboard")
 
 
 def create_run_dir(config: RunConfig) -> Path:
@@ -64,6 +69,7 @@ def rewind_run_dir(path: Path, step: int, config: str) -> None:
         if len(up_to) < len(rows) or not whole:
             kept[path / name] = path / f".{name}.partial"
             kept[path / name].write_text("".join(map(_line, up_to)), encoding="utf-8")
+    later += path.glob("status.json") if later or kept else ()
     _set_aside(path, [*later, *kept])
     for file, partial in kept.items():
         partial.rename(file)
@@ -81,29 +87,35 @@ def _set_aside(path: Path, entries: list[Path]) -> None:
             entry.rename(aside / entry.name)
 
 
-class RunLog:
-    """Appends to the run's files, one flushed line at a time; TensorBoard too where it was asked for.
+def write_status(path: Path, state: str, step: int, steps: int, reason: str = "", resume: str = "") -> None:
+    """state: running, finished, interrupted (by the signal `reason`) or failed (with the error `reason`).
 
-    done: the step after which a run goes on.   silent: writes nothing (a rank that is not the first).
+    step of steps are done.   resume: the command that goes on, where one can.
+    """
+    status = {"state": state, "step": step, "steps": steps, "reason": reason, "resume": resume}
+    partial = path / ".status.json.partial"
+    with naming(path / "status.json"):
+        partial.write_text(_line(status), encoding="utf-8")
+        partial.rename(path / "status.json")
+
+
+def read_status(path: Path) -> dict[str, Any] | None:
+    """What `write_status` wrote last; None of a run that has none."""
+    return next(iter(read_jsonl(path / "status.json")), None)
+
+
+class RunLog:
+    """Appends to the run's files, one flushed line at a time, and tells numbers to its trackers.
+
+    silent: writes nothing (a rank that is not the first).
     """
 
-    def __init__(self, directory: Path, tensorboard: bool = False, *, done: int = 0, silent: bool = False):
-        self.directory, self.silent = directory, silent
-        self.board = None
-        if tensorboard and not silent:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise missing("tensorboard", "run.tensorboard", extra="tensorboard") from error
-            self.board = SummaryWriter(directory / "tensorboard", purge_step=done + 1 if done else None)
+    def __init__(self, directory: Path, trackers: Sequence[Tracker] = (), *, silent: bool = False):
+        self.directory, self.trackers, self.silent = directory, trackers, silent
 
     def metrics(self, values: dict[str, float]) -> None:
         self._append("metrics.jsonl", values)
-        for name, value in values.items():
-            if self.board and name != "step" and math.isfinite(value):
-                self.board.add_scalar(name, value, values["step"])
-        if self.board:
-            self.board.flush()
+        self._track({name: value for name, value in values.items() if name != "step"}, values["step"])
 
     def samples(self, rows: list[dict[str, Any]]) -> None:
         for row in rows:
@@ -111,22 +123,41 @@ class RunLog:
 
     def evaluation(self, step: int, evaluation: Any) -> None:
         self._append("evaluation.jsonl", {"step": step, **evaluation.as_dict()})
-        if self.board:
-            self.board.add_scalar("eval/reward", evaluation.reward, step)
+        if self.trackers:
+            self._track({"eval/reward": evaluation.reward}, step)
 
     def evaluations(self) -> list[dict[str, Any]]:
         """Those that an earlier part of the run made."""
         return read_jsonl(self.directory / "evaluation.jsonl")
 
+    def _track(self, values: dict[str, float], step: int) -> None:
+        known = {name: value for name, value in values.items() if math.isfinite(value)}
+        for tracker in self.trackers:
+            try:
+                tracker.log(known, step)
+            except Exception as error:  # a page about a run must not cost the run
+                print(f"{tracker.name} is told nothing from step {step} on: {first_line(error)}", file=sys.stderr)
+                self.trackers = [each for each in self.trackers if each is not tracker]
+
     def _append(self, name: str, row: dict[str, Any]) -> None:
         if self.silent:
             return
-        with (self.directory / name).open("a", encoding="utf-8") as file:
+        with naming(self.directory / name), (self.directory / name).open("a", encoding="utf-8") as file:
             file.write(_line(row))
 
     def close(self) -> None:
-        if self.board:
-            self.board.close()
+        for tracker in self.trackers:
+            tracker.close()
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError of writing names `path`: Python's own, of a disk that is full, does not say which file it was."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from srft.config import Config, Section
 from srft.errors import UserError, missing, nearest
+from srft.words import meant
 
 SECTIONS: dict[str, type[Section]] = {each.name: each.default_factory for each in dataclasses.fields(Config)}
 
@@ -36,7 +37,8 @@ def load(path: str | None = None, overrides: list[str] | None = None) -> Config:
             check_key(section, where)
         if section not in SECTIONS:
             known = f" (sections: {', '.join(SECTIONS)})"
-            raise UserError(f"{where}unknown section [{section}]{nearest(section, SECTIONS)}{known}")
+            hint = meant(section, [f"{each}.{name}" for each in SECTIONS for name in fields_of(each)])
+            raise UserError(f"{where}unknown section [{section}]{hint or nearest(section, SECTIONS)}{known}")
         if not isinstance(values, dict):
             raise UserError(f"{where}{section}: expected a table [{section}], found {values!r}")
         for key in values:
@@ -90,13 +92,17 @@ def type_of(key: str) -> Any:
 
 
 def check_key(key: str, where: str) -> None:
-    """Raise a UserError that names the nearest known key when `key` (section.name) is none."""
-    section, _, name = key.partition(".")
+    """Raise a UserError when `key` (section.name, perhaps more) is unknown.
+
+    It names the key that was meant, be it in another trainer's words, or else the nearest.
+    """
+    section, name = [*key.split("."), ""][:2]
     if name in fields_of(section):
         return
     everything = [f"{section}.{name}" for section in SECTIONS for name in fields_of(section)]
-    by_name = [known for known in everything if known.endswith(f".{name or section}")]
-    hint = f"; did you mean {' or '.join(map(repr, by_name))}?" if by_name else nearest(key, everything)
+    by_name = [known for known in everything if known.endswith(f".{key.rpartition('.')[2]}")]
+    same_name = f"; did you mean {' or '.join(map(repr, by_name))}?" if by_name else ""
+    hint = meant(key, everything) or same_name or nearest(key, everything)
     raise UserError(f"{where or 'command line: '}unknown key {key!r}{hint} (`srft train --help` lists all keys)")
 
 
@@ -113,7 +119,7 @@ def pairs(arguments: list[str]) -> Iterator[tuple[str, list[str]]]:
 def override(tree: dict[str, Any], key: str, values: list[str]) -> None:
     """Put one command-line setting into the tree that came from TOML."""
     section, name, *inner = [*key.split("."), ""][: max(2, key.count(".") + 1)]
-    check_key(f"{section}.{name}".strip("."), "")
+    check_key(key, "")
     kind, table = type_of(f"{section}.{name}"), tree.setdefault(section, {})
     if kind is bool and not values:
         values = ["true"]

@@ -59,6 +59,8 @@ def hidden_states(
         attention_mask = added.masked_fill_(~attention_mask, torch.finfo(model.dtype).min)
     positions = {} if position_ids is None else {"position_ids": position_ids}  # not every backbone takes them
     backbone = model.get_decoder()
+    if backbone is model:  # transformers does not find that of Llama 4
+        backbone = model.model
     return backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions).last_hidden_state
 
 
@@ -66,23 +68,29 @@ def hidden_states(
 def check_head(model: "PreTrainedModel") -> None:
     """Raise UserError unless `head_of` and `hidden_states` reproduce the model's own logits on a few tokens.
 
-    Of entries past the vocabulary, which are padding, nothing is asked.
+    Of entries past the vocabulary, which are padding, nothing is asked. Refuses a model whose tokens see what follows.
     """
     import srft_kernels as sk  # a second and a half, which what is refused before a model is loaded need not wait for
 
     training = model.training
     model.eval()
+    causal = True
     try:
         head = head_of(model)
         weight = head["linear_weight"]
         ids = torch.arange(4, device=weight.device)[None] % len(weight)
         mask = torch.ones_like(ids)
-        logits = sk.reference.logits(hidden_states(model, ids, mask), **head).float()
+        hidden = hidden_states(model, ids, mask)
+        other_end = hidden_states(model, torch.cat([ids[:, :-1], ids[:, :1]], 1), mask)
+        causal = (other_end - hidden)[:, :-1].norm() <= 0.02 * hidden[:, :-1].norm()
+        logits = sk.reference.logits(hidden, **head).float()
         expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()[..., : logits.shape[-1]]
         error = (logits - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
         reason = f"logits differ by {error:.1%} from those of its own forward" if not error < 0.02 else ""
     except Exception as problem:
         reason = first_line(problem)
     model.train(training)
+    if not causal:
+        raise UserError(f"{type(model).__name__}: its tokens see those that follow them, so it is no causal LM")
     if reason:
         raise UserError(f"{type(model).__name__}: its output layer works in a way that srft does not know: {reason}")

@@ -1,6 +1,6 @@
 """Loading a causal language model with its tokenizer.
 
-    loaded = load_model(config.model)                       # the embedded model, a directory, or a hub name
+    loaded = load_model(config.model)            # the embedded model, a directory, a GGUF file, or a hub name
 
 Every model is probed when it is loaded: one whose logits head.py cannot reproduce is refused.
 """
@@ -14,7 +14,9 @@ import torch
 from srft.config import ModelConfig
 from srft.data.prompts import end_of_turn
 from srft.errors import UserError, first_line, missing, nearest
+from srft.model.dropout import without_dropout
 from srft.model.embedded import embedded_model
+from srft.model.gguf import read_gguf
 from srft.model.head import check_head
 
 if TYPE_CHECKING:
@@ -25,7 +27,10 @@ EMBEDDED = "smollm2"
 
 @dataclass
 class LoadedModel:
-    """model in train mode on `device`; eos_ids: every token that ends a completion; pad_id: fills up batches."""
+    """model in train mode on `device`, without dropout unless model.dropout.
+
+    eos_ids: every token that ends a completion.   pad_id: fills up batches.
+    """
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
@@ -39,7 +44,8 @@ def load_model(config: ModelConfig, option: str = "model.path") -> LoadedModel:
     """The model and tokenizer that `config.path` names, on its device and in its type, ready to train.
 
     Raises UserError for a device that is not there, a path that is neither a model directory nor a hub name that can be
-    fetched, a directory without tokenizer or without all weights, and a model whose head works in an unknown way.
+    fetched, a directory without tokenizer or without all weights, code of the model's own that is not trusted, and a
+    model whose head works in an unknown way.
     `option`: what messages call the path.
     """
     device = choose_device(config.device)
@@ -49,6 +55,8 @@ def load_model(config: ModelConfig, option: str = "model.path") -> LoadedModel:
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     check_head(model)
+    if not config.dropout:
+        without_dropout(model)
     eos_ids = eos_ids_of(model, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(eos_ids)
     return LoadedModel(model.train(), tokenizer, device, dtype, eos_ids, pad_id)
@@ -62,26 +70,40 @@ def read(config: ModelConfig, dtype: torch.dtype, option: str) -> tuple["PreTrai
         raise missing("transformers", "loading models") from error
     logging.disable_progress_bar()  # a bar for half a second of reading
     where = f"{option} {config.path!r}"
-    path = embedded_model() if config.path == EMBEDDED else check_path(config.path, where)
+    path = str(embedded_model()) if config.path == EMBEDDED else check_path(config.path, where)
+    # "auto" is not a name that transformers knows: asked for nothing, it takes the best that the architecture has.
+    attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    settings = attention | {"trust_remote_code": config.trust_remote_code}  # None would ask on stdin
+    if path.endswith(".gguf"):
+        return read_gguf(Path(path), where, dtype, **settings)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except Exception as error:
         advice = f"give a directory, or the name of a model on a hub in reach{nearest(config.path, [EMBEDDED])}"
         if Path(path).is_dir():
             advice = f"save one there: tokenizer.save_pretrained({config.path!r})"
+        check_trust(error, where)
         raise UserError(f"{where}: no tokenizer could be loaded from it ({first_line(error)}); {advice}") from error
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=config.attention, output_loading_info=True
-        )
+        model, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **settings)
     except Exception as error:
-        if "attn_implementation" in str(error) or "FlashAttention" in str(error):
-            found = f"{first_line(error).rstrip('.')}; sdpa and eager need no other package"
+        check_trust(error, where)
+        if attention and ("attn_implementation" in str(error) or "FlashAttention" in str(error)):
+            found = (
+                f"{first_line(error).rstrip('.')}; auto takes what the model has, sdpa and eager need no other package"
+            )
             raise UserError(f"model.attention {config.attention!r}: {found}") from error
         raise UserError(f"{where}: no causal LM could be loaded from it: {first_line(error)}") from error
     if absent := sorted(report["missing_keys"]):  # transformers would train them from random values
         raise UserError(f"{where}: no whole causal LM: {len(absent)} weights are missing in it, such as {absent[0]}")
     return tokenizer, model
+
+
+def check_trust(error: Exception, where: str) -> None:
+    """Raise UserError where the model is refused only because it brings Python code."""
+    if "trust_remote_code=True" in str(error):
+        advice = "read it, and if you trust it, --model.trust_remote_code true"
+        raise UserError(f"{where}: it comes with Python code of its own, which is not run unasked; {advice}") from error
 
 
 def choose_device(name: str) -> torch.device:
@@ -104,11 +126,15 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def check_path(path: str, where: str) -> str:
-    """A local directory that looks like a model, or what may be a hub name."""
+    """A local directory that looks like a model, a GGUF file, or what may be a hub name."""
     directory = Path(path).expanduser()
+    if directory.suffix == ".gguf" and directory.is_file():
+        return str(directory)
     if directory.is_dir():
         if not (directory / "config.json").is_file():
             found = ", ".join(sorted(each.name for each in directory.iterdir())[:8]) or "nothing"
+            if files := sorted(directory.glob("*.gguf")):
+                raise UserError(f"{where}: the directory holds GGUF; name the file, such as {files[0]}")
             raise UserError(f"{where}: the directory has no config.json, so it is no saved model; found {found}")
         return str(directory)
     if directory.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:

@@ -5,6 +5,8 @@ as soon as all of its rows have produced an end-of-sequence token. A token is dr
 with noise of the completion's own: who its neighbours in the batch are does not change it.
 """
 
+import inspect
+import logging
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from srft.model import LoadedModel
 from srft.rollout.engine import Engine, Rollout
@@ -25,6 +28,10 @@ class TransformersEngine(Engine):
         self.device = loaded.device
         self.eos_ids = loaded.eos_ids
         self.pad_id = loaded.pad_id
+        self.accepted = inspect.signature(loaded.model.forward).parameters
+        self.cache_name = (
+            "cache" if "cache" in self.accepted else "past_key_values"
+        )  # the latter up to transformers 5.2x
 
     @torch.no_grad()
     def generate(
@@ -80,30 +87,38 @@ class TransformersEngine(Engine):
         ids, mask = ids.to(self.device), mask.to(self.device)
         row_of = torch.tensor([distinct.index(i) for i in owners], device=self.device)
         cache = self._prefill(ids, mask, row_of) if len(distinct) < len(owners) and longest > 1 else None
+        shared = {} if cache is None else {self.cache_name: cache}
         output = self.model.generate(
             input_ids=ids[row_of],
             attention_mask=mask[row_of],
             generation_config=generation,
             logits_processor=processors,
-            past_key_values=cache,
             synced_gpus=False,  # ranks generate apart from each other, with whole weights
+            **shared,
         )
         return output[:, longest:].tolist()
 
     def _prefill(self, ids: Tensor, mask: Tensor, row_of: Tensor) -> DynamicCache | None:
-        """Keys and values of all but the last prompt token: computed per distinct prompt, given to every row."""
-        if getattr(self.model, "_is_stateful", False):  # state-space models carry a state that cannot be re-indexed
-            return None
+        """Keys and values of all but the last prompt token: computed per distinct prompt, given to every row.
+
+        None where the model has a cache of another kind: a state that cannot be re-indexed (Mamba, LFM2), or its own.
+        """
         cache = DynamicCache(config=self.model.config)
-        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        kinds = {type(layer) for layer in cache.layers} or {cache.layer_class_to_replicate}
+        if getattr(self.model, "_is_stateful", False) or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+            return None
+        positions = (mask.cumsum(1) - 1).clamp_min(0)[:, :-1]
+        given = {self.cache_name: cache, "position_ids": positions, "logits_to_keep": 1}
+        if self.cache_name not in self.accepted:
+            return None
         self.model(
             input_ids=ids[:, :-1],
             attention_mask=mask[:, :-1],
-            position_ids=positions[:, :-1],
-            past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            **{name: value for name, value in given.items() if name in self.accepted},
         )
+        if cache.get_seq_length() != ids.shape[1] - 1:  # the model has not used it
+            return None
         cache.batch_select_indices(row_of)
         return cache
 
@@ -121,11 +136,19 @@ class TransformersEngine(Engine):
         own, training = self.model.generation_config, self.model.training
         self.model.generation_config = GenerationConfig()
         self.model.eval()
+        logger = logging.getLogger("transformers.modeling_utils")
+        logger.addFilter(not_of_padding)
         try:
             yield
         finally:
+            logger.removeFilter(not_of_padding)
             self.model.generation_config = own
             self.model.train(training)
+
+
+def not_of_padding(record: logging.LogRecord) -> bool:
+    """False for a warning that padding is not masked: transformers takes what fills up rows that have ended for it."""
+    return "input_ids may be padded" not in record.getMessage()
 
 
 class GumbelNoise:

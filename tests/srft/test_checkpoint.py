@@ -96,3 +96,22 @@ def test_an_existing_checkpoint_is_not_overwritten(tiny, tmp_path):
     (tmp_path / "final").mkdir()
     with pytest.raises(UserError, match="exists already"):
         checkpoint.save(tiny, tmp_path / "final")
+
+
+def kept(run) -> list[int]:
+    return sorted(int(each.name[11:]) for each in run.glob("checkpoint-[0-9]*"))
+
+
+def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
+    for step in range(1, 7):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "model.safetensors").touch()
+    for name in ("final", "checkpoint-mine", "interrupted-3", ".checkpoint-1.partial"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-1" / "state").mkdir()  # what --resume needs
+    checkpoint.prune(tmp_path, 2, {0: 0.9, 2: 0.3, 3: 0.3, 4: float("nan")})
+    assert kept(tmp_path) == [1, 3, 5, 6]  # of two that are equally good, the later one
+    assert {each.name for each in tmp_path.iterdir() if "checkpoint-" not in each.name} == {"final", "interrupted-3"}
+    assert (tmp_path / "checkpoint-mine").is_dir() and not list(tmp_path.glob(".*"))
+    checkpoint.prune(tmp_path, 1, {})
+    assert kept(tmp_path) == [1, 6]

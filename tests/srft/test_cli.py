@@ -12,6 +12,7 @@ import pytest
 import srft.cli
 from srft.cli import main
 from srft.errors import UserError
+from srft.signals import Interrupted
 
 pytest.importorskip("jsonargparse")
 
@@ -146,6 +147,27 @@ def test_an_interruption_is_told(monkeypatch, capsys):
     monkeypatch.setattr(srft.cli, "dispatch", interrupted)
     assert main(["train"]) == 130
     assert capsys.readouterr().err == "srft: interrupted\n"
+
+
+def test_a_signal_is_told_and_is_the_exit_code(monkeypatch, capsys):
+    def terminated(*_):
+        raise Interrupted(15)
+
+    monkeypatch.setattr(srft.cli, "dispatch", terminated)
+    assert main(["train"]) == 143
+    assert capsys.readouterr().err == "srft: interrupted by SIGTERM\n"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_told_with_the_file_and_what_to_do(monkeypatch, capsys, number):
+    def full(*_):
+        raise OSError(number, os.strerror(number), "runs/a/metrics.jsonl")
+
+    monkeypatch.setattr(srft.cli, "dispatch", full)
+    assert failure(capsys, "train") == (
+        f"srft: error: runs/a/metrics.jsonl: {os.strerror(number)}; the disk is full: free some of it, or keep less "
+        "with run.keep_checkpoints\n"
+    )
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])

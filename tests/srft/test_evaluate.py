@@ -91,7 +91,7 @@ def test_main_eval_prints_a_table_and_json_and_repeats_itself(tiny_dir, capsys):
 
 
 def test_a_checkpoint_that_is_none_is_told_as_such(tmp_path, monkeypatch):
-    def asked(*_):
+    def asked(*_, **__):
         raise OSError("the hub was asked")
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", asked)

@@ -85,3 +85,11 @@ def test_weight_decay_is_for_matrices_only():
     optimizer.step(0)
     torch.testing.assert_close(model.weight, torch.full((2, 2), 0.95))
     assert torch.equal(model.bias, torch.ones(2))
+
+
+def test_betas_and_eps_reach_adamw():
+    optimizer = Optimizer(nn.Linear(2, 1), train_config(beta1=0.8, beta2=0.95, eps=1e-5))
+    groups = optimizer.adamw.param_groups
+    assert [(group["betas"], group["eps"]) for group in groups] == [((0.8, 0.95), 1e-5)] * 2
+    default = Optimizer(nn.Linear(2, 1), train_config()).adamw.defaults
+    assert (default["betas"], default["eps"]) == ((0.9, 0.999), 1e-8)

@@ -7,6 +7,7 @@ import pytest
 from srft.config import Config
 from srft.errors import UserError
 from srft.report import build, svg
+from srft.rundir import write_status
 from srft.settings import to_toml
 
 VOID = {"meta", "br", "img", "input", "link", "path", "use", "rect", "line"}
@@ -123,11 +124,32 @@ def test_the_headline_is_good_only_where_the_reward_rose(run_dir):
         assert f'0.100 → <span class="{kind}">' in page and "before and after 1 step ·" in page
 
 
-def test_a_stopped_run_says_so(run_dir):
+@pytest.mark.parametrize(
+    "status, expected",
+    [
+        (("finished", 1, 1), ""),
+        (("interrupted", 1, 9, "SIGTERM", "srft train --resume x"), "stopped after step 1 of 9 by SIGTERM; srft train"),
+        (("interrupted", 0, 9, "Ctrl-C"), "stopped before its first step by Ctrl-C"),
+        (("failed", 1, 9, "RuntimeError: <boom>"), "stopped after step 1 of 9 by an error: RuntimeError: &lt;boom&gt;"),
+        (("running", 0, 9), "still running, or killed without a word, after step 1 of 9"),
+    ],
+)
+def test_a_stopped_run_says_why(run_dir, status, expected):
     directory = run_dir([line(1)], [evaluation(0, 0.1, "sums")])
-    assert "stopped after" not in checked(build(directory))
+    write_status(directory, *status)
+    page = checked(build(directory))
+    assert expected in page and ('<div class="bad">' in page) == bool(expected)
     (directory / "interrupted-1").mkdir()
-    assert "stopped after step 1, by Ctrl-C or an error" in checked(build(directory))
+    assert "as it was after step 1, where the run was stopped, is in interrupted-1" in checked(build(directory))
+
+
+def test_what_a_run_does_not_have_is_not_shown(run_dir):
+    sample = {"step": 1, "task": "sums", "prompt": "1", "completion": "2", "reward": None, "advantage": None}
+    page = checked(
+        build(run_dir([line(1) | {"demo_tokens": 5, "rollout_tokens": 0}], [], [sample | {"finished": True}]))
+    )
+    assert "clip_fraction" not in page and ">rollout tokens<" not in page and ">demonstration tokens<" in page
+    assert "step 1 · sums<" in page.replace("\n", "")
 
 
 def ticks(drawing: str) -> list[str]:

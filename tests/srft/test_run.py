@@ -2,6 +2,10 @@
 
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -13,7 +17,9 @@ from srft.config import Config, ModelConfig
 from srft.errors import UserError
 from srft.model import load_model
 from srft.run import run
+from srft.rundir import read_status
 from srft.settings import load
+from srft.signals import Interrupted
 from srft.trainer import Trainer
 
 
@@ -72,8 +78,10 @@ def test_no_steps_only_evaluates(tiny_dir, tmp_path, capsys):
     assert "step" not in told.err and "training" not in told.out and "of 0 steps" not in told.out
 
 
-@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()])
-def test_what_was_written_survives_an_exception(tiny_dir, tmp_path, monkeypatch, capsys, error):
+@pytest.mark.parametrize(
+    "error, by", [(RuntimeError("boom"), "by an error: RuntimeError: boom"), (KeyboardInterrupt(), "by Ctrl-C")]
+)
+def test_what_was_written_survives_an_exception(tiny_dir, tmp_path, monkeypatch, capsys, error, by):
     step = Trainer.step
 
     def failing(self, number):
@@ -89,11 +97,115 @@ def test_what_was_written_survives_an_exception(tiny_dir, tmp_path, monkeypatch,
     told = capsys.readouterr().err
     assert "after step 1 of 2" in told and str(tmp_path / "run" / "interrupted-1") in told
     assert load_model(ModelConfig(str(tmp_path / "run" / "interrupted-1"), device="cpu"))
-    assert "stopped after step 1," in (tmp_path / "run" / "report.html").read_text()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert f"stopped after step 1 of 2 {by}" in page and "is in interrupted-1" in page
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(tiny_dir, tmp_path, monkeypatch, dtype):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_leaves_what_resume_needs_and_says_the_command(tiny_dir, tmp_path, monkeypatch, capsys, number):
+    def signalled(self, step, whole=Trainer.step):
+        if step == 3:
+            signal.raise_signal(number)
+        return whole(self, step)
+
+    monkeypatch.setattr(Trainer, "step", signalled)
+    directory, before = tmp_path / "a run", signal.getsignal(number)
+    with pytest.raises(Interrupted) as raised:
+        run(small_run(tiny_dir, directory, "--train.steps", "5", "--run.checkpoint_every", "4"))
+    assert raised.value.number == number and signal.getsignal(number) is before
+    assert resumable(str(directory)) == directory / "checkpoint-2" and not list(directory.glob("interrupted-*"))
+    told, command = capsys.readouterr().err, f"srft train --resume '{directory}'"
+    assert f"interrupted by {raised.value} after step 2 of 5" in told and command in told
+    status = read_status(directory)
+    assert (status["state"], status["step"], status["reason"]) == ("interrupted", 2, str(raised.value))
+    assert status["resume"] == command and "stopped after step 2 of 5 by" in (directory / "report.html").read_text()
+
+
+def test_a_signal_in_the_middle_of_an_update_waits_for_the_end_of_the_step(tiny_dir, tmp_path, monkeypatch):
+    updates = []
+
+    def signalled(self, *arguments, whole=torch.optim.AdamW.step):
+        updates.append(1)
+        if len(updates) == 3:  # the first of the second step
+            signal.raise_signal(signal.SIGTERM)
+        return whole(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", signalled)
+    more = ["--train.steps", "5", "--run.checkpoint_every", "9", "--train.updates_per_rollout", "2"]
+    with pytest.raises(Interrupted):
+        run(small_run(tiny_dir, tmp_path / "run", *more))
+    assert [line["step"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+    assert len(updates) == 4 and resumable(str(tmp_path / "run")).name == "checkpoint-2"
+
+
+def test_a_run_that_stopped_before_its_first_step_has_a_page_that_says_so(tiny_dir, tmp_path, monkeypatch):
+    def signalled(*_, **__):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(run_module, "evaluate", signalled)
+    with pytest.raises(Interrupted):
+        run(small_run(tiny_dir, tmp_path / "run", "--run.checkpoint_every", "1"))
+    assert "stopped before its first step by SIGTERM" in (tmp_path / "run" / "report.html").read_text()
+    assert not list((tmp_path / "run").glob("*-[0-9]*")) and read_status(tmp_path / "run")["resume"] == ""
+
+
+@pytest.mark.slow
+def test_sigterm_and_resume_from_the_command_line(tiny_dir, tmp_path):
+    directory, log = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
+    settings = {"model.path": tiny_dir, "model.device": "cpu", "run.dir": directory, "train.steps": 60}
+    settings |= {"train.prompts_per_step": 1, "rollout.max_new_tokens": 6, "eval.prompts": 2, "eval.samples": 1}
+    settings |= {"run.checkpoint_every": 1000, "run.samples_per_step": 0}
+    command = [sys.executable, "-m", "srft", "train"]
+    arguments = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (log.exists() and len(lines_of(log)) > 2):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM, told
+    assert f"srft train --resume {directory}" in told and told.endswith("srft: interrupted by SIGTERM\n")
+    done = read_status(directory)["step"]
+    assert 2 < done < 60 and resumable(str(directory)).name == f"checkpoint-{done}"
+    again = subprocess.run([*command, "--resume", str(directory)], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert f"going on after step {done}" in again.stdout and read_status(directory)["state"] == "finished"
+    assert [line["step"] for line in lines_of(log)] == list(range(1, 61))
+
+
+def test_an_objective_shows_only_what_it_has(tiny_dir, tmp_path, capsys):
+    run(small_run(tiny_dir, tmp_path / "run", "--loss.preset", "sft"))
+    bar, page = capsys.readouterr().err, (tmp_path / "run" / "report.html").read_text()
+    assert "loss " in bar and "nan" not in bar and "reward " not in bar
+    assert ">rollout tokens<" not in page and "<td>rollout_entropy</td>" not in page and "<td>demo_entropy</td>" in page
+
+
+def test_checkpoints_are_kept_as_asked_for(tiny_dir, tmp_path, monkeypatch):
+    rewards = iter([0.0, 0.1, 0.9, 0.2, 0.3, 0.4])
+    real = run_module.evaluate
+
+    def rated(*arguments):
+        return run_module.dataclasses.replace(real(*arguments), reward=next(rewards))
+
+    monkeypatch.setattr(run_module, "evaluate", rated)
+    monkeypatch.setattr(run_module.report, "build", lambda path: path / "report.html")
+    more = ["--train.steps", "5", "--run.checkpoint_every", "1", "--eval.every", "1", "--run.keep_checkpoints", "1"]
+    run(small_run(tiny_dir, tmp_path / "run", *more))
+    assert sorted(each.name for each in (tmp_path / "run").glob("*-*")) == ["checkpoint-2", "checkpoint-5"]
+    assert resumable(str(tmp_path / "run")).name == "checkpoint-5" and (tmp_path / "run" / "final").is_dir()
+
+
+def test_our_own_calls_raise_no_warning(tiny_dir, tmp_path):
+    strict = [word for kind in ("FutureWarning", "DeprecationWarning") for word in ("-W", f"error::{kind}")]
+    settings = {"model.path": tiny_dir, "model.device": "cpu", "run.dir": tmp_path / "run", "train.steps": 1}
+    settings |= {"train.prompts_per_step": 2, "rollout.max_new_tokens": 6, "eval.prompts": 2, "eval.samples": 2}
+    arguments = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    done = subprocess.run([sys.executable, *strict, "-m", "srft", "train", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "[transformers]" not in done.stderr and "Warning" not in done.stderr
+
+
+@pytest.mark.parametrize("dtype, killed", [("float32", True), ("bfloat16", True), ("bfloat16", False)])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(tiny_dir, tmp_path, monkeypatch, dtype, killed):
     def failing(self, number, step=Trainer.step):
         if number == 4:
             raise KeyboardInterrupt
@@ -107,8 +219,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(tiny_dir, tmp_path,
     stopped = tmp_path / "stopped"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "step", failing)
+        if killed:
+            patch.setattr(run_module, "saved", lambda *_: iter(()))
         run(small_run(tiny_dir, stopped, *more))
-    assert resumable(str(stopped)) == stopped / "checkpoint-2"
+    assert resumable(str(stopped)) == stopped / f"checkpoint-{2 if killed else 3}"
     resumed = run(load(str(stopped / "config.toml"), []), resumed=resumable(str(stopped)))
     assert resumed.directory == stopped and resumed.report == stopped / "report.html"
     for name in ("metrics.jsonl", "samples.jsonl", "evaluation.jsonl"):
@@ -118,8 +232,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(tiny_dir, tmp_path,
         ]
     weights = [load_file(each / "final" / "model.safetensors") for each in (tmp_path / "whole", stopped)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert [line["step"] for line in lines_of(stopped / "previous-1" / "metrics.jsonl")] == [1, 2, 3]
-    assert (stopped / "previous-1" / "interrupted-3").is_dir() and not (stopped / "interrupted-3").exists()
+    if killed:  # what came after the checkpoint was done again
+        assert [line["step"] for line in lines_of(stopped / "previous-1" / "metrics.jsonl")] == [1, 2, 3]
     # the state of the optimizer is three times the model: only the newest checkpoint has it
     assert [each.name for each in stopped.glob("checkpoint-*") if (each / "state").exists()] == ["checkpoint-4"]
 
@@ -163,7 +277,7 @@ def test_a_disk_that_is_full_at_the_end_still_gives_a_report(tiny_dir, tmp_path,
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
-    with pytest.raises(UserError, match=r"final could not be written: .*No space left"):
+    with pytest.raises(UserError, match=r"final could not be written: .*No space left.*free some .*keep_checkpoints"):
         run(small_run(tiny_dir, tmp_path / "run"))
     assert (tmp_path / "run" / "report.html").is_file()
 

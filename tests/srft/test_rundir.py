@@ -5,7 +5,7 @@ import pytest
 
 from srft.config import RunConfig
 from srft.errors import UserError
-from srft.rundir import RunLog, create_run_dir, read_jsonl, rewind_run_dir
+from srft.rundir import RunLog, create_run_dir, read_jsonl, read_status, rewind_run_dir, write_status
 
 
 def test_time_in_the_name_makes_a_new_directory_every_time(tmp_path):
@@ -105,3 +105,21 @@ def test_a_row_ends_at_a_newline_only(tmp_path):
     rows = [{"completion": f"a{end}b"} for end in ("\u2028", "\u2029", "\x85", "\x0b", "\x1c", "\r\n")]
     RunLog(tmp_path).samples(rows)
     assert read_jsonl(tmp_path / "samples.jsonl") == rows
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'"):
+        RunLog(tmp_path).metrics({"step": 1})
+    (tmp_path / ".status.json.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*status\.json'"):
+        write_status(tmp_path, "running", 0, 1)
+
+
+def test_the_status_is_the_last_one(tmp_path):
+    assert read_status(tmp_path) is None
+    write_status(tmp_path, "running", 0, 2)
+    write_status(tmp_path, "failed", 1, 2, "π\nboom")
+    found = read_status(tmp_path)
+    assert found == {"state": "failed", "step": 1, "steps": 2, "reason": "π\nboom", "resume": ""}
+    assert [each.name for each in tmp_path.iterdir()] == ["status.json"]

@@ -6,7 +6,8 @@ import pytest
 
 from srft.config import Config
 from srft.errors import UserError
-from srft.settings import help_text, load, to_toml
+from srft.settings import SECTIONS, fields_of, help_text, load, to_toml
+from srft.words import ADVICE, WORDS, key_of
 
 pytest.importorskip("jsonargparse")
 
@@ -101,6 +102,7 @@ def test_help_names_every_key():
         (["--train.steps", "null"], "train.steps: expected a whole number, found 'null'"),
         (["--train.steps", "-1"], "train.steps: expected at least 0, found -1"),
         (["--rollout.top_p", "1.5"], "rollout.top_p: expected more than 0 and at most 1, found 1.5"),
+        (["--train.beta2", "1"], "train.beta2: expected at least 0 and less than 1, found 1.0"),
         (["--rollout.temperature", "0"], "rollout.temperature: expected more than 0, found 0.0"),
         (["--model.dtype", "bfloat"], "model.dtype: expected one of auto, float32, bfloat16, found 'bfloat'"),
         (["--model.dtype", "float16"], "model.dtype: expected one of auto, float32, bfloat16, found 'float16'"),
@@ -114,6 +116,39 @@ def test_help_names_every_key():
 )
 def test_wrong_overrides_are_named(overrides, expected):
     assert expected in message(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("learning_rate", "here it is 'train.lr'"),
+        ("train.learning_rate", "here it is 'train.lr'"),
+        ("run.wandb", "here it is 'run.tracker'"),
+        ("train.betas", "here it is 'train.beta1' and 'train.beta2'"),
+        ("rollout.num_generations", "here it is 'rollout.per_prompt'"),
+        ("actor_rollout_ref.rollout.n", "here it is 'rollout.per_prompt'"),
+        ("train.batch_size", "here it is 'train.prompts_per_step'"),
+        ("max_completion_length", "here it is 'rollout.max_new_tokens'"),
+        ("loss.epsilon_high", "here it is 'loss.options.clip_high'"),
+        ("loss.beta", "there is no reference model"),
+        ("model.lora_r", "adapters (LoRA) are not supported yet"),
+        ("train.gradient_accumulation_steps", "here it is 'train.token_budget'"),
+    ],
+)
+def test_other_trainers_words_are_known(key, expected):
+    assert f"unknown key {key!r}; {expected}" in message(f"--{key}", "1")
+
+
+def test_a_section_of_another_trainer_is_known(tmp_path):
+    (tmp_path / "my.toml").write_text("[lora]\nr = 8\n")
+    assert "unknown section [lora]; adapters (LoRA) are not supported yet" in message(path=str(tmp_path / "my.toml"))
+
+
+def test_the_words_lead_to_keys_that_there_are():
+    known = {f"{section}.{name}" for section in SECTIONS for name in fields_of(section)} | {"train.epochs"}
+    assert {key_of(key) for key in WORDS} <= known
+    words = [word for theirs in WORDS.values() for word in theirs.split()]
+    assert not set(words) & known and not set(words) & {word for theirs in ADVICE.values() for word in theirs.split()}
 
 
 @pytest.mark.parametrize(

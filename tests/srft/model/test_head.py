@@ -97,3 +97,9 @@ def test_hidden_states_make_no_logits(tiny):
     tiny.model.lm_head.register_forward_hook(lambda *_: calls.append(1))
     ids = torch.ones(2, 5, dtype=torch.long)
     assert hidden_states(tiny.model, ids, torch.ones_like(ids)).shape == (2, 5, 32) and not calls
+
+
+def test_a_model_whose_tokens_see_what_follows_is_refused():
+    config = transformers.Gemma3TextConfig(**SMALL, head_dim=8, use_bidirectional_attention=True)
+    with pytest.raises(UserError, match="its tokens see those that follow them, so it is no causal LM"):
+        check_head(transformers.Gemma3ForCausalLM(config))

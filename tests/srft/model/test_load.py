@@ -1,6 +1,7 @@
 """Loading models, and what is said about directories and names that are none."""
 
 import importlib.util
+import json
 
 import pytest
 import torch
@@ -88,7 +89,9 @@ def test_a_directory_with_broken_weights(tiny_dir, tmp_path):
 def test_an_attention_that_is_not_there(tiny_dir, name):
     if name != "sdpaa" and importlib.util.find_spec("flash_attn"):
         pytest.skip("flash-attn is installed")
-    with pytest.raises(UserError, match=f"^model.attention '{name}': .*; sdpa and eager need no other package"):
+    with pytest.raises(
+        UserError, match=f"^model.attention '{name}': .*; auto takes what .*, sdpa and eager need no other package"
+    ):
         load_model(ModelConfig(path=str(tiny_dir), device="cpu", attention=name))
 
 
@@ -96,3 +99,39 @@ def test_a_device_that_is_not_there(tiny_dir):
     for name in ("cuda:99", "gpu"):
         with pytest.raises(UserError, match=f"model.device: '{name}' cannot be used: .*; auto takes what there is"):
             load_model(ModelConfig(path=str(tiny_dir), device=name))
+
+
+def test_the_attention_is_transformers_own_choice(tmp_path):
+    settings = {"vocab_size": 258, "hidden_size": 32, "n_layer": 1, "n_head": 4, "pad_token_id": 0, "eos_token_id": 0}
+    transformers.BloomForCausalLM(transformers.BloomConfig(**settings)).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    loaded = load_model(ModelConfig(path=str(tmp_path), device="cpu"))
+    assert loaded.model.config._attn_implementation == "eager"  # all that Bloom has
+    with pytest.raises(UserError, match=r"^model\.attention 'sdpa': BloomForCausalLM does not support"):
+        load_model(ModelConfig(path=str(tmp_path), device="cpu", attention="sdpa"))
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class Own(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_foreign_code_is_run_only_where_it_is_trusted_and_never_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on stdin"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    model = tmp_path / "model"
+    tiny_model().save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+    (model / "own.py").write_text(CODE)
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}}
+    (model / "config.json").write_text(json.dumps(config))
+    expected = "it comes with Python code of its own, .* --model.trust_remote_code true"
+    with pytest.raises(UserError, match=f"^model.path '.*model': {expected}"):
+        load_model(ModelConfig(path=str(model), device="cpu"))
+    assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").rglob("own.py"))
+    assert type(load_model(ModelConfig(str(model), device="cpu", trust_remote_code=True)).model).__name__ == "Own"

@@ -176,3 +176,30 @@ def test_sampled_frequencies_follow_the_temperature_and_the_nucleus():
 def test_unknown_engine_is_named():
     with pytest.raises(UserError, match=r"rollout\.engine.*'magic'"):
         build_engine("magic", None)
+
+
+def test_a_cache_that_rows_cannot_share_is_not_shared():
+    """LFM2's layers keep the last inputs of a convolution: no prompt is computed ahead, and the samples are right."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    torch.manual_seed(0)
+    settings = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 0, "pad_token_id": 0}
+    model = Lfm2ForCausalLM(Lfm2Config(**settings, layer_types=["conv", "full_attention"]))
+    engine = TransformersEngine(loaded(model, {0}))
+    together = engine.generate(PROMPTS, 3, **SETTINGS)
+    assert together == engine.generate(PROMPTS, 3, **SETTINGS | {"batch_size": 1})
+    ids = torch.tensor([PROMPTS[0]] * 2)
+    assert engine._prefill(ids, torch.ones_like(ids), torch.tensor([0, 1])) is None
+
+
+def test_a_cache_that_the_model_does_not_take_is_not_shared():
+    from transformers import LlamaForCausalLM
+
+    class Own(LlamaForCausalLM):
+        def forward(self, *arguments, cache=None, past_key_values=None, **named):
+            return super().forward(*arguments, **named)
+
+    engine = TransformersEngine(loaded(Own(tiny_model().config), {0}))
+    ids = torch.tensor([PROMPTS[0]] * 2)
+    assert engine._prefill(ids, torch.ones_like(ids), torch.tensor([0, 1])) is None
