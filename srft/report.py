@@ -40,7 +40,7 @@ def build(run_dir: Path) -> Path:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     steps = read_jsonl(run_dir / "metrics.jsonl")
-    evaluations = read_jsonl(run_dir / "evaluation.jsonl")
+    evaluations = [{"loss": None, **each} for each in read_jsonl(run_dir / "evaluation.jsonl")]
     environment = Environment(
         loader=PackageLoader("srft", "."),
         autoescape=True,
@@ -128,8 +128,9 @@ def curves(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> li
     """[{title, svg}]; a figure with nothing in it is left out."""
     figures = []
     if len(evaluations) > 1:
-        held_out = {"held-out reward": [(each["step"], each["reward"]) for each in evaluations]}
-        figures.append(("Held-out reward", held_out, ""))
+        for title, key, unit in (("Held-out reward", "reward", ""), ("Held-out loss", "loss", "nats per token")):
+            points = [(each["step"], each[key]) for each in evaluations if each[key] is not None]
+            figures.append((title, {title.lower(): points} if points else {}, unit))
     for title, keys, unit in CURVES:
         lines = {
             key.replace("_", " "): [(step["step"], step[key]) for step in steps if step.get(key) is not None]

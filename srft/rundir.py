@@ -124,7 +124,7 @@ class RunLog:
     def evaluation(self, step: int, evaluation: Any) -> None:
         self._append("evaluation.jsonl", {"step": step, **evaluation.as_dict()})
         if self.trackers:
-            self._track({"eval/reward": evaluation.reward}, step)
+            self._track({"eval/reward": evaluation.reward, "eval/loss": evaluation.loss}, step)
 
     def evaluations(self) -> list[dict[str, Any]]:
         """Those that an earlier part of the run made."""

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from srft import run as run_module
 from srft.checkpoint import resumable
-from srft.config import Config, ModelConfig
+from srft.config import Config, DataConfig, ModelConfig
+from srft.data import build_prompter, load_examples
 from srft.errors import UserError
 from srft.model import load_model
 from srft.run import run
@@ -308,3 +309,44 @@ def test_a_wrong_input_leaves_no_run_directory(tiny_dir, tmp_path):
         with pytest.raises(UserError):
             run(small_run(tiny_dir, tmp_path / "run", *wrong))
         assert not (tmp_path / "run").exists()
+
+
+def chats(path, count: int = 24):
+    turns = [
+        [{"role": "user", "content": f"Say {i} twice."}, {"role": "assistant", "content": f"{i} {i}"}]
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps({"messages": each}) + "\n" for each in turns))
+    return path
+
+
+def test_chats_without_answers_are_measured_by_their_loss(tiny_dir, tmp_path, capsys):
+    given = ["--data.train_file", str(chats(tmp_path / "chat.jsonl")), "--loss.preset", "sft", "--train.lr", "1e-2"]
+    result = run(small_run(tiny_dir, tmp_path / "run", *given))
+    told = capsys.readouterr()
+    assert result.after.loss < result.before.loss and result.after.samples == 0
+    assert f"held-out loss {result.before.loss:.3f} → {result.after.loss:.3f} (perplexity " in told.out
+    assert "nan" not in (told.out + told.err).lower() and "reward" not in told.out
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "mean loss of held-out demonstrations" in page and "Held-out loss" in page and "avg@" not in page
+    assert f"{result.after.loss:.3f}" in page
+
+
+def test_the_held_out_loss_is_the_mean_over_the_demonstrations_tokens(tiny_dir, tmp_path):
+    given = ["--data.train_file", str(chats(tmp_path / "chat.jsonl")), "--loss.preset", "sft", "--train.steps", "0"]
+    result = run(small_run(tiny_dir, tmp_path / "run", *given))
+    loaded = load_model(ModelConfig(path=str(tiny_dir), device="cpu"))
+    total = count = 0
+    for each in load_examples(load(str(tmp_path / "run" / "config.toml"), []).data, "eval", 3):
+        problem = build_prompter(loaded.tokenizer, DataConfig(system_prompt="")).problem(each)
+        ids = torch.tensor([problem.prompt + problem.demonstration])
+        logp = loaded.model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        picked = logp.gather(1, ids[0, 1:, None])[len(problem.prompt) - 1 :]
+        total, count = total - float(picked.sum()), count + len(picked)
+    assert result.after.loss == pytest.approx(total / count, rel=1e-5) and result.after.loss_tokens == count
+
+
+def test_no_evaluation_where_none_is_asked_for(tiny_dir, tmp_path, capsys):
+    result = run(small_run(tiny_dir, tmp_path / "run", "--eval.prompts", "0"))
+    assert result.before is result.after is None and not (tmp_path / "run" / "evaluation.jsonl").exists()
+    assert capsys.readouterr().out.strip().splitlines()[-1].startswith("not evaluated (eval.prompts 0) · ")

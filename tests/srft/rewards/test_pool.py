@@ -195,7 +195,7 @@ def test_what_a_reward_prints_is_seen(write, capfd):
 
 def test_a_function_that_no_other_process_finds_is_called_in_this_one(write, monkeypatch, capfd):
     scorer = write(
-        "import sys\nif sys.argv[0] == '-c':\n    raise OSError('no device')\n" + SOURCE, "process", workers=1
+        "import sys\nif 'pytest' not in sys.modules:\n    raise OSError('no device')\n" + SOURCE, "process", workers=1
     )
     for _ in range(2):
         assert scorer([example()] * 2, ["a", "b"]) == [os.getpid()] * 2
