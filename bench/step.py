@@ -19,6 +19,7 @@ from torch import Tensor
 
 import srft_kernels as sk
 from srft_kernels import LossOutput
+from srft_kernels.output import Metrics
 
 from . import memory, timing
 from .cases import Case, Shape
@@ -52,7 +53,8 @@ def full_logits(input: Tensor, linear_weight: Tensor, target: Tensor, objective:
     stats = sk.reference.token_stats(z if z.dtype == torch.float64 else z.float(), target)
     tokens = sk.Tokens(target, **options)
     loss = (objective(stats, tokens) * token_weight).sum()
-    return LossOutput.of(loss, stats, tokens, objective, lambda field: field)
+    fields = [field.detach() for field in stats.fields()[:3]]
+    return LossOutput(loss, *fields, None, Metrics(objective, stats.map(Tensor.detach), tokens))
 
 
 LOSSES: dict[str, Callable[..., LossOutput]] = {"srft_kernels": sk.linear_loss, "full logits": full_logits}

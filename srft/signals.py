@@ -29,6 +29,7 @@ class _State:
     process = 0  # that listens
     held = False
     waiting: int | None = None  # a signal that came meanwhile
+    mask: set[int] = set()  # of signals that are blocked, outside of a fork
 
 
 @contextmanager
@@ -83,11 +84,21 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
         release()
 
 
+def _block() -> None:
+    """A signal to a process that is being forked waits until that knows what to do with it."""
+    _State.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _unblock() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _State.mask)
+
+
 def _forget() -> None:
     """A process that was forked from this one, to score rewards say, ends by a signal as any other does."""
     for number in SIGNALS:
         if signal.getsignal(number) is _interrupt:
             signal.signal(number, signal.SIG_DFL)
+    _unblock()
 
 
-os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(before=_block, after_in_parent=_unblock, after_in_child=_forget)

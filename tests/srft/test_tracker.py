@@ -34,7 +34,7 @@ def test_metrics_go_to_the_tracker_by_the_names_of_the_file(tmp_path, fake, name
     require_packages(config)
     log = RunLog(tmp_path, open_trackers(config, tmp_path, {"train": {"lr": 1.0}}, done=4))
     log.metrics({"step": 5, "loss": 0.5, "clip_fraction": math.nan})
-    log.evaluation(5, types.SimpleNamespace(reward=0.25, as_dict=lambda: {"reward": 0.25}))
+    log.evaluation(5, types.SimpleNamespace(reward=0.25, loss=math.nan, as_dict=lambda: {"reward": 0.25}))
     log.close()
     title = f"{tmp_path.name} from step 4"
     expected = {"project": "srft", "name": title, "group": tmp_path.name, "config": {"train": {"lr": 1.0}}}
