@@ -5,6 +5,7 @@ verify an answer, as in most chats, the loss of the demonstrations is the evalua
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ class Scores:
     pass_at: dict[int, float]  # {n: chance that at least one of n samples is correct}
     finished: float  # share of samples that ended by themselves
     tokens: float  # mean length
+    scored: float  # share of samples that were scored; the others are left out
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Evaluation(Scores):
     seed: int
     loss: float = math.nan  # mean −log p of the demonstrations' tokens; NaN: there are none
     loss_tokens: int = 0
+    on: str = ""  # what tells the held-out prompts and how they were sampled from others
     tasks: dict[str, Scores] = field(default_factory=dict)
     generations: list[dict[str, Any]] = field(default_factory=list)  # one per prompt, its k completions with rewards
 
@@ -55,7 +58,7 @@ class Evaluation(Scores):
 
     def comparable(self, other: "Evaluation") -> bool:
         """Were both measured on the same prompts in the same way?"""
-        return all(getattr(self, n) == getattr(other, n) for n in ("prompts", "samples", "seed", "loss_tokens"))
+        return all(getattr(self, n) == getattr(other, n) for n in ("on", "prompts", "samples", "seed", "loss_tokens"))
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -67,7 +70,7 @@ class Evaluation(Scores):
         def numbers(scores: dict[str, Any]) -> dict[str, Any]:
             scores = {key: math.nan if value is None else value for key, value in scores.items()}
             levels = {int(k): math.nan if v is None else v for k, v in scores["pass_at"].items()}
-            return scores | {"pass_at": levels}
+            return {"scored": 1.0, **scores, "pass_at": levels}
 
         tasks = {task: Scores(**numbers(scores)) for task, scores in row["tasks"].items()}
         return cls(**numbers({key: value for key, value in row.items() if key != "step"}) | {"tasks": tasks})
@@ -86,17 +89,21 @@ def evaluate(
     config: EvalConfig,
     max_new_tokens: int,
     loss: tuple[float, int] = (math.nan, 0),
+    prompts: list[list[int]] | None = None,
 ) -> Evaluation:
     """Sample `config.samples` completions of every example and score them; without a scorer there is the loss alone.
 
-    loss: what likelihood.py says of their demonstrations. Raises UserError when nothing was scored: there is no number
+    loss: what likelihood.py says of their demonstrations.   prompts: their token ids; None: as the prompter has them.
+    Raises UserError when nothing was scored: there is no number
     to give then.
     """
+    sampled = [config.samples, config.temperature, config.top_p, config.seed, max_new_tokens]
+    on = identity([each.messages for each in examples], [each.answer for each in examples], sampled)
     if scorer is None:
-        none = Scores(len(examples), math.nan, {}, math.nan, math.nan)
-        return Evaluation(**vars(none), samples=0, seed=config.seed, loss=loss[0], loss_tokens=loss[1])
+        none = Scores(len(examples), math.nan, {}, math.nan, math.nan, 1.0)
+        return Evaluation(**vars(none), samples=0, seed=config.seed, loss=loss[0], loss_tokens=loss[1], on=on)
     groups = engine.generate(
-        [prompter.encode_prompt(example) for example in examples],
+        [prompter.encode_prompt(example) for example in examples] if prompts is None else prompts,
         config.samples,
         max_new_tokens=max_new_tokens,
         temperature=config.temperature,
@@ -137,9 +144,14 @@ def evaluate(
             "scored (every reward is None); give the data what the reward compares with, or take another reward"
         )
     return Evaluation(
-        **vars(overall), samples=config.samples, seed=config.seed, loss=loss[0], loss_tokens=loss[1], tasks=per_task,
-        generations=generations,
+        **vars(overall), samples=config.samples, seed=config.seed, loss=loss[0], loss_tokens=loss[1], on=on,
+        tasks=per_task, generations=generations,
     )  # fmt: skip
+
+
+def identity(*parts: Any) -> str:
+    """A short text that is the same for the same parts."""
+    return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def scorer_for(scorer: Scorer, config: Config, held_out: list[Example]) -> Scorer | None:
@@ -169,12 +181,15 @@ def _scores(generations: list[dict[str, Any]], samples: int) -> Scores:
         },
         finished=mean([float(f) for g in generations for f in g["finished"]]),
         tokens=mean([float(t) for g in generations for t in g["tokens"]]),
+        scored=mean([float(r is not None) for g in generations for r in g["rewards"]]),
     )
 
 
 def table(evaluation: Evaluation) -> str:
     """The scores as lines of text, one per task and one for all, and the loss of the demonstrations."""
     lines = [] if math.isnan(evaluation.reward) else score_lines(evaluation)
+    if evaluation.scored < 1:
+        lines.append(f"{1 - evaluation.scored:.0%} of the completions were not scored and are left out")
     if evaluation.loss_tokens:
         lines.append(
             f"demonstrations: loss {evaluation.loss:.3f} nats per token, perplexity {evaluation.perplexity:.2f} "
@@ -212,11 +227,13 @@ def main_eval(config: Config, checkpoint: str | None = None) -> Evaluation:
     scorer = scorer_for(build_reward(config.reward, config.data), config, examples)
     loaded = load_model(model, "--checkpoint" if checkpoint else "model.path")
     prompter = build_prompter(loaded.tokenizer, config.data)
-    problems = fit(prompter, examples, True, {POSITIONS: positions(loaded.model)})
+    generated = config.rollout.max_new_tokens if scorer else 0
+    problems = fit(prompter, examples, True, {POSITIONS: positions(loaded.model)}, generated)
     examples = [problem.example for problem in problems]
     engine = build_engine(config.rollout.engine, loaded)
     loss = demonstration_loss(loaded, problems, config.train.token_budget)
-    evaluation = evaluate(engine, examples, prompter, scorer, config.eval, config.rollout.max_new_tokens, loss)
+    prompts = [problem.prompt for problem in problems]
+    evaluation = evaluate(engine, examples, prompter, scorer, config.eval, config.rollout.max_new_tokens, loss, prompts)
     print(table(evaluation))
     scores = {name: value for name, value in evaluation.as_dict().items() if name != "generations"}
     print(json.dumps(finite({"model": model.path, **scores})))

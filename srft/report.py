@@ -40,7 +40,8 @@ def build(run_dir: Path) -> Path:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     steps = read_jsonl(run_dir / "metrics.jsonl")
-    evaluations = [{"loss": None, **each} for each in read_jsonl(run_dir / "evaluation.jsonl")]
+    evaluations = [{"loss": None, "on": "", **each} for each in read_jsonl(run_dir / "evaluation.jsonl")]
+    evaluations = [each for each in evaluations if alike(each, evaluations[-1])]  # settings may change on --resume
     environment = Environment(
         loader=PackageLoader("srft", "."),
         autoescape=True,
@@ -68,6 +69,11 @@ def build(run_dir: Path) -> Path:
     with naming(run_dir / "report.html"):
         partial.write_text(page, encoding="utf-8")
     return partial.rename(run_dir / "report.html")
+
+
+def alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Were both measured on the same prompts in the same way?"""
+    return all(one[name] == other[name] for name in ("on", "prompts", "samples", "seed"))
 
 
 def require_packages() -> None:

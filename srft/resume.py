@@ -20,24 +20,25 @@ MAY_CHANGE = {
         *("token_budget", "share_prompts"),
     },
     "eval": {field.name for field in dataclasses.fields(Config.__dataclass_fields__["eval"].default_factory)},
-    "run": {field.name for field in dataclasses.fields(Config.__dataclass_fields__["run"].default_factory)},
+    "run": {field.name for field in dataclasses.fields(Config.__dataclass_fields__["run"].default_factory)} - {"dir"},
 }
 DATA = "data.json"  # in a run's directory: which examples it has
 
 
 def check_settings(before: Config, now: Config) -> None:
     """Raise UserError where a setting of a run differs from what it began with, and may not."""
+    bounded = now.data.overlong != "error"  # then it says which rows there are
     changed = [
         (f"{section.name}.{field.name}", getattr(getattr(before, section.name), field.name), value)
         for section in dataclasses.fields(Config)
         for field in dataclasses.fields(getattr(now, section.name))
         if (value := getattr(getattr(now, section.name), field.name))
         != getattr(getattr(before, section.name), field.name)
-        and field.name not in MAY_CHANGE.get(section.name, ())
+        and (field.name not in MAY_CHANGE.get(section.name, ()) or (field.name == "token_budget" and bounded))
     ]
     if changed:
         said = "; ".join(f"{key} was {old!r}, is {new!r}" for key, old, new in changed)
-        may = ", ".join(f"{section}.{name}" for section in ("train",) for name in sorted(MAY_CHANGE[section]))
+        may = ", ".join(f"train.{name}" for name in sorted(MAY_CHANGE["train"]))
         raise UserError(
             f"--resume: that would be another run: {said}. What may change: {may}, eval.*, run.*, and where and how "
             "fast it runs; a new run starts from a checkpoint with --model.path"
@@ -48,8 +49,10 @@ def fingerprint(train: Sequence[Example], held_out: Sequence[Example]) -> dict[s
     """What tells whether data are still those of a run."""
 
     def of(examples: Sequence[Example]) -> dict[str, Any]:
-        text = json.dumps([dataclasses.asdict(each) for each in examples], default=str, sort_keys=True)
-        return {"examples": len(examples), "sha256": hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()}
+        found = hashlib.sha256()
+        for each in examples:
+            found.update(json.dumps(dataclasses.asdict(each), default=str, sort_keys=True).encode("utf-8", "replace"))
+        return {"examples": len(examples), "sha256": found.hexdigest()}
 
     return {"train": of(train), "held_out": of(held_out)}
 

@@ -119,8 +119,9 @@ def _run(config: Config, ranks: Ranks, resumed: Path | None) -> RunResult:
             trainer.refresh_engine()
         loss = demonstration_loss(loaded, problems, config.train.token_budget, ranks)
         result = evaluate(
-            trainer.engine, held_out, trainer.prompter, scorer, config.eval, config.rollout.max_new_tokens, loss
-        )
+            trainer.engine, held_out, trainer.prompter, scorer, config.eval, config.rollout.max_new_tokens, loss,
+            [problem.prompt for problem in problems],
+        )  # fmt: skip
         evaluations[step] = result
         log.evaluation(step, result)
         when = f"held-out after {step} of {config.train.steps} steps\n" if config.train.steps else ""
@@ -131,11 +132,12 @@ def _run(config: Config, ranks: Ranks, resumed: Path | None) -> RunResult:
             write_status(directory, state, done, config.train.steps, reason, command)
 
     try:
-        status("running")
+        status("running", command=going_on if resumed else "")
         measure(done)
         steps = steps_with_bar(trainer, log, config, done)
         for done in steps:
             signals.release()
+            status("running", command=going_on if checkpoint.newest_with_state(directory) else "")
             if config.run.checkpoint_every and done % config.run.checkpoint_every == 0:
                 path = directory / f"checkpoint-{done}"
                 checkpoint.save(loaded, path, ranks, trainer.optimizer.state())
@@ -172,7 +174,8 @@ def _run(config: Config, ranks: Ranks, resumed: Path | None) -> RunResult:
         raise
     finally:
         log.close()
-    before, after = (evaluations[min(evaluations)], evaluations[config.train.steps]) if evaluations else (None, None)
+    after = evaluations.get(config.train.steps) if held_out else None
+    before = evaluations[min(evaluations)] if after else None
     result = RunResult(directory, before, after, time.perf_counter() - started, page)
     print(result)
     return result
@@ -205,34 +208,30 @@ def prepared(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> J
     objective = build_objective(config.loss)
     scorer = build_reward(config.reward, config.data)
     examples = load_examples(config.data, "train", config.data.size)
-    config = with_steps(config, len(examples))
-    if done > config.train.steps:
+    if "rollouts" not in objective.learns_from and any(each.demonstration is not None for each in examples):
+        examples = [each for each in examples if each.demonstration is not None]
+    if done > config.train.steps and not config.train.epochs:
         raise UserError(f"--resume {resumed}: {done} steps are done; train.steps {config.train.steps} is fewer")
     held_out = load_examples(config.data, "eval", config.eval.prompts) if config.eval.prompts else []
     verified = scorer_for(scorer, config, held_out) is not None
     if "rollouts" in objective.learns_from:
         check_answers(scorer, config.data, [], examples)
-    jobs.check(objective, config, examples if config.train.steps else [])
+    jobs.check(objective, config, examples if config.train.steps or config.train.epochs else [])
     data = resume.fingerprint(examples, held_out)
     if resumed:
         resume.check_data(resumed.parent, data)
     loaded = load_model(dataclasses.replace(config.model, path=str(resumed)) if resumed else config.model)
     prompter = build_prompter(loaded.tokenizer, config.data)
-    measured = fit(prompter, held_out, True, {POSITIONS: positions(loaded.model)})
+    generated = config.rollout.max_new_tokens if verified else 0
+    measured = fit(prompter, held_out, True, {POSITIONS: positions(loaded.model)}, generated)
     trainer = Trainer(config, loaded, prompter, ranks.scorer(scorer), examples, objective, ranks=ranks)
+    if done > trainer.config.train.steps:
+        raise UserError(f"--resume {resumed}: {done} steps are done; train.epochs makes {trainer.config.train.steps}")
     if resumed:
         checkpoint.read_state(trainer.optimizer.state(), resumed / checkpoint.STATE, ranks)
         trainer.optimizer.write_back()
         trainer.stale = True
     return Job(trainer, measured, verified, data)
-
-
-def with_steps(config: Config, examples: int) -> Config:
-    """train.epochs as train.steps, the last step filled up from the next epoch."""
-    if not config.train.epochs:
-        return config
-    steps = math.ceil(config.train.epochs * examples / config.train.prompts_per_step)
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
 
 
 def opened(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> Path:

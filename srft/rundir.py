@@ -22,7 +22,18 @@ from srft.config import RunConfig
 from srft.errors import UserError, first_line
 from srft.tracker import Tracker
 
-OURS = ("config.toml", "status.json", "*.jsonl", "report.html", "checkpoint-*", "final", "interrupted-*", "tensorboard")
+OURS = (
+    "config.toml",
+    "data.json",
+    "status.json",
+    "*.jsonl",
+    "report.html",
+    "checkpoint-*",
+    "final",
+    "interrupted-*",
+    "tensorboard",
+    "wandb",
+)
 
 
 def create_run_dir(config: RunConfig) -> Path:
@@ -147,7 +158,10 @@ class RunLog:
 
     def close(self) -> None:
         for tracker in self.trackers:
-            tracker.close()
+            try:
+                tracker.close()
+            except Exception as error:  # a page about a run must not cost the run
+                print(f"{tracker.name} could not be closed: {first_line(error)}", file=sys.stderr)
 
 
 @contextmanager

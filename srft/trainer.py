@@ -28,6 +28,7 @@ What is not in the SRFT paper (arXiv 2506.19767), with the default objective and
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from srft.config import Config
 from srft.data import Example, Problem, Prompter, fit
 from srft.errors import UserError
 from srft.learn.credit import Group, advantages_of, informative, reward_metrics, scored, sequences_of, switched
+from srft.learn.job import with_steps
 from srft.learn.objective import build_objective
 from srft.learn.packing import Microbatch, Sequence, pack
 from srft.learn.sharing import sharing_limit
@@ -76,34 +78,14 @@ class Trainer:
         self.loss_function = loss_function
         self.share_up_to = sharing_limit(loaded.model) if config.train.share_prompts else 0
         self.ranks.shard(loaded)  # after the trial, which may fail within a forward, and before the optimizer
-        self.optimizer = Optimizer(loaded.model, config.train)
-        # Encoding everything now finds a prompt that is too long before any time is spent.
+        # Encoding everything now finds what is too long before any time is spent, and does not depend on the steps.
         most = {"train.token_budget": config.train.token_budget, POSITIONS: positions(loaded.model)}
-        self.problems = self._drawn(examples, most)
-        if not self.learns_from_rollouts and self.problems and not any(p.demonstration for p in self.problems):
+        generated = config.rollout.max_new_tokens if self.learns_from_rollouts else 0
+        self.pool = fit(prompter, examples, self.learns_from_demos, most, generated)
+        if not self.learns_from_rollouts and self.pool and not any(p.demonstration for p in self.pool):
             raise UserError(f"loss.preset {config.loss.preset!r} learns from demonstrations, but no example has one")
-
-    def _drawn(self, examples: list[Example], limits: dict[str, float]) -> list[Problem]:
-        """The prompts of all steps, one step after the other: every example once, then all again in another order.
-
-        The order follows from train.seed and the data alone: a run of more steps begins as one of fewer.
-        """
-        train, generated = self.config.train, self.config.rollout.max_new_tokens if self.learns_from_rollouts else 0
-
-        def order(size: int) -> list[int]:
-            drawn: list[int] = []
-            while size and len(drawn) < train.steps * train.prompts_per_step:
-                drawn += random.Random(f"{train.seed}/{len(drawn) // size}").sample(range(size), size)
-            return drawn[: train.steps * train.prompts_per_step]
-
-        if self.config.data.overlong == "drop":  # which are left has to be known first
-            problems = fit(self.prompter, examples, self.learns_from_demos, limits, generated)
-            return [problems[index] for index in order(len(problems))]
-        drawn = order(len(examples))
-        needed = list(dict.fromkeys(drawn))
-        problems = fit(self.prompter, [examples[i] for i in needed], self.learns_from_demos, limits, generated)
-        known = dict(zip(needed, problems, strict=True))
-        return [known[index] for index in drawn]
+        self.config = with_steps(config, len(self.pool))
+        self.optimizer = Optimizer(loaded.model, self.config.train)
 
     def step(self, number: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Step `number`, from 1. Returns the line for metrics.jsonl and some generations."""
@@ -112,12 +94,14 @@ class Trainer:
         torch.manual_seed(random.Random(f"{self.config.train.seed}/{number}/{self.ranks.rank}").getrandbits(63))
         problems = self._draw(number)
         groups = self._score(problems, self._roll_out(problems, number))
-        groups, resampled = self._resampled(groups, number)
+        groups, rolled_out = self._resampled(groups, number)
         advantages = [advantages_of(group, self.config.loss) for group in groups]
         sequences = self._credit(groups, advantages)
         generated = time.perf_counter()
         microbatches = self._pack(sequences)
-        metrics = reward_metrics(groups) | resampled | self._learn(microbatches, number)
+        metrics = reward_metrics(rolled_out) | self._learn(microbatches, number)
+        if self.config.rollout.resample:
+            metrics["resampled"] = float(len(rolled_out) - len(problems))
         ended = time.perf_counter()
         lengths = {kind: sum(len(s.completion) for s in sequences if s.is_demo == kind) for kind in (True, False)}
         padded = sum(m.input_ids.numel() for m in microbatches)
@@ -136,25 +120,38 @@ class Trainer:
         return {"step": number, **metrics}, self._samples(groups, advantages, number)
 
     def _draw(self, number: int) -> list[Problem]:
-        """The prompts of a step."""
-        count = self.config.train.prompts_per_step
-        return self.problems[(number - 1) * count : number * count]
+        """The prompts of a step: every one once, then all of them again in another order.
 
-    def _resampled(self, groups: list[Group], number: int) -> tuple[list[Group], dict[str, float]]:
-        """Groups whose rollouts differ in reward, others drawn in place of those that do not, as rollout.resample says;
-        and a metric of how many were drawn. (Dynamic sampling, arXiv 2503.14476.)"""
-        turns, drawn = self.config.rollout.resample if self.learns_from_rollouts else 0, 0
+        The order follows from train.seed and the data alone: a run of more steps begins as one of fewer.
+        """
+        count, size = self.config.train.prompts_per_step, len(self.pool)
+        drawn = []
+        for position in range((number - 1) * count, number * count):
+            epoch, index = divmod(position, size)
+            if not drawn or not index:
+                order = random.Random(f"{self.config.train.seed}/{epoch}").sample(range(size), size)
+            drawn.append(self.pool[order[index]])
+        return drawn
+
+    def _resampled(self, groups: list[Group], number: int) -> tuple[list[Group], list[Group]]:
+        """Groups that there is something to learn from, others drawn in place of those that have no advantage, as
+        rollout.resample says; and all groups that were rolled out. (Dynamic sampling, arXiv 2503.14476.)"""
+        turns = self.config.rollout.resample if self.learns_from_rollouts else 0
         if not turns:
-            return groups, {}
-        pool = list({id(problem): problem for problem in self.problems}.values())
+            return groups, groups
+        teaches = partial(informative, config=self.config.loss)
+        kept, rolled_out = list(filter(teaches, groups)), list(groups)
         for turn in range(turns):
-            kept = [group for group in groups if informative(group)]
-            if not (missing := len(groups) - len(kept)):
+            seen = {id(group.problem) for group in rolled_out}
+            others = [problem for problem in self.pool if id(problem) not in seen]
+            missing = min(len(groups) - len(kept), len(others))
+            if not missing:
                 break
-            others = random.Random(f"{self.config.train.seed}/{number}/{turn}").sample(pool, min(missing, len(pool)))
-            groups = kept + self._score(others, self._roll_out(others, number, turn + 1))
-            drawn += len(others)
-        return [group for group in groups if informative(group)], {"resampled": float(drawn)}
+            drawn = random.Random(f"{self.config.train.seed}/{number}/{turn}").sample(others, missing)
+            more = self._score(drawn, self._roll_out(drawn, number, turn + 1))
+            rolled_out += more
+            kept += filter(teaches, more)
+        return kept, rolled_out
 
     def _roll_out(self, problems: list[Problem], number: int, turn: int = 0) -> list[list[Rollout]]:
         """Of each prompt; none where the objective learns from none. Other completions at each turn of a step."""
@@ -181,15 +178,17 @@ class Trainer:
         self.stale = False
 
     def _score(self, problems: list[Problem], rollouts: list[list[Rollout]]) -> list[Group]:
+        if not self.learns_from_rollouts:  # a demonstration is imitated whatever its reward
+            return [Group(problem, [], [], None) for problem in problems]
         return scored(self.scorer, self.prompter, problems, rollouts)
 
     def _credit(self, groups: list[Group], advantages: list[list[float]]) -> list[Sequence]:
         """What to learn from."""
-        mask = self.config.loss.mask_truncated
-        of_groups = [sequences_of(*each, mask) for each in zip(groups, advantages)]
+        of_groups = [sequences_of(*each) for each in zip(groups, advantages)]
         if self.objective.switches:
             of_groups = [switched(sequences, self.config.loss.hpt_threshold) for sequences in of_groups]
-        return [sequence for sequences in of_groups for sequence in sequences]
+        masked = self.config.loss.mask_truncated
+        return [s for sequences in of_groups for s in sequences if s.is_demo or s.finished or not masked]
 
     def _samples(self, groups: list[Group], advantages: list[list[float]], number: int) -> list[dict[str, Any]]:
         """The first rollout of some prompts, to look at."""

@@ -173,6 +173,11 @@ def chat_that_answers(row: dict, found: dict[str, str]) -> str | None:
 def check_whole(row: Row, found: dict[str, str]) -> None:
     """Raise UserError for a row of which the prompt would be a part only."""
     column = found.get("messages") or found["prompt"]
+    if isinstance(row.value.get("label"), bool) and found.get("demonstration") in ("completion", "response"):
+        raise UserError(
+            f"{row.source}: the column 'label' says which completions are good (TRL's KTO), and all of them would be "
+            'imitated: keep the good ones and drop the column, or data.columns = {demonstration = ""}'
+        )
     unsaid = () if column in OWN or "messages" in found else UNSAID
     for name in (*unsaid, *UNSEEN):
         if row.value.get(name) and not (column == "instruction" and name in MORE):

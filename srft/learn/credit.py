@@ -38,7 +38,8 @@ def scored(scorer: Scorer, prompter: Prompter, problems: list[Problem], rollouts
     rewards = scorer(
         [problem.example for problem, _ in sampled] + [problem.example for problem in shown],
         [prompter.decode(rollout.tokens) for _, rollout in sampled] + [each.example.demonstration for each in shown],
-        finished=[rollout.finished for _, rollout in sampled] + [True] * len(shown),
+        finished=[rollout.finished for _, rollout in sampled]
+        + [problem.demonstration[-1] == prompter.end_id for problem in shown],  # one may have been cut
         completion_ids=[rollout.tokens for _, rollout in sampled] + [problem.demonstration for problem in shown],
     )
     one, details = iter(rewards), iter(rewards.details)
@@ -78,20 +79,18 @@ def switched(sequences: list[Sequence], threshold: float) -> list[Sequence]:
     return [sequence for sequence, kept in zip(sequences, learns.tolist()) if kept]
 
 
-def informative(group: Group) -> bool:
-    """Did its rollouts get different rewards?"""
-    scored = [reward for reward in group.rewards if reward is not None]
-    return bool(scored) and min(scored) < max(scored)
+def informative(group: Group, config: LossConfig) -> bool:
+    """Does anything of it have an advantage? Rollouts that all failed have one where the demonstration did not."""
+    return any(advantages_of(group, config))
 
 
-def sequences_of(group: Group, advantages: SequenceOf[float], mask_truncated: bool = False) -> list[Sequence]:
-    """The rollouts that were scored, and the demonstration. mask_truncated: of the rollouts, those that ended."""
+def sequences_of(group: Group, advantages: SequenceOf[float]) -> list[Sequence]:
+    """The rollouts that were scored, and the demonstration."""
     prompt, demonstration = group.problem.prompt, group.problem.demonstration
     sequences = [
-        Sequence(prompt, rollout.tokens, False, reward, advantage)
+        Sequence(prompt, rollout.tokens, False, reward, advantage, rollout.finished)
         for rollout, reward, advantage in zip(group.rollouts, group.rewards, advantages)
-        # a rollout that nobody could score teaches nothing
-        if reward is not None and (rollout.finished or not mask_truncated)
+        if reward is not None  # a rollout that nobody could score teaches nothing
     ]
     if demonstration:
         # An unscored demonstration is still imitated; with advantage 0 it has no RL term.
@@ -112,7 +111,7 @@ def reward_metrics(groups: SequenceOf[Group]) -> dict[str, float]:
         "reward_demo": mean([group.demo_reward for group in groups if group.demo_reward is not None]),
         "reward_failed": sum(each.get("reward_failed", 0.0) for each in details),
         **{name: mean([each[name] for each in details if name in each]) for name in parts},
-        "informative": mean([float(informative(group)) for group, known in zip(groups, scored) if known]),
+        "informative": mean([float(min(of_group) < max(of_group)) for of_group in scored if of_group]),
         "response_tokens": mean([float(len(rollout.tokens)) for rollout in rollouts]),
         "finished": mean([float(rollout.finished) for rollout in rollouts]),
     }

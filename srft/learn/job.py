@@ -1,5 +1,7 @@
 """Do objective, data and settings fit? Asked before the model is loaded: else a run would go on, and to nothing."""
 
+import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 
@@ -42,3 +44,11 @@ def check_demonstrations(objective: Objective, config: Config, examples: Sequenc
             "solutions with data.columns, or take a preset that learns from rollouts alone, such as grpo"
         )
     print(f"warning: {learns}, and {without} of {len(examples)} examples have none", file=sys.stderr)
+
+
+def with_steps(config: Config, prompts: int) -> Config:
+    """train.epochs as train.steps, the last step filled up from the next epoch."""
+    if not config.train.epochs:
+        return config
+    steps = math.ceil(config.train.epochs * prompts / config.train.prompts_per_step)
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps, epochs=0.0))

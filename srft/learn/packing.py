@@ -29,6 +29,7 @@ class Sequence:
     is_demo: bool = False
     reward: float = 0.0
     advantage: float = 0.0
+    finished: bool = True  # ended by itself
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ class Scorer:
         self.pool = Pool(self.rewards, workers)
         self.patient: set[int] = set()  # rewards whose lists take longer than one completion may
         self.warned: set[tuple[int, str]] = set()
+        self.worked: set[int] = set()  # rewards that have scored a completion
 
     def __call__(
         self,
@@ -150,7 +151,10 @@ class Scorer:
         for failure in failures:
             if failure.kind == "refused":
                 raise UserError(failure.words)
-        if failures and all(failure.kind == "raised" for failure in failures) and len(failures) == len(parts):
+        if len(failures) < len(parts):
+            self.worked.add(number)
+        raised = failures and all(failure.kind == "raised" for failure in failures) and len(failures) == len(parts)
+        if raised and number not in self.worked:  # a call may be of one bad row alone
             message = f"{where}: the function {failures[0].words} (--debug shows where)"
             hint = "; TRL's functions for chats want reward.conversational = true"
             chat = "string indices must be integers" in message and not getattr(

@@ -111,3 +111,46 @@ def test_epochs_are_steps(tiny_dir, tmp_path):
         5,
     ]  # 21 prompts, 25.2
     assert "steps = 5 " in (tmp_path / "run" / "config.toml").read_text()
+
+
+def test_no_evaluation_any_more(stopped):
+    assert str(again(stopped, "--train.steps", "3", "--eval.prompts", "0")).startswith("not evaluated")
+
+
+def test_evaluations_of_other_kinds_are_not_compared(stopped):
+    result = again(stopped, "--train.steps", "3", "--eval.temperature", "0")
+    assert "→" not in str(result)
+    page = (stopped / "report.html").read_text()
+    assert "mean held-out reward after 3 steps" in page and "mean held-out reward before and after" not in page
+
+
+def test_epochs_give_way_to_steps_and_count_what_is_left_of_the_rows(tiny_dir, tmp_path):
+    file = rows(tmp_path / "train.jsonl", 24)
+    lines = file.read_text().splitlines()
+    long = [
+        json.dumps({**json.loads(line), "prompt": json.loads(line)["prompt"] + " please" * 30}) for line in lines[::2]
+    ]
+    file.write_text("\n".join([*long, *lines[1::2]]) + "\n")
+    given = [
+        "--data.train_file",
+        str(file),
+        "--reward.name",
+        "exact",
+        "--eval.prompts",
+        "0",
+        "--run.checkpoint_every",
+        "1",
+    ]
+    given += ["--data.overlong", "drop", "--data.max_prompt_tokens", "100", "--train.epochs", "1"]
+    run(small_run(tiny_dir, tmp_path / "run", *given))
+    done = [line["step"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")]
+    assert 4 <= len(done) <= 6  # 21 of 24 rows are trained on, a half of which is too long; two prompts a step
+    again(tmp_path / "run", "--train.steps", str(len(done) + 1))
+    assert len(lines_of(tmp_path / "run" / "metrics.jsonl")) == len(done) + 1
+    with pytest.raises(UserError, match=r"train.token_budget was 2048, is 100"):
+        again(tmp_path / "run", "--train.steps", "9", "--train.token_budget", "100")
+
+
+def test_another_directory_is_another_run(stopped):
+    with pytest.raises(UserError, match=r"run.dir was '.*run', is 'elsewhere'"):
+        again(stopped, "--run.dir", "elsewhere")

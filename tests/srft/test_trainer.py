@@ -120,7 +120,7 @@ def test_ten_steps_with_the_fused_loss_and_with_full_logits_agree():
 
 def test_training_makes_demonstrations_likelier(tiny):
     trainer = make(tiny, "--train.lr", "1e-2", "--loss.preset", "sft", "--train.prompts_per_step", "5")
-    demos = pack([Sequence(p.prompt, p.demonstration, True) for p in trainer.problems], token_budget=1000)
+    demos = pack([Sequence(p.prompt, p.demonstration, True) for p in trainer.pool], token_budget=1000)
     before = trainer._statistics(demos)[0].mean()
     for number in range(1, 6):
         trainer.step(number)
@@ -392,17 +392,34 @@ def by_length(prompts, completions, **columns):
 
 
 def test_prompts_without_information_are_replaced(tiny):
-    """Where the rollouts of all prompts got the same reward at first, others are drawn, so many times at most."""
-    engine = Sums([[3], [3], [2, 3]])
+    """Where the rollouts of all prompts got the same reward at first, others are drawn, none twice in a step."""
+    engine = Sums([[3], [2, 3]])
     trainer = make(tiny, "--loss.preset", "grpo", "--rollout.resample", "4", engine=engine, reward=by_length)
     line, _ = trainer.step(1)
-    assert engine.prompts == [3, 3, 3] and line["resampled"] == 6
-    assert line["informative"] == 1 and line["rollout_tokens"] > 0
+    assert engine.prompts == [3, 2] and line["resampled"] == 2  # of five
+    assert line["informative"] == pytest.approx(2 / 5) and line["rollout_tokens"] == 2 * (2 + 3 + 2)
     engine = Sums([[3]])
-    trainer = make(fresh(), "--loss.preset", "grpo", "--rollout.resample", "2", engine=engine, reward=by_length)
+    trainer = make(fresh(), "--loss.preset", "grpo", "--rollout.resample", "1", engine=engine, reward=by_length)
     line, _ = trainer.step(1)
-    assert engine.prompts == [3, 3, 3] and line["rollout_tokens"] == 0  # none is left
+    assert engine.prompts == [3, 2] and line["rollout_tokens"] == 0  # nothing is left
+    assert line["reward_mean"] == 3 and line["informative"] == 0
     assert "resampled" not in make(fresh(), engine=Sums([[3]]), reward=by_length).step(1)[0]
+
+
+def test_a_demonstration_that_did_better_than_all_rollouts_is_information(tiny):
+    engine = Sums([[3]])
+    trainer = make(tiny, "--rollout.resample", "2", engine=engine, reward=by_length)  # "#### 5" is longer
+    line, _ = trainer.step(1)
+    assert engine.prompts == [3] and line["demo_tokens"] > 0 and line["informative"] == 0
+
+
+def test_who_is_drawn_again_does_not_depend_on_the_number_of_steps(tiny):
+    def prompts(steps: str) -> list[str]:
+        options = ["--rollout.resample", "1", "--train.steps", steps, "--loss.preset", "grpo"]
+        trainer = make(fresh(), *options, "--run.samples_per_step", "9", engine=Sums([[3], [2, 3]]), reward=by_length)
+        return [sample["prompt"] for sample in trainer.step(1)[1]]
+
+    assert prompts("1") == prompts("30") != []
 
 
 def test_what_is_drawn_again_is_the_same_in_a_resumed_run(tiny):

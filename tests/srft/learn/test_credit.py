@@ -54,6 +54,8 @@ def test_hpt_learns_from_rollouts_that_succeed_often_enough_else_from_the_demons
 class Decoder:
     """A prompter that only decodes."""
 
+    end_id = 0
+
     @staticmethod
     def decode(tokens):
         return "".join(map(chr, tokens))

@@ -62,7 +62,7 @@ def measure(ranks: Ranks) -> dict:
         )
         trainer.stale = True
         with mock.patch.object(ranks, "whole", side_effect=AssertionError("nothing generates with the model")):
-            rollouts = trainer._roll_out(trainer.problems, 1)
+            rollouts = trainer._roll_out(trainer.pool, 1)
         results[name] |= {"microbatches": len(parts), "told": engine.weights}
         results[name] |= {"released": engine.released, "rollouts": rollouts}
         results[name]["local rows"] = sum(
