@@ -198,7 +198,8 @@ def evaluate(arguments: list[str]) -> None:
 def check_data(arguments: list[str]) -> None:
     files = list(itertools.takewhile(lambda each: not each.startswith("--"), arguments))
     overrides = arguments[len(files) :]
-    if files[:1] != ["check"] or not (files[1:] or "--data.train_file" in overrides):
+    named = {each.partition("=")[0] for each in overrides}
+    if files[:1] != ["check"] or not (files[1:] or "--data.train_file" in named):
         raise UserError("srft data check takes files to check: srft data check train.jsonl")
     path = files.pop() if files[1:] and files[-1].endswith(".toml") else None
     config = load(path, overrides)
@@ -207,8 +208,7 @@ def check_data(arguments: list[str]) -> None:
         raise UserError(f"{path}: data.train_file is not set, so there is nothing to check")
     from srft.check import check, load_tokenizer
 
-    counted = any(each.partition("=")[0] == "--model.path" for each in overrides)
-    check(config, load_tokenizer(config.model) if counted else None)
+    check(config, load_tokenizer(config.model) if "--model.path" in named else None)
 
 
 def report(arguments: list[str]) -> None:

@@ -55,10 +55,9 @@ class RunResult:
         if not math.isnan(after.reward):
             reward, gain = f"{after.reward:.3f}", ""
             if before:
-                reward, gain = (
-                    f"{before.reward:.3f} → {reward}",
-                    f"{100 * (after.reward - before.reward):+.1f} points; ",
-                )
+                more, shares = after.reward - before.reward, max(abs(before.reward), abs(after.reward)) <= 1
+                reward = f"{before.reward:.3f} → {reward}"
+                gain = f"{100 * more:+.1f} points; " if shares else f"{more:+.3f}; "
             found.append(
                 f"held-out reward {reward} ({gain}{after.prompts} prompts × {after.samples} samples, seed {after.seed})"
             )
@@ -97,8 +96,7 @@ def _run(config: Config, ranks: Ranks, resumed: Path | None) -> RunResult:
         with naming(directory / resume.DATA):
             (directory / resume.DATA).write_text(json.dumps(job.data, indent=1), encoding="utf-8")
     settings = dataclasses.asdict(config)
-    trackers = tracker.open_trackers(config.run, directory, settings, done) if ranks.main else []
-    log = RunLog(directory, trackers, silent=not ranks.main)
+    log = RunLog(directory, [], silent=not ranks.main)
     on = f"{ranks.size} × {loaded.device}" if ranks.size > 1 else loaded.device
     print(f"{parameters(loaded)} on {on}; {f'going on after step {done} in' if resumed else 'writing to'} {directory}")
     going_on = f"srft train --resume {shlex.quote(str(directory))}"
@@ -113,7 +111,8 @@ def _run(config: Config, ranks: Ranks, resumed: Path | None) -> RunResult:
         if not held_out or step in evaluations or not due:
             return
         if step == 0:
-            samples = f" × {config.eval.samples} samples" if scorer else ""
+            why = "; no answer is known of them, so that the loss of their demonstrations is measured"
+            samples = f" × {config.eval.samples} samples" if scorer else why * trainer.learns_from_rollouts
             print(f"evaluating {len(held_out)} held-out prompts{samples} …", flush=True)
         if scorer:
             trainer.refresh_engine()
@@ -133,6 +132,7 @@ def _run(config: Config, ranks: Ranks, resumed: Path | None) -> RunResult:
 
     try:
         status("running", command=going_on if resumed else "")
+        log.trackers = tracker.open_trackers(config.run, directory, settings, done) if ranks.main else []
         measure(done)
         steps = steps_with_bar(trainer, log, config, done)
         for done in steps:
@@ -280,7 +280,7 @@ def steps_with_bar(trainer: Trainer, log: RunLog, config: Config, done: int = 0)
     UserError where no update can be taken.
     """
     steps = config.train.steps
-    skipped, patience = 0, min(5, steps)
+    skipped, idle, patience = 0, 0, min(5, steps)
     with tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=not steps) as bar:
         for number in range(done + 1, steps + 1):
             metrics, samples = trainer.step(number)
@@ -291,6 +291,12 @@ def steps_with_bar(trainer: Trainer, log: RunLog, config: Config, done: int = 0)
             words = [f"{name} {value:.3f}" for name, value in known.items() if math.isfinite(value)]
             bar.set_postfix_str(", ".join([*words, f"{metrics['tokens_per_second']:.0f} tokens/s"]), refresh=False)
             bar.update()
+            idle = 0 if metrics["demo_tokens"] + metrics["rollout_tokens"] else idle + 1
+            if idle == patience:
+                tqdm.write(
+                    f"warning: in {idle} steps in a row there was nothing to learn from: no token is in the loss "
+                    "(rollout.resample, loss.mask_truncated and rewards of None leave rollouts out)"
+                )
             skipped = skipped + 1 if metrics["skipped_updates"] == 1 else 0
             if skipped == patience:
                 raise UserError(

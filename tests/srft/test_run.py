@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -350,3 +351,20 @@ def test_no_evaluation_where_none_is_asked_for(tiny_dir, tmp_path, capsys):
     result = run(small_run(tiny_dir, tmp_path / "run", "--eval.prompts", "0"))
     assert result.before is result.after is None and not (tmp_path / "run" / "evaluation.jsonl").exists()
     assert capsys.readouterr().out.strip().splitlines()[-1].startswith("not evaluated (eval.prompts 0) · ")
+
+
+def test_steps_that_have_nothing_to_learn_from_are_told(tiny_dir, tmp_path, capsys):
+    given = ["--loss.preset", "grpo", "--loss.mask_truncated", "true", "--rollout.max_new_tokens", "1"]
+    run(small_run(tiny_dir, tmp_path / "run", *given))
+    assert "warning: in 2 steps in a row there was nothing to learn from" in capsys.readouterr().out
+
+
+def test_a_tracker_that_does_not_start_is_in_the_status(tiny_dir, tmp_path, monkeypatch):
+    def refuse(**_):
+        raise OSError("no network")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refuse, __spec__=None))
+    monkeypatch.setattr(run_module.tracker, "require_packages", lambda config: None)
+    with pytest.raises(Exception, match="no network"):
+        run(small_run(tiny_dir, tmp_path / "run", "--run.tracker", "wandb"))
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
