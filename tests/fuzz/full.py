@@ -90,8 +90,10 @@ def full(
         steep = 1 + size_of(stats.logprobs).clamp(max=20) if case.call == "loss" else 1
         each = g * (1 + size_of(stats.logprobs)) + h * (1 + size_of(stats.entropy)) + k * size_of(stats.logsumexp)
         each = each + smooth * (1 + size_of(stats.logprobs) + size_of(stats.smooth))
+        highest = size_of(z.nan_to_num(0, 0, 0)).max()
         terms |= {
-            **dict.fromkeys(("logprobs", "entropy", "top_logprobs", "candidate_logprobs"), one),
+            # a difference of logits, each of them rounded: one ulp of the largest
+            **dict.fromkeys(("logprobs", "entropy", "top_logprobs", "candidate_logprobs"), one + highest / cases.ULPS),
             "logsumexp": one + size_of(z.amax(-1)).max(),  # a maximum and the logarithm of a sum may leave little
             "loss": each.sum() + summed,
             **_sums(g * steep + h * (1 + size_of(stats.logprobs)) + k + smooth, leaves, p, live),
