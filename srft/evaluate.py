@@ -94,8 +94,7 @@ def evaluate(
     """Sample `config.samples` completions of every example and score them; without a scorer there is the loss alone.
 
     loss: what likelihood.py says of their demonstrations.   prompts: their token ids; None: as the prompter has them.
-    Raises UserError when nothing was scored: there is no number
-    to give then.
+    Raises UserError when nothing was scored: there is no number to give then.
     """
     sampled = [config.samples, config.temperature, config.top_p, config.seed, max_new_tokens]
     on = identity([each.messages for each in examples], [each.answer for each in examples], sampled)
