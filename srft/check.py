@@ -85,7 +85,7 @@ def lengths(examples: list[Example], prompter: Prompter | None) -> tuple[Lengths
     prompts, demonstrations, refused = [], [], []
     for each in examples:
         try:
-            problem = prompter.whole(each, prompter.prompt_ids(each)) if prompter else None
+            problem = prompter.problem(each) if prompter else None
         except UserError as error:
             refused.append(error)
             continue

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from srft.errors import UserError, missing
+from srft.evaluation import Evaluation
 from srft.metrics import DESCRIPTIONS
 from srft.rundir import naming, read_jsonl, read_status
 
@@ -40,8 +41,8 @@ def build(run_dir: Path) -> Path:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     steps = read_jsonl(run_dir / "metrics.jsonl")
-    evaluations = [{"loss": None, "on": "", **each} for each in read_jsonl(run_dir / "evaluation.jsonl")]
-    evaluations = [each for each in evaluations if alike(each, evaluations[-1])]  # settings may change on --resume
+    evaluations = [{"loss": None, **each} for each in read_jsonl(run_dir / "evaluation.jsonl")]
+    evaluations = [e for e in evaluations if Evaluation.of(e).comparable(Evaluation.of(evaluations[-1]))]
     environment = Environment(
         loader=PackageLoader("srft", "."),
         autoescape=True,
@@ -69,11 +70,6 @@ def build(run_dir: Path) -> Path:
     with naming(run_dir / "report.html"):
         partial.write_text(page, encoding="utf-8")
     return partial.rename(run_dir / "report.html")
-
-
-def alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Were both measured on the same prompts in the same way?"""
-    return all(one[name] == other[name] for name in ("on", "prompts", "samples", "seed"))
 
 
 def require_packages() -> None:

@@ -1,18 +1,18 @@
 """What a run that goes on may change, and what would make it another run."""
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from srft.config import Config
-from srft.data import Example
+from srft.config import Config, DataConfig
+from srft.data import Example, digest
 from srft.errors import UserError
 
 MAY_CHANGE = {
     "model": {"device", "attention", "gradient_checkpointing", "trust_remote_code"},
+    "data": {"train_file", "eval_file"},  # `check_data` sees what is in them
     "rollout": {"batch_size"},
     "reward": {"timeout", "workers"},
     "train": {
@@ -49,24 +49,27 @@ def fingerprint(train: Sequence[Example], held_out: Sequence[Example]) -> dict[s
     """What tells whether data are still those of a run."""
 
     def of(examples: Sequence[Example]) -> dict[str, Any]:
-        found = hashlib.sha256()
-        for each in examples:
-            found.update(json.dumps(dataclasses.asdict(each), default=str, sort_keys=True).encode("utf-8", "replace"))
-        return {"examples": len(examples), "sha256": found.hexdigest()}
+        lie_anywhere = (dataclasses.asdict(dataclasses.replace(each, source="")) for each in examples)
+        return {"examples": len(examples), "sha256": digest(lie_anywhere)}
 
     return {"train": of(train), "held_out": of(held_out)}
 
 
-def check_data(directory: Path, now: dict[str, Any]) -> None:
-    """Raise UserError where the training data of a run are no longer those that it began with."""
+def check_data(directory: Path, config: DataConfig, now: dict[str, Any]) -> None:
+    """Raise UserError where the training data of a run are no longer those that it began with. They may lie elsewhere.
+
+    config: of the run as it began.
+    """
     try:
         before = json.loads((directory / DATA).read_text(encoding="utf-8"))
     except OSError:  # a run of an older version
         return
     if before["train"] != now["train"]:
         counts = [f"{each['train']['examples']} examples" for each in (before, now)]
+        others = ", others (rows, their order, or the file's name, which rewards get as the task)"
+        where = f" (data.train_file {config.train_file!r})" if config.train_file else ""
         raise UserError(
-            f"--resume: the training data have changed: the run began with {counts[0]}, now there are {counts[1]}"
-            f"{', others' * (counts[0] == counts[1])}; put back the files as they were, or start a new run from a "
-            "checkpoint with --model.path"
+            f"--resume: the training data have changed: the run began with {counts[0]}{where}, now there are "
+            f"{counts[1]}{others * (counts[0] == counts[1])}; put back the files as they were, or start a new run from "
+            "a checkpoint with --model.path"
         )

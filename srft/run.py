@@ -6,6 +6,7 @@ import json
 import math
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,13 +17,14 @@ from tqdm import tqdm
 
 from srft import checkpoint, report, resume, signals, tracker
 from srft.config import Config
-from srft.data import Problem, build_prompter, fit, load_examples
+from srft.data import Problem, build_prompter, load_examples, load_sides
 from srft.errors import UserError, disk_full, first_line
-from srft.evaluate import Evaluation, evaluate, scorer_for, table
+from srft.evaluate import evaluate, held_out_problems, scorer_for
+from srft.evaluation import Evaluation, table
 from srft.learn import job as jobs
 from srft.learn.objective import build_objective
 from srft.likelihood import demonstration_loss
-from srft.model import POSITIONS, LoadedModel, load_model, positions
+from srft.model import LoadedModel, load_model
 from srft.ranks import Ranks, broadcast
 from srft.rewards import build_reward, check_answers
 from srft.rundir import RunLog, create_run_dir, naming, rewind_run_dir, write_status
@@ -89,8 +91,7 @@ def _run(config: Config, ranks: Ranks, resumed: Path | None) -> RunResult:
     done = checkpoint.step_of(resumed) if resumed else 0
     job = prepared(config, ranks, resumed, done)
     trainer, loaded, config = job.trainer, job.trainer.loaded, job.trainer.config
-    problems, scorer = job.held_out, trainer.scorer if job.verified else None
-    held_out = [problem.example for problem in problems]
+    held_out, scorer = job.held_out, trainer.scorer if job.verified else None
     directory = opened(config, ranks, resumed, done)
     if ranks.main:
         with naming(directory / resume.DATA):
@@ -102,6 +103,7 @@ def _run(config: Config, ranks: Ranks, resumed: Path | None) -> RunResult:
     going_on = f"srft train --resume {shlex.quote(str(directory))}"
     last = f"; its last checkpoint is {{}}: {going_on} goes on from it"
     ranks.last_words = last.format(resumed) if resumed else f"; what was written is in {directory}, no checkpoint yet"
+    resumable = resumed is not None
     evaluations = {row["step"]: Evaluation.of(row) for row in broadcast(ranks, lambda: log.evaluations())}
 
     def measure(step: int) -> None:
@@ -116,37 +118,46 @@ def _run(config: Config, ranks: Ranks, resumed: Path | None) -> RunResult:
             print(f"evaluating {len(held_out)} held-out prompts{samples} …", flush=True)
         if scorer:
             trainer.refresh_engine()
-        loss = demonstration_loss(loaded, problems, config.train.token_budget, ranks)
-        result = evaluate(
-            trainer.engine, held_out, trainer.prompter, scorer, config.eval, config.rollout.max_new_tokens, loss,
-            [problem.prompt for problem in problems],
-        )  # fmt: skip
+        loss = demonstration_loss(loaded, held_out, config.train.token_budget, ranks)
+        longest = config.rollout.max_new_tokens
+        result = evaluate(trainer.engine, held_out, trainer.prompter, scorer, config.eval, longest, loss)
         evaluations[step] = result
         log.evaluation(step, result)
         when = f"held-out after {step} of {config.train.steps} steps\n" if config.train.steps else ""
         tqdm.write(f"{when}{table(result)}")
 
-    def status(state: str, reason: str = "", command: str = "") -> None:
-        if ranks.main:
-            write_status(directory, state, done, config.train.steps, reason, command)
+    writing = threading.RLock()
+
+    def status(state: str, reason: str = "") -> None:
+        command = going_on if resumable and state != "finished" else ""
+        with writing:
+            if ranks.main:
+                write_status(directory, state, done, config.train.steps, reason, command)
+
+    def ended(message: str) -> None:
+        """The status of a run of several ranks that another one, or a signal, has ended; the last thing written."""
+        writing.acquire(timeout=5)
+        told = message.removeprefix("srft: ").removeprefix("error: ")
+        by_signal = told.startswith(("stopped by a signal", "interrupted"))
+        status(*("interrupted", "a signal") if by_signal else ("failed", told))
 
     try:
-        status("running", command=going_on if resumed else "")
+        status("running")
+        ranks.on_end = ended if ranks.main else None
         log.trackers = tracker.open_trackers(config.run, directory, settings, done) if ranks.main else []
         measure(done)
-        steps = steps_with_bar(trainer, log, config, done)
-        for done in steps:
-            signals.release()
-            status("running", command=going_on if checkpoint.newest_with_state(directory) else "")
-            if config.run.checkpoint_every and done % config.run.checkpoint_every == 0:
-                path = directory / f"checkpoint-{done}"
-                checkpoint.save(loaded, path, ranks, trainer.optimizer.state())
-                ranks.last_words = last.format(path)
-            measure(done)
-            if config.run.keep_checkpoints and ranks.main:
-                checkpoint.prune(
-                    directory, config.run.keep_checkpoints, {step: each.score for step, each in evaluations.items()}
-                )
+        with contextlib.closing(steps_with_bar(trainer, log, config, done)) as steps:  # its bar ends before last words
+            for done in steps:
+                signals.release()
+                status("running")
+                if config.run.checkpoint_every and done % config.run.checkpoint_every == 0:
+                    path = directory / f"checkpoint-{done}"
+                    checkpoint.save(loaded, path, ranks, trainer.optimizer.state())
+                    resumable, ranks.last_words = True, last.format(path)
+                measure(done)
+                if config.run.keep_checkpoints and ranks.main:
+                    scores = {step: each.score for step, each in evaluations.items()}
+                    checkpoint.prune(directory, config.run.keep_checkpoints, scores)
         checkpoint.save(loaded, directory / "final", ranks)
         status("finished")
         page = broadcast(ranks, lambda: report.build(directory))
@@ -162,10 +173,10 @@ def _run(config: Config, ranks: Ranks, resumed: Path | None) -> RunResult:
         lines[0] += f"{config.train.steps}; what was written stays:"
         lines += [f"  {line}" for line in saved(trainer, directory, done, bool(config.run.checkpoint_every))]
         newest = checkpoint.newest_with_state(directory)
-        if newest:
+        if resumable := newest is not None:
             lines.append(f"  {newest}, from which the run goes on: {going_on}")
         try:
-            status(state, reason, going_on if newest else "")
+            status(state, reason)
             lines.append(f"  the report in {report.build(directory)}")
         except Exception as failure:  # must not hide what stopped the run
             lines.append(f"  {directory} (no report: {failure}{disk_full(failure)})")
@@ -202,28 +213,30 @@ def prepared(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> J
     Raises UserError for all that is wrong with the settings: what can be known without the model before it is loaded.
     """
     if resumed:
-        resume.check_settings(load(str(resumed.parent / "config.toml")), config)
+        began = load(str(resumed.parent / "config.toml"))
+        resume.check_settings(began, config)
     report.require_packages()  # a run of hours must not fail on its last page
     tracker.require_packages(config.run)
     objective = build_objective(config.loss)
     scorer = build_reward(config.reward, config.data)
-    examples = load_examples(config.data, "train", config.data.size)
+    if config.eval.prompts:
+        examples, held_out = load_sides(config.data, config.data.size, config.eval.prompts)
+    else:
+        examples, held_out = load_examples(config.data, "train", config.data.size), []
     if "rollouts" not in objective.learns_from and any(each.demonstration is not None for each in examples):
         examples = [each for each in examples if each.demonstration is not None]
     if done > config.train.steps and not config.train.epochs:
         raise UserError(f"--resume {resumed}: {done} steps are done; train.steps {config.train.steps} is fewer")
-    held_out = load_examples(config.data, "eval", config.eval.prompts) if config.eval.prompts else []
-    verified = scorer_for(scorer, config, held_out) is not None
+    held_out_scorer = scorer_for(scorer, config, held_out)
     if "rollouts" in objective.learns_from:
         check_answers(scorer, config.data, [], examples)
     jobs.check(objective, config, examples if config.train.steps or config.train.epochs else [])
     data = resume.fingerprint(examples, held_out)
     if resumed:
-        resume.check_data(resumed.parent, data)
+        resume.check_data(resumed.parent, began.data, data)
     loaded = load_model(dataclasses.replace(config.model, path=str(resumed)) if resumed else config.model)
     prompter = build_prompter(loaded.tokenizer, config.data)
-    generated = config.rollout.max_new_tokens if verified else 0
-    measured = fit(prompter, held_out, True, {POSITIONS: positions(loaded.model)}, generated)
+    problems = held_out_problems(config, prompter, loaded, held_out, held_out_scorer)
     trainer = Trainer(config, loaded, prompter, ranks.scorer(scorer), examples, objective, ranks=ranks)
     if done > trainer.config.train.steps:
         raise UserError(f"--resume {resumed}: {done} steps are done; train.epochs makes {trainer.config.train.steps}")
@@ -231,7 +244,7 @@ def prepared(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> J
         checkpoint.read_state(trainer.optimizer.state(), resumed / checkpoint.STATE, ranks)
         trainer.optimizer.write_back()
         trainer.stale = True
-    return Job(trainer, measured, verified, data)
+    return Job(trainer, problems, held_out_scorer is not None, data)
 
 
 def opened(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> Path:

@@ -10,6 +10,7 @@ checkpoint-N, final, interrupted-N, report.html, tensorboard/
 
 import json
 import math
+import re
 import sys
 import tempfile
 import time
@@ -22,6 +23,8 @@ from srft.config import RunConfig
 from srft.errors import UserError, first_line
 from srft.tracker import Tracker
 
+# What a run has before its first evaluation.
+STARTED = ("config.toml", "data.json", "status.json", "report.html", "tensorboard", "wandb")
 OURS = (
     "config.toml",
     "data.json",
@@ -39,8 +42,9 @@ OURS = (
 def create_run_dir(config: RunConfig) -> Path:
     """Make `run.dir` and return it; {time} becomes the time now.
 
-    A directory with something in it is refused, unless `run.overwrite`: then what an earlier run wrote there moves to
-    `previous-1` (or the next free number) inside of it. Nothing is ever deleted.
+    A directory with something in it is refused, unless `run.overwrite`, or all there is is a run that was stopped
+    before it had anything: what an earlier run wrote there then moves to `previous-1` (or the next free number) inside
+    of it. Nothing is ever deleted.
     """
     path = Path(config.dir.replace("{time}", time.strftime("%Y-%m-%dT%H-%M-%S"))).expanduser()
     if "{time}" in config.dir:  # two runs may start in the same second
@@ -51,7 +55,7 @@ def create_run_dir(config: RunConfig) -> Path:
         raise UserError(f"run.dir: {path} is a file; name a directory")
     try:
         if path.is_dir() and any(path.iterdir()):
-            if not config.overwrite:
+            if not (config.overwrite or _only_started(path)):
                 raise UserError(
                     f"run.dir: {path} exists and is not empty; name another directory, or pass --run.overwrite true "
                     "to move what an earlier run wrote there into a subdirectory"
@@ -84,6 +88,13 @@ def rewind_run_dir(path: Path, step: int, config: str) -> None:
     _set_aside(path, [*later, *kept])
     for file, partial in kept.items():
         partial.rename(file)
+
+
+def _only_started(path: Path) -> bool:
+    """Whether all that is there is what a run has before its first evaluation, and it has ended."""
+    found = {entry.name for entry in path.iterdir() if not re.fullmatch(r"previous-\d+", entry.name)}
+    ended = (read_status(path) or {}).get("state") in ("failed", "interrupted")
+    return not found or (ended and found <= set(STARTED))
 
 
 def _move_aside(path: Path) -> None:

@@ -81,7 +81,7 @@ class Trainer:
         # Encoding everything now finds what is too long before any time is spent, and does not depend on the steps.
         most = {"train.token_budget": config.train.token_budget, POSITIONS: positions(loaded.model)}
         generated = config.rollout.max_new_tokens if self.learns_from_rollouts else 0
-        self.pool = fit(prompter, examples, self.learns_from_demos, most, generated)
+        self.pool = fit(prompter, examples, config.data, self.learns_from_demos, most, generated)
         if not self.learns_from_rollouts and self.pool and not any(p.demonstration for p in self.pool):
             raise UserError(f"loss.preset {config.loss.preset!r} learns from demonstrations, but no example has one")
         self.config = with_steps(config, len(self.pool))

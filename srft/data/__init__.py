@@ -1,8 +1,8 @@
 """From files and generated tasks to examples, and from examples to token ids."""
 
-from srft.data.examples import Example
-from srft.data.load import load_examples
+from srft.data.examples import Example, digest
+from srft.data.load import load_examples, load_sides
 from srft.data.overlong import fit
 from srft.data.prompts import Problem, Prompter, build_prompter
 
-__all__ = ["Example", "Problem", "Prompter", "build_prompter", "fit", "load_examples"]
+__all__ = ["Example", "Problem", "Prompter", "build_prompter", "digest", "fit", "load_examples", "load_sides"]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -42,6 +43,14 @@ class Example:
     def where(self) -> str:
         """What messages to the user call it."""
         return self.source or self.task
+
+
+def digest(parts: Iterable[Any]) -> str:
+    """A text that is the same for the same parts: what JSON can say of them."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(json.dumps(part, default=str, sort_keys=True).encode("utf-8", "replace"))
+    return found.hexdigest()
 
 
 def prompt_hash(example: Example) -> int:

@@ -64,22 +64,20 @@ def read_all(files: str | list[str], config: DataConfig, option: str = "data.tra
     return reading
 
 
-def read_examples(
-    files: str | list[str], config: DataConfig, option: str = "data.train_file", told: bool = True
-) -> list[list[Example]]:
+def read_examples(files: str | list[str], config: DataConfig, option: str = "data.train_file") -> list[list[Example]]:
     """The examples of each row, in the order of the files.
 
-    A broken row is refused with file and line, or with data.broken = "drop" left out with a warning.
-    told: say so, and which columns were taken for what; a file is read once for each side.
+    A broken row is refused with file and line, or with data.broken = "drop" left out with a warning. Prints which
+    columns were taken for what, where by other names than ours.
     """
     reading = read_all(files, config, option)
     shown = ", ".join(names(files))
     if reading.broken and (config.broken == "error" or not reading.examples):
         more = f" (the first of {len(reading.broken)} broken rows; `srft data check` names all)"
         raise UserError(f"{reading.broken[0]}{more if len(reading.broken) > 1 else ''}") from reading.broken[0]
-    if reading.renamed and told:
+    if reading.renamed:
         print(f"{shown}: {reading.renamed}")
-    if reading.broken and told:
+    if reading.broken:
         found = f"{len(reading.broken)} of {len(reading.examples) + len(reading.broken)} rows are broken and left out"
         print(f"warning: {shown}: {found}, the first: {reading.broken[0]}", file=sys.stderr)
     for name, column in config.columns.items():

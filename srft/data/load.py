@@ -1,7 +1,7 @@
 """Examples to learn from and to be measured on, from files or from generated tasks.
 
-    train = load_examples(config.data, "train", config.data.size)
-    held_out = load_examples(config.data, "eval", config.eval.prompts)
+    train, held_out = load_sides(config.data, config.data.size, config.eval.prompts)
+    held_out = load_examples(config.data, "eval", config.eval.prompts)      # one side alone
 
 A hash of the prompt decides which side it is on, so train and eval never share one, whatever the seeds and sizes, and
 evaluating an old checkpoint never meets its training prompts.
@@ -22,18 +22,30 @@ def load_examples(config: DataConfig, split: Split, count: int = 0) -> list[Exam
     Fewer come back where a file or a small task has no more distinct prompts. Raises UserError for a file that cannot
     be read, a broken row, a missing column, an unknown task, and a side without any example.
     """
-    if config.train_file or config.eval_file:
-        return from_files(config, split, count)
-    return generate(config, split, count)
+    if not from_files(config):
+        return generate(config, split, count)
+    train, held_out = read_sides(config)
+    return (train if split == "train" else held_out)[: count or None]
 
 
-def from_files(config: DataConfig, split: Split, count: int) -> list[Example]:
+def load_sides(config: DataConfig, size: int, prompts: int) -> tuple[list[Example], list[Example]]:
+    """What `load_examples` gives for either side, files read once."""
+    if not from_files(config):
+        return generate(config, "train", size), generate(config, "eval", prompts)
+    train, held_out = read_sides(config)
+    return train[: size or None], held_out[: prompts or None]
+
+
+def from_files(config: DataConfig) -> bool:
+    return bool(config.train_file or config.eval_file)
+
+
+def read_sides(config: DataConfig) -> tuple[list[Example], list[Example]]:
+    """Both sides of the files, each in its order."""
     if not config.train_file:
         raise UserError("data.train_file: data.eval_file alone was given; name a file to train on too")
-    rows = read_examples(config.train_file, config, told=split == "train")
-    apart = None
-    if config.eval_file:
-        apart = read_examples(config.eval_file, config, "data.eval_file", told=split == "eval")
+    rows = read_examples(config.train_file, config)
+    apart = read_examples(config.eval_file, config, "data.eval_file") if config.eval_file else None
     train, held_out = sides(rows, apart)
     if not train:
         found = (
@@ -41,10 +53,10 @@ def from_files(config: DataConfig, split: Split, count: int) -> list[Example]:
         )
         shown = ", ".join(names(config.train_file))
         raise UserError(f"{shown}: nothing is left to train on: {found} (one in {HELD_OUT} is held out)")
-    examples = train if split == "train" else held_out
     # Evaluation keeps a seed of its own: what is measured stays the same when the training seed changes.
-    random.Random(config.seed if split == "train" else config.eval_seed).shuffle(examples)
-    return examples[: count or None]
+    random.Random(config.seed).shuffle(train)
+    random.Random(config.eval_seed).shuffle(held_out)
+    return train, held_out
 
 
 def sides(rows: list[list[Example]], apart: list[list[Example]] | None) -> tuple[list[Example], list[Example]]:

@@ -1,6 +1,6 @@
 """Rows that are too long: refused, left out or cut, as data.overlong says, with one word about all of them.
 
-problems = fit(prompter, examples, True, {"train.token_budget": 2048}, generated=256)
+problems = fit(prompter, examples, config.data, True, {"train.token_budget": 2048}, generated=256)
 """
 
 import dataclasses
@@ -8,8 +8,9 @@ import math
 import sys
 from collections.abc import Mapping
 
+from srft.config import DataConfig
 from srft.data.examples import Example
-from srft.data.prompts import Problem, Prompter, shorten
+from srft.data.prompts import Problem, Prompter
 from srft.errors import UserError
 
 ADVICE = 'data.overlong = "drop" leaves such rows out, "cut" cuts them'
@@ -27,6 +28,7 @@ class Excess:
 def fit(
     prompter: Prompter,
     examples: list[Example],
+    config: DataConfig,
     with_demonstration: bool = False,
     limits: Mapping[str, float] | None = None,
     generated: int = 0,
@@ -40,16 +42,15 @@ def fit(
     problems: list[Problem] = []
     too_long: list[Excess] = []
     for example in examples:
-        problem = prompter.whole(example, prompter.prompt_ids(example), with_demonstration)
-        excess = excess_of(problem, prompter.max_prompt_tokens, limits, generated)
-        if excess:
+        problem: Problem | None = prompter.problem(example, with_demonstration)
+        if excess := excess_of(problem, config.max_prompt_tokens, limits, generated):
             too_long.append(excess)
-        if excess and prompter.overlong == "cut":
-            problem = cut(problem, prompter, min(limits.values(), default=math.inf), generated)
-        if not excess or prompter.overlong == "cut":
-            problems.append(problem)
+            limit = min(limits.values(), default=math.inf)
+            cuts = config.overlong == "cut"
+            problem = cut(problem, prompter, config.max_prompt_tokens, limit, generated) if cuts else None
+        problems += [problem] if problem else []
     if too_long:
-        tell(max(too_long, key=lambda each: each.tokens - each.limit), len(too_long), len(examples), prompter.overlong)
+        tell(too_long, len(examples), len(examples) - len(problems), config.overlong)
     return problems
 
 
@@ -68,29 +69,58 @@ def excess_of(problem: Problem, most: int, limits: Mapping[str, float], generate
     return None
 
 
-def cut(problem: Problem, prompter: Prompter, limit: float, generated: int) -> Problem:
-    """A prompt keeps its end, where the question is; a demonstration its beginning, and has no end then."""
-    example, prompt, demonstration = problem.example, problem.prompt, problem.demonstration
+def cut(problem: Problem, prompter: Prompter, most: int, limit: float, generated: int) -> Problem | None:
+    """A prompt keeps its end, where the question is; a demonstration its beginning, and has no end then.
+
+    None where that is not enough.
+    """
+    demonstration = problem.demonstration
     follows = max(generated, min(len(demonstration or ()), limit // 2 if limit < math.inf else math.inf))
-    room = min(prompter.max_prompt_tokens, limit - follows)
+    room = min(most, limit - follows)
     if room < 1:
         raise UserError(
             f"rollout.max_new_tokens {generated}: a sequence may have {limit} tokens, none is left for a prompt"
         )
-    prompt = prompt[-int(min(room, len(prompt))) :]
-    if demonstration and len(prompt) + len(demonstration) > limit:
-        demonstration = demonstration[: int(limit) - len(prompt)]
-        example = dataclasses.replace(
-            example, demonstration=prompter.decode(demonstration)
-        )  # this much of it is scored
-    return Problem(example, prompt, demonstration)
+    if len(problem.prompt) > room:
+        problem = with_shorter_prompt(problem, prompter, int(room))
+    if problem and demonstration and len(problem.prompt) + len(demonstration) > limit:
+        demonstration = demonstration[: int(limit) - len(problem.prompt)]
+        example = dataclasses.replace(problem.example, demonstration=prompter.decode(demonstration))
+        problem = Problem(example, problem.prompt, demonstration)  # this much of it is scored
+    return problem
 
 
-def tell(longest: Excess, count: int, rows: int, overlong: str) -> None:
+def with_shorter_prompt(problem: Problem, prompter: Prompter, room: int) -> Problem | None:
+    """The longest turn loses its beginning, then the one that is longest now: all else of the prompt stays, the system
+    prompt and what the chat template writes around the turns. None where that alone is longer than `room`."""
+    example, prompt = problem.example, problem.prompt
+    turns = [prompter.ids(turn["content"] or "") for turn in example.messages]
+    messages = list(example.messages)
+    while len(prompt) > room:
+        longest = max(range(len(turns)), key=lambda number: len(turns[number]))
+        if len(turns[longest]) < 2:
+            return None
+        turns[longest] = turns[longest][len(prompt) - room :] or turns[longest][-1:]
+        content = prompter.tokenizer.decode(turns[longest], clean_up_tokenization_spaces=False)
+        messages[longest] = {**messages[longest], "content": content.lstrip("\ufffd")}  # half a character
+        example = dataclasses.replace(example, messages=list(messages))
+        prompt = prompter.encode_prompt(example)
+    return Problem(example, prompt, problem.demonstration)
+
+
+def tell(too_long: list[Excess], rows: int, left_out: int, overlong: str) -> None:
+    count, longest = len(too_long), max(too_long, key=lambda each: each.tokens - each.limit)
     others = f"{count} of {rows} rows are too long, this one most; " if count > 1 else ""
     if overlong == "error":
         raise UserError(f"{longest.message} ({others}{ADVICE})")
-    if overlong == "drop" and count == rows:
-        raise UserError(f"{longest.message} (all {rows} rows are too long, so nothing is left)")
-    done = "left out" if overlong == "drop" else "cut"
-    print(f"warning: data.overlong: {count} of {rows} rows are {done}; the longest: {longest.message}", file=sys.stderr)
+    if left_out == rows:
+        cannot = " and cannot be cut to that" if overlong == "cut" else ""
+        raise UserError(f"{longest.message} (all {rows} rows are too long{cannot}, so nothing is left)")
+    done = [f"{count - left_out} of {rows} rows are cut"] if count > left_out else []
+    done += [f"{left_out} of {rows} rows are left out"] if left_out else []
+    print(f"warning: data.overlong: {', '.join(done)}; the longest: {longest.message}", file=sys.stderr)
+
+
+def shorten(example: Example, length: int = 60) -> str:
+    text = example.messages[-1]["content"] or ""
+    return text if len(text) <= length else text[:length] + "…"

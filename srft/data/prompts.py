@@ -3,7 +3,7 @@
 prompter = build_prompter(tokenizer, config.data)
 prompter.encode_prompt(example)            # ids up to where the model starts to speak
 prompter.encode_demonstration(example)     # ids of the demonstration as the model would have said it, end included
-prompter.problem(example)                  # both
+prompter.problem(example)                  # both, however long: overlong.py says what becomes of them
 """
 
 import dataclasses
@@ -33,28 +33,18 @@ class Problem:
 
 @dataclass(frozen=True)
 class Prompter:
-    """tokenizer; the system prompt or None; the most tokens a prompt may have; the id that ends the model's turn.
+    """tokenizer; the system prompt or None; the id that ends the model's turn.
 
-    template: None where a chat is written as plain text.   overlong: data.overlong, what becomes of a longer prompt.
+    template: None where a chat is written as plain text.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
     system_prompt: str | None
-    max_prompt_tokens: int
     end_id: int
     template: Template | None = None
-    overlong: str = "error"
 
     def encode_prompt(self, example: Example) -> list[int]:
-        """Token ids of the prompt; raises UserError when it is longer than data.max_prompt_tokens, unless it is cut."""
-        ids = self.prompt_ids(example)
-        if len(ids) > self.max_prompt_tokens and self.overlong != "cut":
-            found = f"the prompt has {len(ids)} tokens, data.max_prompt_tokens is {self.max_prompt_tokens}"
-            raise UserError(f"{example.where}: {found}; raise it or shorten {shorten(example)!r}")
-        return ids[-self.max_prompt_tokens :]
-
-    def prompt_ids(self, example: Example) -> list[int]:
-        """The same, however long."""
+        """Token ids of the prompt."""
         if self.template:
             return self.ids(self.template.prompt(self.chat(example), example.tools, example.where))
         self.check_plain(example)
@@ -73,10 +63,8 @@ class Prompter:
         return [*self.ids(text), self.end_id]
 
     def problem(self, example: Example, with_demonstration: bool = True) -> Problem:
-        """Raises UserError for a prompt that is too long, or empty."""
-        return self.whole(example, self.encode_prompt(example), with_demonstration)
-
-    def whole(self, example: Example, prompt: list[int], with_demonstration: bool = True) -> Problem:
+        """Raises UserError for a prompt that is empty, and for what the chat template does not take."""
+        prompt = self.encode_prompt(example)
         if not prompt:
             raise UserError(f"{example.where}: the prompt is empty; there is nothing to continue")
         if not with_demonstration or example.demonstration is None:
@@ -117,7 +105,7 @@ def build_prompter(tokenizer: "PreTrainedTokenizerBase", config: DataConfig) -> 
     if config.template_args and not templated:
         why = "data.template is none" if tokenizer.chat_template else "the tokenizer has no chat template"
         raise UserError(f"data.template_args: {', '.join(config.template_args)} cannot be used: {why}")
-    return Prompter(tokenizer, system_prompt, config.max_prompt_tokens, end_id, template, config.overlong)
+    return Prompter(tokenizer, system_prompt, end_id, template)
 
 
 def end_of_turn(tokenizer: "PreTrainedTokenizerBase", templated: bool = True) -> int:
@@ -131,8 +119,3 @@ def end_of_turn(tokenizer: "PreTrainedTokenizerBase", templated: bool = True) ->
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-sequence token: set eos_token in its tokenizer_config.json")
     return tokenizer.eos_token_id
-
-
-def shorten(example: Example, length: int = 60) -> str:
-    text = example.messages[-1]["content"] or ""
-    return text if len(text) <= length else text[:length] + "…"

@@ -4,6 +4,7 @@ Collectives on the model's device (weights, gradients) are FSDP2's own; rollouts
 through gloo. Which rank failed is told through the store that torchrun's agent keeps, which outlives any of them.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -152,18 +153,23 @@ class TorchRanks(Ranks):
 
     def _end(self, code: int, tell: Callable[[], None]) -> NoReturn:
         """Ends the process at once: on its way out it would wait for ranks that are gone."""
+        said = ""
         try:
             tell()
+            said = self.store.get("said").decode() if self.store.check(["said"]) else said
         except dist.DistError:
             gone = f"srft: error: {os.environ['MASTER_ADDR']}, where the ranks meet, does not answer"
             print(gone + self.last_words, file=sys.__stderr__, flush=True)
+        if self.on_end:
+            with contextlib.suppress(Exception):  # must not hide what ended the run
+                self.on_end(said)
         os._exit(code)
 
     def _tell(self, message: str) -> None:
         if self.store.add("told", 1) == 1:
             bar = "\n" if self.last_words else ""  # of a run under way: the message must not be written behind it
             print(bar + message + self.last_words, file=sys.__stderr__, flush=True)
-            self.store.set("said", "")
+            self.store.set("said", message)
         else:  # torchrun stops all ranks as soon as one ends: not before the message is out
             self._wait(lambda: self.store.check(["said"]))
 

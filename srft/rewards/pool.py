@@ -11,6 +11,7 @@ nor the program's main module, start when they are needed, and end with the pool
 import contextlib
 import os
 import pickle
+import random
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from typing import Any
 from srft.rewards.worker import LOADED, START, Failure, Part, call
 
 PATIENCE = 600.0  # seconds for a process to start and to import what a reward needs
+TRIED = 4  # times the seconds of a call: so much time goes into calls of a reward of which none succeeds
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Worker:
         )
         theirs.close()
         self.job: int | None = None
-        self.seconds = self.deadline = 0.0
+        self.seconds = self.deadline = self.began = 0.0
         self.loaded = False
         self.alive = True
         self.send(rewards)
@@ -60,7 +62,8 @@ class Worker:
 
     def begin(self, number: int, message: bytes, seconds: float) -> None:
         self.job, self.seconds, self.loaded = number, seconds, False
-        self.deadline = time.monotonic() + PATIENCE
+        self.began = time.monotonic()
+        self.deadline = self.began + PATIENCE
         self.send(message)
 
     def answer(self) -> list[Part] | Failure | None:
@@ -70,7 +73,8 @@ class Worker:
                 message = pickle.loads(self.connection.recv_bytes())
                 if message != LOADED:
                     return message
-                self.loaded, self.deadline = True, time.monotonic() + self.seconds
+                self.loaded, self.began = True, time.monotonic()
+                self.deadline = self.began + self.seconds
         except (EOFError, OSError):
             return self.ended()
         if self.process.poll() is not None and not self.connection.poll():
@@ -102,6 +106,27 @@ class Worker:
         self.process.wait()
 
 
+class Trials:
+    """Whether calls of a reward are worth it: a service that is down must not cost a run the time of every call."""
+
+    def __init__(self) -> None:
+        self.worked: set[int] = set()  # rewards of which a call succeeded
+        self.lost: dict[int, float] = {}  # seconds that went into calls that failed
+        self.last: dict[int, Failure] = {}
+
+    def note(self, job: Job, answer: list[Part] | Failure, seconds: float) -> None:
+        if isinstance(answer, Failure):
+            self.lost[job.reward] = self.lost.get(job.reward, 0.0) + seconds
+            self.last[job.reward] = answer
+        else:
+            self.worked.add(job.reward)
+
+    def in_vain(self, job: Job) -> Failure | None:
+        """What would come of a call that is not worth it."""
+        lost = job.reward not in self.worked and self.lost.get(job.reward, 0.0) >= TRIED * job.seconds
+        return self.last[job.reward] if lost else None
+
+
 class Pool:
     """At most `workers` processes; 0: rewards are called here, without a limit of time."""
 
@@ -113,11 +138,20 @@ class Pool:
         weakref.finalize(self, stop_all, self.started, os.getpid())
 
     def run(self, jobs: list[Job]) -> list[list[Part] | Failure]:
-        """What came of each job, in their order."""
+        """What came of each job, in their order.
+
+        They are begun in none: where the first calls of a reward, of TRIED times the seconds of one, have all failed,
+        they stand for the others, which fail without a call.
+        """
         answers: dict[int, list[Part] | Failure] = {}
-        waiting = deque(range(len(jobs)))
+        trials = Trials()
+        waiting = deque(random.Random(0).sample(range(len(jobs)), len(jobs)))
         try:
             while waiting or self.busy():
+                for number in list(waiting):
+                    if failure := trials.in_vain(jobs[number]):
+                        waiting.remove(number)
+                        answers[number] = failure
                 self._hand_out(jobs, waiting)
                 wait([worker.connection for worker in self.busy()], timeout=self._patience())
                 for worker in self.busy():
@@ -130,6 +164,7 @@ class Pool:
                     elif reward not in self.able:
                         self._keep_here(reward, answer.words)
                         continue
+                    trials.note(jobs[number], answer, time.monotonic() - worker.began)
                     answers[number] = answer
         finally:  # a call that is broken off must not answer the next one
             stop_all(self.busy())

@@ -9,6 +9,7 @@ other, so what it says of one alone is not what counts.
 """
 
 import sys
+import time
 from collections.abc import Sequence
 from multiprocessing.pool import RemoteTraceback
 from typing import Any
@@ -55,7 +56,7 @@ class Scorer:
         self.labels = labels_of([each.name for each in self.rewards])
         self.needs_answer = all(each.needs_answer for each in self.rewards)
         self.pool = Pool(self.rewards, workers)
-        self.patient: set[int] = set()  # rewards whose lists take longer than one completion may
+        self.patient: dict[int, float] = {}  # seconds per completion, for rewards whose lists take longer than one may
         self.warned: set[tuple[int, str]] = set()
         self.worked: set[int] = set()  # rewards that have scored a completion
 
@@ -104,7 +105,7 @@ class Scorer:
         """Per reward and completion what it says; the calls of all rewards run side by side."""
         calls = [[[i] for i in range(count)] if each.single else [list(range(count))] for each in self.rewards]
         jobs = [
-            self._job(number, columns, indices, count if number in self.patient else 1)
+            self._job(number, columns, indices, self.patient.get(number, 0.0) * len(indices))
             for number, of_reward in enumerate(calls)
             for indices in of_reward
         ]
@@ -119,10 +120,10 @@ class Scorer:
             found.append(parts)
         return found
 
-    def _job(self, number: int, columns: dict[str, list], indices: list[int], share: int = 1) -> Job:
+    def _job(self, number: int, columns: dict[str, list], indices: list[int], seconds: float = 0.0) -> Job:
         wanted = {name: of for name, of in columns.items() if self.rewards[number].wants(name)}
         rows = {name: [of[i] for i in indices] for name, of in wanted.items()}
-        return Job(number, rows, self.seconds * share)
+        return Job(number, rows, max(self.seconds, seconds))
 
     def _around_faults(self, number: int, columns: dict, count: int, failure: Failure) -> list[Part | Failure]:
         """The parts of a list whose call failed: which completions fail alone too, and what comes of all others."""
@@ -131,7 +132,8 @@ class Scorer:
         good = [i for i, part in enumerate(parts) if not isinstance(part, Failure)]
         if len(good) < 2:
             return parts
-        (again,) = self.pool.run([self._job(number, columns, good, len(good))])
+        began = time.monotonic()
+        (again,) = self.pool.run([self._job(number, columns, good, self.seconds * len(good))])
         if isinstance(again, Failure):
             self._warn(
                 number, "alone", f"a call with {len(good)} completions {again.words}, though it does with none "
@@ -139,7 +141,7 @@ class Scorer:
             )  # fmt: skip
             return parts
         if len(good) == count and failure.kind == "late":
-            self.patient.add(number)
+            self.patient[number] = 4 * (time.monotonic() - began) / count
         for i, part in zip(good, again):
             parts[i] = part
         return parts

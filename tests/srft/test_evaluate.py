@@ -5,9 +5,10 @@ import math
 import pytest
 
 from srft.config import DataConfig, EvalConfig
-from srft.data import Example, build_prompter
+from srft.data import Example, Problem, Prompter, build_prompter
 from srft.errors import UserError
-from srft.evaluate import evaluate, main_eval, pass_at_k, table
+from srft.evaluate import evaluate, main_eval
+from srft.evaluation import pass_at_k, table
 from srft.rewards import Scorer
 from srft.rollout import Engine, Rollout
 from srft.settings import load
@@ -27,15 +28,16 @@ class Scripted(Engine):
         return [[Rollout([ord(str(i)) + 2 - 33, 0], True) for i in range(samples)] for _ in prompts]
 
 
-def problems(*tasks: str) -> list[Example]:
-    return [Example([{"role": "user", "content": f"q{i}"}], None, str(i), task) for i, task in enumerate(tasks)]
+def problems(prompter: Prompter, *tasks: str) -> list[Problem]:
+    turns = [{"role": "user", "content": f"q{i}"} for i in range(len(tasks))]
+    return [prompter.problem(Example([turn], None, str(i), task)) for i, (turn, task) in enumerate(zip(turns, tasks))]
 
 
 def scores(tiny, tasks, rewards, samples=4):
     prompter = build_prompter(tiny.tokenizer, DataConfig(system_prompt=""))
     scorer = Scorer("test", lambda prompts, completions, **columns: rewards)
     engine = Scripted()
-    result = evaluate(engine, problems(*tasks), prompter, scorer, EvalConfig(samples=samples, seed=5), 7)
+    result = evaluate(engine, problems(prompter, *tasks), prompter, scorer, EvalConfig(samples=samples, seed=5), 7)
     assert engine.batch_size == EvalConfig().batch_size
     assert engine.seed == 5 and engine.settings == {"max_new_tokens": 7, "temperature": 1.0, "top_p": 1.0}
     return result
@@ -113,5 +115,5 @@ def test_a_reward_is_told_which_completions_were_cut_off_and_their_tokens(tiny):
         return [float(each) + ids[0] for each, ids in zip(finished, completion_ids)]
 
     prompter = build_prompter(tiny.tokenizer, DataConfig(system_prompt=""))
-    result = evaluate(Cut(), problems("a"), prompter, Scorer("test", reward), EvalConfig(samples=2), 7)
+    result = evaluate(Cut(), problems(prompter, "a"), prompter, Scorer("test", reward), EvalConfig(samples=2), 7)
     assert result.generations[0]["rewards"] == [16.0, 18.0]

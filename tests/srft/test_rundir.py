@@ -123,3 +123,21 @@ def test_the_status_is_the_last_one(tmp_path):
     found = read_status(tmp_path)
     assert found == {"state": "failed", "step": 1, "steps": 2, "reason": "π\nboom", "resume": ""}
     assert [each.name for each in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_a_run_that_was_stopped_before_it_had_anything_does_not_block_the_next(tmp_path):
+    config = RunConfig(dir=str(tmp_path / "run"))
+    for number, state in enumerate(("failed", "interrupted"), start=1):
+        path = create_run_dir(config)
+        (path / "config.toml").write_text("")
+        write_status(path, "running", 0, 5)
+        with pytest.raises(UserError, match=r"run\.dir.*not empty"):  # it may still be on its way
+            create_run_dir(config)
+        write_status(path, state, 0, 5)
+        create_run_dir(config)
+        assert read_status(path / f"previous-{number}")["state"] == state
+    (path / "config.toml").write_text("")
+    write_status(path, "failed", 0, 5)
+    (path / "evaluation.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=r"run\.dir.*not empty"):
+        create_run_dir(config)

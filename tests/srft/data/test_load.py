@@ -5,7 +5,7 @@ import json
 import pytest
 
 from srft.config import DataConfig
-from srft.data import load_examples
+from srft.data import load_examples, load_sides
 from srft.errors import UserError
 
 from .test_files import load, rows, write
@@ -83,5 +83,5 @@ def test_broken_rows_are_left_out_where_that_is_wanted(tmp_path, capsys):
 
 def test_columns_of_other_names_are_told(tmp_path, capsys):
     path = write(tmp_path / "train.jsonl", [{"question": str(i), "answer": f"so\n#### {i}"} for i in range(9)])
-    load(path), load(path, "eval")
+    load_sides(DataConfig(train_file=path), 0, 0)
     assert capsys.readouterr().out == f"{path}: prompt from 'question'; demonstration from 'answer'\n"

@@ -12,14 +12,13 @@ LIMITS = {"train.token_budget": 50, "the model's max_position_embeddings": 60}
 
 
 def problems(overlong, lengths=LENGTHS, most=30, limits=LIMITS, generated=0):
-    prompter = build_prompter(
-        byte_tokenizer(None), DataConfig(train_file="x", max_prompt_tokens=most, overlong=overlong)
-    )
+    config = DataConfig(train_file="x", max_prompt_tokens=most, overlong=overlong)
+    prompter = build_prompter(byte_tokenizer(None), config)
     examples = [
         Example([{"role": "user", "content": "p" * (prompt - 2) + "?"}], "d" * (answer - 1), None, "t", source=f"t:{i}")
         for i, (prompt, answer) in enumerate(lengths)
     ]
-    return fit(prompter, examples, True, limits, generated)
+    return fit(prompter, examples, config, True, limits, generated)
 
 
 def sizes(found):
@@ -52,6 +51,43 @@ def test_rows_that_are_cut(capsys):
     assert found[1].prompt == problems("error", [(60, 3)], most=99, limits={})[0].prompt[-30:]
     assert found[2].demonstration[-1] != 0 and found[2].example.demonstration == "d" * 45  # that much of it is scored
     assert "3 of 4 rows are cut" in capsys.readouterr().err
+
+
+def chat_of(*turns, most, system=""):
+    """A chat that is cut, as text."""
+    config = DataConfig(train_file="x", max_prompt_tokens=most, overlong="cut", system_prompt=system)
+    prompter = build_prompter(byte_tokenizer(), config)
+    messages = [{"role": role, "content": content} for role, content in turns]
+    (problem,) = fit(prompter, [Example(messages, "d", None, "t")], config, True)
+    assert len(problem.prompt) <= most
+    assert prompter.encode_prompt(problem.example) == problem.prompt  # what a reward sees is what the model saw
+    return prompter.tokenizer.decode(problem.prompt)
+
+
+def test_what_the_chat_template_writes_is_not_cut():
+    whole = chat_of(("user", "q" * 30 + "end"), most=99)
+    cut = chat_of(("user", "q" * 30 + "end"), most=len(whole) - 20 - 6)  # a special token has several letters
+    header, footer = whole.split("q" * 30 + "end")
+    assert cut.startswith(header) and cut.endswith("end" + footer) and 3 < len(cut) < len(whole)
+
+
+def test_the_longest_turn_is_cut_and_characters_stay_whole():
+    turns = [("user", "a short one"), ("assistant", "long " * 20), ("user", "the question")]
+    cut = chat_of(*turns, most=110, system="Be brief.")
+    assert all(text in cut for text in ("Be brief.", "a short one", "the question", "long long"))
+    assert "long " * 20 not in cut
+    assert "\ufffd" not in chat_of(("user", "日本語" * 20), most=50)
+
+
+def test_what_cannot_be_cut_is_left_out(capsys):
+    config = DataConfig(train_file="x", max_prompt_tokens=40, overlong="cut", system_prompt="")
+    prompter = build_prompter(byte_tokenizer(), config)
+    talk = [{"role": "user", "content": "?"}] * 20
+    given = [Example(messages, "d", None, "t") for messages in (talk, [{"role": "user", "content": "x" * 60}])]
+    assert len(fit(prompter, given, config, True)) == 1
+    assert "1 of 2 rows are cut, 1 of 2 rows are left out" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"all 1 rows are too long and cannot be cut to that, so nothing is left"):
+        fit(prompter, given[:1], config, True)
 
 
 def test_room_for_rollouts():

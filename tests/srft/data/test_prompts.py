@@ -72,14 +72,6 @@ def test_a_tokenizer_without_any_end():
         build_prompter(tokenizer, FILE)
 
 
-def test_a_prompt_that_is_too_long_is_named():
-    prompter = build_prompter(byte_tokenizer(), DataConfig(train_file="train.jsonl", max_prompt_tokens=40))
-    with pytest.raises(UserError) as error:
-        prompter.encode_prompt(example("x" * 90))
-    expected = "train.jsonl:3: the prompt has 109 tokens, data.max_prompt_tokens is 40; raise it or shorten 'xxx"
-    assert str(error.value).startswith(expected) and len(str(error.value)) < 160
-
-
 def test_a_template_that_refuses_a_chat_is_named():
     picky = "{% if messages[0].content == 'bad' %}{{ raise_exception('not that') }}{% endif %}" + TEMPLATE
     with pytest.raises(UserError, match=r"train.jsonl:3: the chat template of the tokenizer refuses it: not that"):

@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from srft.config import ModelConfig
 from srft.model import load_model
 from srft.ranks import Ranks
 from srft.run import run
+from srft.rundir import read_status
 from srft.settings import load
 from tests.srft.ranks.worker import CASES, measure
 
@@ -71,11 +74,18 @@ def settings(model: Path, run_dir: Path) -> list[str]:
     return [f"--{key}={value}" for key, value in small.items()]
 
 
-def torchrun(count: int, *command: str, path: Path, **environment: str) -> subprocess.CompletedProcess:
+def start(count: int, *command: str, path: Path, **environment: str) -> subprocess.Popen:
     """`count` ranks on this machine; DIES=1 in the environment: rank 1 is killed in its last step."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", "-m"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(path)} | environment
-    return subprocess.run([*launch, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*launch, *command], cwd=ROOT, env=environment, **pipes)
+
+
+def torchrun(count: int, *command: str, path: Path, **environment: str) -> subprocess.CompletedProcess:
+    with start(count, *command, path=path, **environment) as process:
+        out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +146,26 @@ def test_a_rank_that_dies_is_named_once_and_leaves_the_last_checkpoint(killed):
         r"srft: error: rank 1 of 2 ended without a word .*its last checkpoint is .*two/checkpoint-2", told[0]
     )
     assert f"srft train --resume {run_dir} goes on" in told[0]
+    status = read_status(run_dir)
+    assert status["state"] == "failed" and status["reason"].startswith("rank 1 of 2 ended without a word")
+    assert status["step"] == DIES_IN_STEP - 1 and status["resume"] == f"srft train --resume {run_dir}"
     assert not list(run_dir.glob(".*")) and sorted(run_dir.glob("checkpoint-*")) == [run_dir / "checkpoint-2"]
     assert load_model(ModelConfig(str(run_dir / "checkpoint-2"), device="cpu"))
+
+
+def test_a_signal_is_in_the_status(tiny_dir, directory):
+    run_dir = directory / "signal"
+    given = [*settings(tiny_dir, run_dir), "--train.steps=400", "--eval.prompts=0", "--run.checkpoint_every=1"]
+    with start(2, "srft", "train", *given, path=directory) as process:
+        deadline = time.monotonic() + 200
+        while not list(run_dir.glob("checkpoint-*")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, told = process.communicate(timeout=60)
+    status = read_status(run_dir)
+    assert (status["state"], status["reason"]) == ("interrupted", "a signal"), told
+    assert status["resume"] == f"srft train --resume {run_dir}" and "srft: error: stopped by a signal" in told
 
 
 def test_four_ranks_go_on_from_the_checkpoint_of_two(one, killed, directory):

@@ -173,11 +173,29 @@ def test_processes_end_with_a_run_that_is_killed(write, tmp_path):
 def test_a_long_list_may_take_as_long_as_its_completions(write, capfd):
     scorer = write(SOURCE, "slow", timeout=1.0, workers=2)
     assert scorer([example()] * 4, ["a"] * 4) == [0.25] * 4
-    assert scorer.patient == {0}
+    assert list(scorer.patient) == [0]
     started = time.monotonic()
     assert scorer([example()] * 4, ["a"] * 4) == [0.25] * 4
     assert time.monotonic() - started < 2.6  # it is not tried again with one at a time
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("function", ["reward", "compute_score"])
+def test_a_service_that_is_down_costs_a_few_calls_and_not_all(write, capfd, function):
+    scorer = write(SOURCE, function, timeout=0.5, workers=2)
+    assert scorer([example()], ["fine"]) == [1.0]  # and the processes are there
+    started = time.monotonic()
+    rewards = scorer([example()] * 64, ["hang"] * 64)
+    assert time.monotonic() - started < 10  # of 16
+    assert rewards == [None] * 64 and all(each["reward_failed"] == 1 for each in rewards.details)
+    assert "64 of 64 completions could not be scored, the first: it" in capfd.readouterr().err
+    assert scorer([example()], ["fine"]) == [1.0]
+
+
+def test_where_most_hang_the_others_are_scored(write):
+    scorer = write(SOURCE, "reward", timeout=0.5, workers=2)
+    texts = (["hang"] * 3 + ["fine"]) * 2
+    assert scorer([example()] * 8, texts) == [0.5 if each == "fine" else None for each in texts]
 
 
 def test_a_list_that_fails_though_no_completion_does_is_scored_one_at_a_time(write, capfd):
@@ -215,7 +233,7 @@ def test_a_function_that_another_process_could_call_never_gets_into_this_one(wri
     assert scorer([example()], ["fine"]) == [1.0]
     (module,) = tmp_path.glob("module_*.py")
     module.write_text("broken")
-    assert scorer([example()] * 2, ["exit at once", "fine"]) == [None, None]
+    assert scorer([example()] * 2, ["exit at once"] * 2) == [None, None]
 
 
 @pytest.mark.skipif(not Path("/proc/self/oom_score_adj").exists(), reason="Linux")
