@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from srft.config import Config
 from srft.data import Example
@@ -13,6 +13,8 @@ from srft_kernels.objectives import Objective
 
 def check(objective: Objective, config: Config, examples: Sequence[Example]) -> None:
     """Raise UserError for a job that cannot learn what it is meant to; warn where only part of the data can."""
+    for option, reason in without_effect(objective, config):
+        print(f"warning: {option} has no effect: {reason}", file=sys.stderr)
     if not examples:
         return
     check_demonstrations(objective, config, examples)
@@ -29,6 +31,20 @@ def check(objective: Objective, config: Config, examples: Sequence[Example]) -> 
             f"rollout.per_prompt 1: {who} compares the rollouts of a prompt with each other, and one "
             "alone has an advantage of 0, so that nothing would be learned: take 2 at least"
         )
+
+
+def without_effect(objective: Objective, config: Config) -> Iterator[tuple[str, str]]:
+    """Options that were set though another one makes them mean nothing, and why."""
+    if config.run.keep_checkpoints and not config.run.checkpoint_every:
+        yield "run.keep_checkpoints", "without run.checkpoint_every there is the final one alone"
+    if config.eval.every and not config.eval.prompts:
+        yield "eval.every", "eval.prompts is 0"
+    preset = f"loss.preset {config.loss.preset!r}"
+    if "rollouts" not in objective.learns_from:
+        options = {"rollout.resample": config.rollout.resample, "loss.mask_truncated": config.loss.mask_truncated}
+        yield from ((option, f"{preset} learns from no rollouts") for option, value in options.items() if value)
+    if config.loss.hpt_threshold and not objective.switches:
+        yield "loss.hpt_threshold", f"{preset} switches between no losses"
 
 
 def check_demonstrations(objective: Objective, config: Config, examples: Sequence[Example]) -> None:

@@ -63,3 +63,25 @@ def test_one_rollout_is_no_group(preset):
 
 def test_nothing_to_train_on_is_nothing_to_check():
     check("--rollout.top_p", "0.5", data=[])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["--run.keep_checkpoints", "2"], "run.keep_checkpoints has no effect: without run.checkpoint_every there is"),
+        (["--eval.every", "2", "--eval.prompts", "0"], "eval.every has no effect: eval.prompts is 0"),
+        (["--rollout.resample", "1", "--loss.preset", "sft"], "rollout.resample has no effect: loss.preset 'sft'"),
+        (["--loss.mask_truncated", "true", "--loss.preset", "sft"], "loss.mask_truncated has no effect: loss.preset"),
+        (["--loss.hpt_threshold", "0.5"], "loss.hpt_threshold has no effect: loss.preset 'srft_paper' switches"),
+    ],
+)
+def test_an_option_without_effect_is_told(overrides, told, capsys):
+    check(*overrides, data=examples(8))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {told}")
+
+
+def test_options_with_effect_are_not_told(capsys):
+    check("--run.keep_checkpoints", "2", "--run.checkpoint_every", "2", "--rollout.resample", "1", data=examples(8))
+    check("--loss.preset", "hpt", "--loss.hpt_threshold", "0.5", data=examples(8))
+    assert capsys.readouterr().err == ""
