@@ -5,6 +5,7 @@
 Every model is probed when it is loaded: one whose logits head.py cannot reproduce is refused.
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,7 +51,7 @@ def load_model(config: ModelConfig, option: str = "model.path") -> LoadedModel:
     """
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
-    tokenizer, model = read(config, dtype, option)
+    tokenizer, model = read(config, device, dtype, option)
     model.to(device)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -62,13 +63,18 @@ def load_model(config: ModelConfig, option: str = "model.path") -> LoadedModel:
     return LoadedModel(model.train(), tokenizer, device, dtype, eos_ids, pad_id)
 
 
-def read(config: ModelConfig, dtype: torch.dtype, option: str) -> tuple["PreTrainedTokenizerBase", "PreTrainedModel"]:
+def read(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, option: str
+) -> tuple["PreTrainedTokenizerBase", "PreTrainedModel"]:
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
+        from transformers.utils.logging import disable_progress_bar
     except ImportError as error:
         raise missing("transformers", "loading models") from error
-    logging.disable_progress_bar()  # a bar for half a second of reading
+    disable_progress_bar()  # a bar for half a second of reading
+    if device.type == "cpu":
+        for handler in logging.getLogger("transformers").handlers:
+            handler.addFilter(not_of_cuda_kernels)
     where = f"{option} {config.path!r}"
     path = str(embedded_model()) if config.path == EMBEDDED else check_path(config.path, where)
     # "auto" is not a name that transformers knows: asked for nothing, it takes the best that the architecture has.
@@ -97,6 +103,12 @@ def read(config: ModelConfig, dtype: torch.dtype, option: str) -> tuple["PreTrai
     if absent := sorted(report["missing_keys"]):  # transformers would train them from random values
         raise UserError(f"{where}: no whole causal LM: {len(absent)} weights are missing in it, such as {absent[0]}")
     return tokenizer, model
+
+
+def not_of_cuda_kernels(record: logging.LogRecord) -> bool:
+    """False for the advice to install kernels of Mamba, LFM2 and others that run on a GPU alone."""
+    told = record.getMessage()
+    return not ("reference PyTorch implementation" in told or "fast path is not available" in told)
 
 
 def check_trust(error: Exception, where: str) -> None:

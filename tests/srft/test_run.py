@@ -23,6 +23,7 @@ from srft.rundir import read_status
 from srft.settings import load
 from srft.signals import Interrupted
 from srft.trainer import Trainer
+from tests.srft.conftest import byte_tokenizer
 
 
 def small_run(tiny_dir, directory, *overrides: str) -> Config:
@@ -196,9 +197,19 @@ def test_checkpoints_are_kept_as_asked_for(tiny_dir, tmp_path, monkeypatch):
     assert resumable(str(tmp_path / "run")).name == "checkpoint-5" and (tmp_path / "run" / "final").is_dir()
 
 
-def test_our_own_calls_raise_no_warning(tiny_dir, tmp_path):
+@pytest.mark.parametrize("kind", ["llama", "mamba"])
+def test_no_warning_of_a_dependency_is_seen(tiny_dir, tmp_path, kind):
+    """None that our calls raise, and no advice to install kernels for a GPU where there is none."""
+    path = tiny_dir
+    if kind == "mamba":
+        from transformers import MambaConfig, MambaForCausalLM
+
+        size = {"vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4}
+        path = tmp_path / "mamba"
+        MambaForCausalLM(MambaConfig(**size, eos_token_id=0, pad_token_id=0, bos_token_id=0)).save_pretrained(path)
+        byte_tokenizer().save_pretrained(path)
     strict = [word for kind in ("FutureWarning", "DeprecationWarning") for word in ("-W", f"error::{kind}")]
-    settings = {"model.path": tiny_dir, "model.device": "cpu", "run.dir": tmp_path / "run", "train.steps": 1}
+    settings = {"model.path": path, "model.device": "cpu", "run.dir": tmp_path / "run", "train.steps": 1}
     settings |= {"train.prompts_per_step": 2, "rollout.max_new_tokens": 6, "eval.prompts": 2, "eval.samples": 2}
     arguments = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     done = subprocess.run([sys.executable, *strict, "-m", "srft", "train", *arguments], capture_output=True, text=True)
