@@ -158,7 +158,7 @@ class LossConfig(Section):
 
 @dataclass
 class TrainConfig(Section):
-    steps: int = option(24, "optimizer steps are steps × updates_per_rollout; 0: only evaluate", low=0)
+    steps: int = option(16, "optimizer steps are steps × updates_per_rollout; 0: only evaluate", low=0)
     epochs: float = option(
         0.0, "instead of train.steps: so many times over the training prompts; 0: train.steps", low=0
     )

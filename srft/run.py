@@ -81,115 +81,175 @@ def run(config: Config, ranks: Ranks | None = None, resumed: Path | None = None)
     resumed: a checkpoint with the state of its run, which goes on from there in the same directory.
     """
     ranks = ranks or Ranks()
-    with signals.listening() if ranks.size == 1 else contextlib.nullcontext():  # torchrun's ranks listen themselves
-        return _run(config, ranks, resumed)
-
-
-def _run(config: Config, ranks: Ranks, resumed: Path | None) -> RunResult:
     started = time.perf_counter()
-    ranks.check(config.model)
-    done = checkpoint.step_of(resumed) if resumed else 0
-    job = prepared(config, ranks, resumed, done)
-    trainer, loaded, config = job.trainer, job.trainer.loaded, job.trainer.config
-    held_out, scorer = job.held_out, trainer.scorer if job.verified else None
-    directory = opened(config, ranks, resumed, done)
-    if ranks.main:
-        with naming(directory / resume.DATA):
-            (directory / resume.DATA).write_text(json.dumps(job.data, indent=1), encoding="utf-8")
-    settings = dataclasses.asdict(config)
-    log = RunLog(directory, [], silent=not ranks.main)
-    on = f"{ranks.size} × {loaded.device}" if ranks.size > 1 else loaded.device
-    print(f"{parameters(loaded)} on {on}; {f'going on after step {done} in' if resumed else 'writing to'} {directory}")
-    going_on = f"srft train --resume {shlex.quote(str(directory))}"
-    last = f"; its last checkpoint is {{}}: {going_on} goes on from it"
-    ranks.last_words = last.format(resumed) if resumed else f"; what was written is in {directory}, no checkpoint yet"
-    resumable = resumed is not None
-    evaluations = {row["step"]: Evaluation.of(row) for row in broadcast(ranks, lambda: log.evaluations())}
+    with signals.listening() if ranks.size == 1 else contextlib.nullcontext():  # torchrun's ranks listen themselves
+        ranks.check(config.model)
+        done = checkpoint.step_of(resumed) if resumed else 0
+        job = prepared(config, ranks, resumed, done)
+        under_way = Run(job, ranks, opened(job, ranks, resumed, done), resumed, done)
+        try:
+            under_way.begin()
+            under_way.train()
+            page = under_way.finish()
+        except BaseException as error:
+            under_way.stop(error)
+            raise
+        finally:
+            under_way.log.close()
+        result = RunResult(under_way.directory, *under_way.before_and_after(), time.perf_counter() - started, page)
+    print(result)
+    return result
 
-    def measure(step: int) -> None:
-        """Evaluate where that is due after `step`, and was not done before the run was resumed."""
-        every = config.eval.every
-        due = step in (0, config.train.steps) or (every and step % every == 0)
-        if not held_out or step in evaluations or not due:
+
+class Run:
+    """A run under way.
+
+    directory    where it writes
+    done         steps that are done
+    newest       the checkpoint that --resume goes on from, if any
+    evaluations  by the steps after which they were made, those before it was resumed too
+    """
+
+    def __init__(self, job: "Job", ranks: Ranks, directory: Path, resumed: Path | None, done: int):
+        self.trainer, self.held_out = job.trainer, job.held_out
+        self.scorer = job.trainer.scorer if job.verified else None
+        self.config, self.loaded, self.ranks = job.trainer.config, job.trainer.loaded, ranks
+        self.directory, self.done, self.newest = directory, done, resumed
+        self.log = RunLog(directory, [], silent=not ranks.main)
+        self.evaluations = {row["step"]: Evaluation.of(row) for row in broadcast(ranks, lambda: self.log.evaluations())}
+        self.writing = threading.RLock()
+        ranks.last_words = f"; what was written is in {directory}, no checkpoint yet"
+        if resumed:
+            self.can_go_on_from(resumed)
+
+    def begin(self) -> None:
+        """Say what is run and where, open trackers, evaluate where the run begins."""
+        loaded, ranks, config = self.loaded, self.ranks, self.config
+        on = f"{ranks.size} × {loaded.device}" if ranks.size > 1 else loaded.device
+        where = f"going on after step {self.done} in" if self.newest else "writing to"
+        print(f"{parameters(loaded)} on {on}; {where} {self.directory}")
+        self.status("running")
+        if ranks.main:
+            ranks.on_end = self.ended
+            self.log.trackers = tracker.open_trackers(config.run, self.directory, dataclasses.asdict(config), self.done)
+        self.measure()
+
+    def train(self) -> None:
+        """The steps that are left, with checkpoints and evaluations where they are due."""
+        settings = self.config.run
+        # Closed, so that the bar ends before last words are said.
+        with contextlib.closing(steps_with_bar(self.trainer, self.log, self.config, self.done)) as steps:
+            for self.done in steps:
+                signals.release()
+                self.status("running")
+                if settings.checkpoint_every and self.done % settings.checkpoint_every == 0:
+                    path = self.directory / f"checkpoint-{self.done}"
+                    checkpoint.save(self.loaded, path, self.ranks, self.trainer.optimizer.state())
+                    self.can_go_on_from(path)
+                self.measure()
+                if settings.keep_checkpoints and self.ranks.main:
+                    scores = {step: each.score for step, each in self.evaluations.items()}
+                    checkpoint.prune(self.directory, settings.keep_checkpoints, scores)
+
+    def finish(self) -> Path:
+        """Save the model and write the report; returns it."""
+        checkpoint.save(self.loaded, self.directory / "final", self.ranks)
+        self.status("finished")
+        page = broadcast(self.ranks, lambda: report.build(self.directory))
+        self.ranks.on_end = None
+        return page
+
+    def measure(self) -> None:
+        """Evaluate where that is due now, and was not done before the run was resumed."""
+        step, steps, every = self.done, self.config.train.steps, self.config.eval.every
+        due = step in (0, steps) or (every and step % every == 0)
+        if not self.held_out or step in self.evaluations or not due:
             return
+        trainer, config = self.trainer, self.config
         if step == 0:
             why = "; no answer is known of them, so that the loss of their demonstrations is measured"
-            samples = f" × {config.eval.samples} samples" if scorer else why * trainer.learns_from_rollouts
-            print(f"evaluating {len(held_out)} held-out prompts{samples} …", flush=True)
-        if scorer:
+            samples = f" × {config.eval.samples} samples" if self.scorer else why * trainer.learns_from_rollouts
+            print(f"evaluating {len(self.held_out)} held-out prompts{samples} …", flush=True)
+        if self.scorer:
             trainer.refresh_engine()
-        loss = demonstration_loss(loaded, held_out, config.train.token_budget, ranks)
+        loss = demonstration_loss(self.loaded, self.held_out, config.train.token_budget, self.ranks)
         longest = config.rollout.max_new_tokens
-        result = evaluate(trainer.engine, held_out, trainer.prompter, scorer, config.eval, longest, loss)
-        evaluations[step] = result
-        log.evaluation(step, result)
-        when = f"held-out after {step} of {config.train.steps} steps\n" if config.train.steps else ""
+        result = evaluate(trainer.engine, self.held_out, trainer.prompter, self.scorer, config.eval, longest, loss)
+        self.evaluations[step] = result
+        self.log.evaluation(step, result)
+        when = f"held-out after {step} of {steps} steps\n" if steps else ""
         tqdm.write(f"{when}{table(result)}")
 
-    writing = threading.RLock()
+    def before_and_after(self) -> tuple[Evaluation | None, Evaluation | None]:
+        """The first evaluation and the last one."""
+        if not self.held_out:
+            return None, None
+        return self.evaluations[min(self.evaluations)], self.evaluations[self.config.train.steps]
 
-    def status(state: str, reason: str = "") -> None:
-        command = going_on if resumable and state != "finished" else ""
-        with writing:
-            if ranks.main:
-                write_status(directory, state, done, config.train.steps, reason, command)
+    def can_go_on_from(self, path: Path) -> None:
+        self.newest = path
+        self.ranks.last_words = f"; its last checkpoint is {path}: {self.going_on} goes on from it"
 
-    def ended(message: str) -> None:
-        """The status of a run of several ranks that another one, or a signal, has ended; the last thing written."""
-        writing.acquire(timeout=5)
+    @property
+    def going_on(self) -> str:
+        """The command that goes on with it."""
+        return f"srft train --resume {shlex.quote(str(self.directory))}"
+
+    def status(self, state: str, reason: str = "") -> None:
+        command = self.going_on if self.newest and state != "finished" else ""
+        with self.writing:
+            if self.ranks.main:
+                write_status(self.directory, state, self.done, self.config.train.steps, reason, command)
+
+    def ended(self, message: str) -> None:
+        """Write the status of a run of several ranks that another one, or a signal, has ended: the last that is."""
+        self.writing.acquire(timeout=5)
         told = message.removeprefix("srft: ").removeprefix("error: ")
         by_signal = told.startswith(("stopped by a signal", "interrupted"))
-        status(*("interrupted", "a signal") if by_signal else ("failed", told))
+        self.status(*("interrupted", "a signal") if by_signal else ("failed", told))
 
-    try:
-        status("running")
-        ranks.on_end = ended if ranks.main else None
-        log.trackers = tracker.open_trackers(config.run, directory, settings, done) if ranks.main else []
-        measure(done)
-        with contextlib.closing(steps_with_bar(trainer, log, config, done)) as steps:  # its bar ends before last words
-            for done in steps:
-                signals.release()
-                status("running")
-                if config.run.checkpoint_every and done % config.run.checkpoint_every == 0:
-                    path = directory / f"checkpoint-{done}"
-                    checkpoint.save(loaded, path, ranks, trainer.optimizer.state())
-                    resumable, ranks.last_words = True, last.format(path)
-                measure(done)
-                if config.run.keep_checkpoints and ranks.main:
-                    scores = {step: each.score for step, each in evaluations.items()}
-                    checkpoint.prune(directory, config.run.keep_checkpoints, scores)
-        checkpoint.save(loaded, directory / "final", ranks)
-        status("finished")
-        page = broadcast(ranks, lambda: report.build(directory))
-    except BaseException as error:
+    def stop(self, error: BaseException) -> None:
+        """Save what was learned until the error, or the signal, and say what there is."""
         interrupted = isinstance(error, KeyboardInterrupt)
         reason = (str(error) or "Ctrl-C") if interrupted else described(error)
         state = "interrupted" if interrupted else "failed"
-        if ranks.size > 1:  # the others cannot be asked for their part of the model
+        if self.ranks.size > 1:  # the others cannot be asked for their part of the model
             with contextlib.suppress(OSError):
-                status(state, reason)
-            raise
-        lines = [f"{f'interrupted by {reason}' if interrupted else 'stopped by an error'} after step {done} of "]
-        lines[0] += f"{config.train.steps}; what was written stays:"
-        lines += [f"  {line}" for line in saved(trainer, directory, done, bool(config.run.checkpoint_every))]
-        newest = checkpoint.newest_with_state(directory)
-        if resumable := newest is not None:
-            lines.append(f"  {newest}, from which the run goes on: {going_on}")
+                self.status(state, reason)
+            return
+        how = f"interrupted by {reason}" if interrupted else "stopped by an error"
+        lines = [f"{how} after step {self.done} of {self.config.train.steps}; what was written stays:"]
+        lines += [f"  {line}" for line in self.saved()]
+        self.newest = checkpoint.newest_with_state(self.directory)
+        if self.newest:
+            lines.append(f"  {self.newest}, from which the run goes on: {self.going_on}")
         try:
-            status(state, reason)
-            lines.append(f"  the report in {report.build(directory)}")
+            self.status(state, reason)
+            lines.append(f"  the report in {report.build(self.directory)}")
         except Exception as failure:  # must not hide what stopped the run
-            lines.append(f"  {directory} (no report: {failure}{disk_full(failure)})")
+            lines.append(f"  {self.directory} (no report: {failure}{disk_full(failure)})")
         with contextlib.suppress(OSError):  # the terminal may be gone
             print("\n".join(lines), file=sys.stderr)
-        raise
-    finally:
-        log.close()
-    after = evaluations.get(config.train.steps) if held_out else None
-    before = evaluations[min(evaluations)] if after else None
-    result = RunResult(directory, before, after, time.perf_counter() - started, page)
-    print(result)
-    return result
+
+    def saved(self) -> Iterator[str]:
+        """Save what an interrupted run has learned, as far as that works; says what there is.
+
+        With the state for --resume where checkpoints are on, and the error did not come in the middle of an update.
+        """
+        model = self.directory / "final"
+        if self.done and not model.exists():
+            places = [(self.directory / f"interrupted-{self.done}", None)]
+            if self.config.run.checkpoint_every and not signals.held():
+                places.insert(0, (self.directory / f"checkpoint-{self.done}", self.trainer.optimizer.state()))
+            for model, state in places:
+                try:
+                    if not model.exists():  # the checkpoint that was due, or that the run was resumed from
+                        checkpoint.save(self.loaded, model, None, state)
+                    break
+                except Exception as error:  # must not hide what stopped the run; the model alone may still have room
+                    yield f"the model could not be saved: {error}"
+        if model.exists():
+            yield f"the model in {model} (srft eval --checkpoint {shlex.quote(str(model))})"
 
 
 class Job(NamedTuple):
@@ -247,8 +307,9 @@ def prepared(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> J
     return Job(trainer, problems, held_out_scorer is not None, data)
 
 
-def opened(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> Path:
-    """The run's directory with its config.toml: a new one, or that of `resumed` as it was after `done` steps."""
+def opened(job: Job, ranks: Ranks, resumed: Path | None, done: int) -> Path:
+    """The run's directory with its settings: a new one, or that of `resumed` as it was after `done` steps."""
+    config = job.trainer.config
     settings = to_toml(config)
     if resumed:
         directory = resumed.parent
@@ -256,30 +317,10 @@ def opened(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> Pat
     else:
         directory = broadcast(ranks, lambda: create_run_dir(config.run))
     if ranks.main:
-        with naming(directory / "config.toml"):
-            (directory / "config.toml").write_text(settings, encoding="utf-8")
+        for name, text in (("config.toml", settings), (resume.DATA, json.dumps(job.data, indent=1))):
+            with naming(directory / name):
+                (directory / name).write_text(text, encoding="utf-8")
     return directory
-
-
-def saved(trainer: Trainer, directory: Path, done: int, to_go_on: bool) -> Iterator[str]:
-    """Save what an interrupted run has learned, as far as that works; says what there is.
-
-    to_go_on: with the state for --resume, where the error did not come in the middle of an update.
-    """
-    model = directory / "final"
-    if done and not model.exists():
-        places = [(directory / f"interrupted-{done}", None)]
-        if to_go_on and not signals.held():
-            places.insert(0, (directory / f"checkpoint-{done}", trainer.optimizer.state()))
-        for model, state in places:
-            try:
-                if not model.exists():  # the checkpoint that was due, or that the run was resumed from
-                    checkpoint.save(trainer.loaded, model, None, state)
-                break
-            except Exception as error:  # must not hide what stopped the run; the model alone may still have room
-                yield f"the model could not be saved: {error}"
-    if model.exists():
-        yield f"the model in {model} (srft eval --checkpoint {shlex.quote(str(model))})"
 
 
 def described(error: BaseException) -> str:

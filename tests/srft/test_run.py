@@ -233,7 +233,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(tiny_dir, tmp_path,
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "step", failing)
         if killed:
-            patch.setattr(run_module, "saved", lambda *_: iter(()))
+            patch.setattr(run_module.Run, "saved", lambda _: iter(()))
         run(small_run(tiny_dir, stopped, *more))
     assert resumable(str(stopped)) == stopped / f"checkpoint-{2 if killed else 3}"
     resumed = run(load(str(stopped / "config.toml"), []), resumed=resumable(str(stopped)))
