@@ -119,7 +119,8 @@ def trainers(device: str) -> tuple[Callable[..., Any], Any]:
         prompter = build_prompter(loaded.tokenizer, DataConfig(system_prompt=""))
         engine = engine or Recorded(build_engine(rollout.engine, loaded), device)
         scorer = Scorer("bench", reward)
-        return Trainer(config, loaded, prompter, scorer, examples, engine=engine, loss_function=loss_function)
+        problems = [prompter.problem(each) for each in examples]
+        return Trainer(config, loaded, prompter, scorer, problems, engine=engine, loss_function=loss_function)
 
     model = tiny_model(**MODELS[kind]).to(device, default_dtype(device)).train()
     return trainer, model

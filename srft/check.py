@@ -7,16 +7,15 @@ file too, and every broken row with file and line. Without a tokenizer lengths a
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from srft.config import Config, ModelConfig
+from srft.config import Config
 from srft.data.columns import ALIASES
 from srft.data.examples import Example, prompt_hash
 from srft.data.files import Reading, names, read_all
 from srft.data.load import sides
 from srft.data.prompts import Prompter, build_prompter
-from srft.errors import UserError, first_line, missing
+from srft.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -155,19 +154,3 @@ def examples_of(found: list[Example], other: dict[int, Example], what: str) -> I
 def bare(example: Example) -> str:
     texts = ["".join(filter(str.isalnum, (turn["content"] or "").casefold())) for turn in example.messages]
     return json.dumps(texts if any(texts) else example.messages)
-
-
-def load_tokenizer(config: ModelConfig) -> "PreTrainedTokenizerBase":
-    """The tokenizer of model.path alone."""
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise missing("transformers", "counting tokens") from error
-    from srft.model.embedded import embedded_model
-    from srft.model.load import EMBEDDED
-
-    path = embedded_model() if config.path == EMBEDDED else str(Path(config.path).expanduser())
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except Exception as error:
-        raise UserError(f"model.path {config.path!r}: no tokenizer could be loaded: {first_line(error)}") from error

@@ -206,9 +206,14 @@ def check_data(arguments: list[str]) -> None:
     config.data.train_file = files[1:] or config.data.train_file
     if not config.data.train_file:
         raise UserError(f"{path}: data.train_file is not set, so there is nothing to check")
-    from srft.check import check, load_tokenizer
+    from srft.check import check
 
-    check(config, load_tokenizer(config.model) if "--model.path" in named else None)
+    tokenizer = None
+    if "--model.path" in named:
+        from srft.model import load_tokenizer
+
+        tokenizer, _ = load_tokenizer(config.model)
+    check(config, tokenizer)
 
 
 def report(arguments: list[str]) -> None:

@@ -15,7 +15,7 @@ from srft.errors import UserError
 from srft.evaluation import Evaluation, Scores, scores_of, table
 from srft.learn.objective import build_objective
 from srft.likelihood import demonstration_loss
-from srft.model import EMBEDDED, POSITIONS, LoadedModel, load_model, positions
+from srft.model import EMBEDDED, POSITIONS, load_model, load_tokenizer
 from srft.rewards import Scorer, build_reward, check_answers
 from srft.rollout import Engine, build_engine
 from srft.rundir import finite
@@ -101,13 +101,16 @@ def scorer_for(scorer: Scorer, config: Config, held_out: list[Example]) -> Score
 
 
 def held_out_problems(
-    config: Config, prompter: Prompter, loaded: LoadedModel, examples: list[Example], scorer: Scorer | None
+    config: Config, prompter: Prompter, examples: list[Example], scorer: Scorer | None, positions: float
 ) -> list[Problem]:
-    """Held-out examples as token ids, with their demonstrations where the loss of them tells something: where the
-    objective learns from demonstrations, and where nothing else can be measured."""
+    """Held-out examples as token ids, of a model of so many positions.
+
+    With their demonstrations where the loss of them tells something: where the objective learns from demonstrations,
+    and where nothing else can be measured.
+    """
     learned = scorer is None or "demonstrations" in build_objective(config.loss).learns_from
     generated = config.rollout.max_new_tokens if scorer else 0
-    return fit(prompter, examples, config.data, learned, {POSITIONS: positions(loaded.model)}, generated)
+    return fit(prompter, examples, config.data, learned, {POSITIONS: positions}, generated)
 
 
 def main_eval(config: Config, checkpoint: str | None = None) -> Evaluation:
@@ -121,9 +124,11 @@ def main_eval(config: Config, checkpoint: str | None = None) -> Evaluation:
     if not examples:
         raise UserError("eval.prompts: there is no held-out prompt to evaluate on")
     scorer = scorer_for(build_reward(config.reward, config.data), config, examples)
-    loaded = load_model(model, "--checkpoint" if checkpoint else "model.path")
-    prompter = build_prompter(loaded.tokenizer, config.data)
-    problems = held_out_problems(config, prompter, loaded, examples, scorer)
+    option = "--checkpoint" if checkpoint else "model.path"
+    tokenizer, positions = load_tokenizer(model, option)
+    prompter = build_prompter(tokenizer, config.data)
+    problems = held_out_problems(config, prompter, examples, scorer, positions)
+    loaded = load_model(model, option, tokenizer)
     engine = build_engine(config.rollout.engine, loaded)
     loss = demonstration_loss(loaded, problems, config.train.token_budget)
     evaluation = evaluate(engine, problems, prompter, scorer, config.eval, config.rollout.max_new_tokens, loss)

@@ -24,7 +24,7 @@ from srft.evaluation import Evaluation, table
 from srft.learn import job as jobs
 from srft.learn.objective import build_objective
 from srft.likelihood import demonstration_loss
-from srft.model import LoadedModel, load_model
+from srft.model import LoadedModel, load_model, load_tokenizer
 from srft.ranks import Ranks, broadcast
 from srft.rewards import build_reward, check_answers
 from srft.rundir import RunLog, create_run_dir, naming, rewind_run_dir, write_status
@@ -283,28 +283,31 @@ def prepared(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> J
         examples, held_out = load_sides(config.data, config.data.size, config.eval.prompts)
     else:
         examples, held_out = load_examples(config.data, "train", config.data.size), []
-    if "rollouts" not in objective.learns_from and any(each.demonstration is not None for each in examples):
-        examples = [each for each in examples if each.demonstration is not None]
     if done > config.train.steps and not config.train.epochs:
         raise UserError(f"--resume {resumed}: {done} steps are done; train.steps {config.train.steps} is fewer")
     held_out_scorer = scorer_for(scorer, config, held_out)
     if "rollouts" in objective.learns_from:
         check_answers(scorer, config.data, [], examples)
     jobs.check(objective, config, examples if config.train.steps or config.train.epochs else [])
+    if "rollouts" not in objective.learns_from and any(each.demonstration is not None for each in examples):
+        examples = [each for each in examples if each.demonstration is not None]
     data = resume.fingerprint(examples, held_out)
     if resumed:
         resume.check_data(resumed.parent, began.data, data)
-    loaded = load_model(dataclasses.replace(config.model, path=str(resumed)) if resumed else config.model)
-    prompter = build_prompter(loaded.tokenizer, config.data)
-    problems = held_out_problems(config, prompter, loaded, held_out, held_out_scorer)
-    trainer = Trainer(config, loaded, prompter, ranks.scorer(scorer), examples, objective, ranks=ranks)
+    model = dataclasses.replace(config.model, path=str(resumed)) if resumed else config.model
+    tokenizer, positions = load_tokenizer(model)
+    prompter = build_prompter(tokenizer, config.data)
+    problems = jobs.training_problems(config, prompter, examples, objective, positions)
+    measured = held_out_problems(config, prompter, held_out, held_out_scorer, positions)
+    loaded = load_model(model, tokenizer=tokenizer)
+    trainer = Trainer(config, loaded, prompter, ranks.scorer(scorer), problems, objective, ranks=ranks)
     if done > trainer.config.train.steps:
         raise UserError(f"--resume {resumed}: {done} steps are done; train.epochs makes {trainer.config.train.steps}")
     if resumed:
         checkpoint.read_state(trainer.optimizer.state(), resumed / checkpoint.STATE, ranks)
         trainer.optimizer.write_back()
         trainer.stale = True
-    return Job(trainer, problems, held_out_scorer is not None, data)
+    return Job(trainer, measured, held_out_scorer is not None, data)
 
 
 def opened(job: Job, ranks: Ranks, resumed: Path | None, done: int) -> Path:

@@ -36,15 +36,14 @@ from torch import Tensor
 
 import srft_kernels as sk
 from srft.config import Config
-from srft.data import Example, Problem, Prompter, fit
-from srft.errors import UserError
+from srft.data import Problem, Prompter
 from srft.learn.credit import Group, advantages_of, informative, reward_metrics, scored, sequences_of, switched
 from srft.learn.job import with_steps
 from srft.learn.objective import build_objective
 from srft.learn.packing import Microbatch, Sequence, pack
 from srft.learn.sharing import sharing_limit
 from srft.metrics import mean, peak_memory_mb
-from srft.model import POSITIONS, LoadedModel, head_of, hidden_states, positions
+from srft.model import LoadedModel, head_of, hidden_states
 from srft.optim import Optimizer
 from srft.ranks import Ranks
 from srft.rewards import Scorer
@@ -53,7 +52,7 @@ from srft_kernels.objectives.formula import objective_of
 
 
 class Trainer:
-    """Model, optimizer and data of a run. `loss_function` has the signature of `srft_kernels.linear_loss`."""
+    """Model, optimizer and the problems of a run. `loss_function` has the signature of `srft_kernels.linear_loss`."""
 
     def __init__(
         self,
@@ -61,7 +60,7 @@ class Trainer:
         loaded: LoadedModel,
         prompter: Prompter,
         scorer: Scorer,
-        examples: list[Example],
+        problems: list[Problem],
         objective: Any = None,
         *,
         engine: Engine | None = None,
@@ -78,13 +77,8 @@ class Trainer:
         self.loss_function = loss_function
         self.share_up_to = sharing_limit(loaded.model) if config.train.share_prompts else 0
         self.ranks.shard(loaded)  # after the trial, which may fail within a forward, and before the optimizer
-        # Encoding everything now finds what is too long before any time is spent, and does not depend on the steps.
-        most = {"train.token_budget": config.train.token_budget, POSITIONS: positions(loaded.model)}
-        generated = config.rollout.max_new_tokens if self.learns_from_rollouts else 0
-        self.pool = fit(prompter, examples, config.data, self.learns_from_demos, most, generated)
-        if not self.learns_from_rollouts and self.pool and not any(p.demonstration for p in self.pool):
-            raise UserError(f"loss.preset {config.loss.preset!r} learns from demonstrations, but no example has one")
-        self.config = with_steps(config, len(self.pool))
+        self.pool = problems
+        self.config = with_steps(config, len(problems))
         self.optimizer = Optimizer(loaded.model, self.config.train)
 
     def step(self, number: int) -> tuple[dict[str, float], list[dict[str, Any]]]:

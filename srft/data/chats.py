@@ -3,14 +3,19 @@
 OpenAI's and ShareGPT's turns, content as text parts, tool calls with arguments as text or as a table.
 """
 
+import ast
+import contextlib
 import json
+import re
 from typing import Any
 
 from srft.data.examples import Turn
 from srft.errors import UserError
 
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
-ROLES |= {"observation": "tool", "function": "tool", "function_call": "assistant"}
+ROLES |= {"prompter": "user", "observation": "tool", "function": "tool", "function_call": "assistant"}
+KNOWN = ("system", "developer", "user", "assistant", "tool", "ipython")  # the last is Llama's for what a tool says
+CHAT = re.compile(r"""\s*(\[\s*)?\{\s*['"](role|from|content|value)['"]\s*:""")  # a text that is meant to be one
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # under which templates look for a turn's reasoning
 
 
@@ -20,6 +25,8 @@ def to_chat(value: Any, where: str, role: str = "user", padded: bool = False) ->
     where: "file:line: column", with which messages start.   padded: nulls inside of turns stand for what is not there.
     """
     value = unpacked(value)
+    if isinstance(value, str) and CHAT.match(value):
+        raise UserError(f"{where}: expected a chat as JSON, found {shown(value)}, which cannot be read")
     if isinstance(value, str) and value.strip():
         return [{"role": role, "content": value}]
     if isinstance(value, dict) and ("role" in value or "from" in value):
@@ -30,9 +37,15 @@ def to_chat(value: Any, where: str, role: str = "user", padded: bool = False) ->
 
 
 def unpacked(value: Any) -> Any:
-    """A chat that is JSON in a cell of a table; anything else as it is."""
-    chat = parsed(value) if isinstance(value, str) and value.lstrip().startswith("[{") else None
-    return chat if chat and any(key in chat[0] for key in ("role", "from")) else value
+    """A chat that is JSON, or Python's way of writing it, in a cell of a table; anything else as it is."""
+    if not isinstance(value, str) or not CHAT.match(value):
+        return value
+    chat = parsed(value)
+    if chat is None:
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            chat = ast.literal_eval(value.strip())  # what pandas writes into a CSV
+    turns = chat if isinstance(chat, list) else [chat]
+    return turns if all(isinstance(each, dict) and ("role" in each or "from" in each) for each in turns) else value
 
 
 def to_turn(value: Any, where: str, padded: bool = False) -> Turn:
@@ -41,7 +54,7 @@ def to_turn(value: Any, where: str, padded: bool = False) -> Turn:
     given = {key: each for key, each in value.items() if each is not None}
     said = given.pop("from", None), given.pop("value", None)  # ShareGPT's names of role and content
     named, content = given.pop("role", said[0]), given.pop("content", said[1])
-    role = ROLES.get(named, named) if isinstance(named, str) else None
+    role = role_of(named)
     if named == "function_call":
         given["tool_calls"], content = content, None
     if "function_call" in given:  # before tool_calls, OpenAI's turns had this one
@@ -55,7 +68,14 @@ def to_turn(value: Any, where: str, padded: bool = False) -> Turn:
     more = role == "assistant" and ("tool_calls" in given or any(key in given for key in THOUGHTS))
     if not isinstance(role, str) or not (isinstance(content, str) or (content is None and more)):
         raise UserError(f'{where}: a turn is {{"role": text, "content": text}}, found {shown(value)}')
+    if role not in KNOWN:
+        raise UserError(f"{where}: expected a turn of {', '.join((*KNOWN, *ROLES))}, found the role {named!r}")
     return {"role": role, "content": content, **given}
+
+
+def role_of(name: Any) -> str | None:
+    """The role by the name that chat templates have for it."""
+    return ROLES.get(name.lower(), name.lower()) if isinstance(name, str) else None
 
 
 def joined(parts: list[Any], where: str) -> str:

@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from srft.data.chats import ROLES, is_more_than_text, shown, text_of, to_chat, to_tools, unpacked
+from srft.data.chats import is_more_than_text, role_of, shown, text_of, to_chat, to_tools, unpacked
 from srft.data.examples import RESERVED, Example, Turn
 from srft.data.rows import Row
 from srft.errors import UserError, nearest
@@ -26,12 +26,12 @@ ALIASES: dict[str, list[tuple[str, ...]]] = {
     ],
     "answer": [("answer",), ("final_answer", "ground_truth", "reward_model.ground_truth")],  # DeepMath, verl
     "system": [("system", "system_prompt")],
-    "tools": [("tools",)],
+    "tools": [("tools",), ("functions",)],  # the latter in older chats of OpenAI
 }
 OWN = ("prompt", "messages", "demonstration", "answer")  # reward functions get these in their own form, or not at all
 MORE = ("input", "context")  # what an instruction is done to, in Alpaca and in Dolly
 # What a question may need and its column does not say; an example without it would be another one.
-UNSAID = ("choices", "options", "context", "passage", "history")
+UNSAID = ("choices", "options", "context", "passage", "history", "input", "body")
 UNSEEN = ("image", "images", "video", "videos", "audio", "audios")
 VERDICTS = ("correctness_math_verify", "correctness_llama")  # OpenR1's, one for each of its generations
 MARK = "####"  # GSM8K's: a worked solution, the mark, the answer
@@ -81,15 +81,12 @@ class Columns:
             beside = "messages" in found if name == "prompt" else self.named.get("prompt") and name not in self.named
             if name in ("prompt", "messages") and beside:
                 continue
+            if name == "messages" and not self.named and spelled(row.value, "problem") and rated(row.value):
+                continue  # OpenR1's chat holds one of its generations, right or wrong
             if column := self.pick(row, name, groups):
                 found[name] = column
         if "prompt" not in found and "messages" not in found:
-            wanted = [self.named[name] for name in ("prompt", "messages") if self.named.get(name)]
-            columns = [str(each) for each in row.value]
-            raise UserError(
-                f"{row.source}: the column {' or '.join(map(repr, wanted or ('prompt', 'messages')))} is missing"
-                f"{nearest(wanted[0], columns) if wanted else ''}; found columns: {', '.join(columns) or 'none'}"
-            )
+            raise self.promptless(row)
         if not {"prompt", "messages"} & self.named.keys():
             check_whole(row, found)
         speaks = chat_that_answers(row.value, found)
@@ -106,6 +103,22 @@ class Columns:
         if "answer" not in self.named and found.get("answer") == found.get("demonstration") and not solved:
             found.pop("answer", None)  # data.columns says that it is a solution, and no mark tells the answer in it
         return found
+
+    def promptless(self, row: Row) -> UserError:
+        """The error for a row without a prompt."""
+        wanted = [self.named[name] for name in ("prompt", "messages") if self.named.get(name)]
+        columns = [str(each) for each in row.value]
+        names = [alias for name in ("messages", "prompt") for group in ALIASES[name] for alias in group]
+        unfit = [each for each in (spelled(row.value, alias) for alias in names) if each in row.value]
+        if unfit and not wanted and row.value[unfit[0]] is not None:
+            return UserError(f"{row.source}: {unfit[0]}: expected text or a chat, found {shown(row.value[unfit[0]])}")
+        advice = nearest(wanted[0], columns) if wanted else ""
+        if spelled(row.value, "chosen") in row.value:
+            advice = '; of preference data only the chosen can be imitated: data.columns = {messages = "chosen"}'
+        return UserError(
+            f"{row.source}: the column {' or '.join(map(repr, wanted or ('prompt', 'messages')))} is missing"
+            f"{advice}; found columns: {', '.join(columns) or 'none'}"
+        )
 
     @property
     def told_nothing(self) -> bool:
@@ -149,7 +162,8 @@ class Columns:
 
         last = chat.pop() if chat[-1]["role"] == "assistant" else None
         if not chat or chat[-1]["role"] == "assistant":
-            raise UserError(f"{row.source}: messages have no user turn to answer")
+            found = "two assistant turns at their end, one after the other" if chat else "no user turn to answer"
+            raise UserError(f"{row.source}: messages have {found}")
         if last is None or self.told_nothing or not is_learned(last):
             last = None
         earlier = [
@@ -167,21 +181,23 @@ def chat_that_answers(row: dict, found: dict[str, str]) -> str | None:
     value = unpacked(look_up(row, column))
     last = value[-1] if isinstance(value, list) and value else None
     role = (last.get("role") or last.get("from")) if isinstance(last, dict) else None
-    return column if ROLES.get(role, role) == "assistant" else None
+    return column if role_of(role) == "assistant" else None
 
 
 def check_whole(row: Row, found: dict[str, str]) -> None:
     """Raise UserError for a row of which the prompt would be a part only."""
     column = found.get("messages") or found["prompt"]
-    if isinstance(row.value.get("label"), bool) and found.get("demonstration") in ("completion", "response"):
+    told = chat_that_answers(row.value, found) or found.get("demonstration") in ("completion", "response")
+    if told and isinstance(look_up(row.value, spelled(row.value, "label")), bool):
         raise UserError(
             f"{row.source}: the column 'label' says which completions are good (TRL's KTO), and all of them would be "
             'imitated: keep the good ones and drop the column, or data.columns = {demonstration = ""}'
         )
     unsaid = () if column in OWN or "messages" in found else UNSAID
-    for name in (*unsaid, *UNSEEN):
-        if row.value.get(name) and not (column == "instruction" and name in MORE):
-            what = "text is all that is trained on" if name in UNSEEN else "write the whole prompt into one column"
+    for alias in (*unsaid, *UNSEEN):
+        name = spelled(row.value, alias)
+        if row.value.get(name) and name != column and not (column.lower() == "instruction" and alias in MORE):
+            what = "text is all that is trained on" if alias in UNSEEN else "write the whole prompt into one column"
             raise UserError(
                 f"{row.source}: the column {name!r} would not be seen, the prompt is {column!r} alone; {what}, "
                 f"or say that it is the prompt: data.columns = {{{'messages' if 'messages' in found else 'prompt'} = "
@@ -193,8 +209,8 @@ def whole_chat(row: Row, taken: dict[str, str]) -> tuple[list[Turn], int]:
     """The chat with its demonstration at the end, and where in it the turns begin that may be learned from."""
     column = taken.get("messages") or taken["prompt"]
     value = look_up(row.value, column)
-    if column == "instruction" and isinstance(value, str):
-        more = (row.value.get(each) for each in MORE)
+    if column.lower() == "instruction" and isinstance(value, str):
+        more = (row.value.get(spelled(row.value, each)) for each in MORE)
         value = "\n".join([value, *(each for each in more if isinstance(each, str) and each.strip())])
     chat = to_chat(value, f"{row.source}: {column}", padded=row.padded)
     if "system" in taken:
@@ -246,12 +262,18 @@ def fits(name: str, row: dict, column: str | None) -> bool:
     if name == "answer":
         return isinstance(value, (str, int, float)) or (isinstance(value, list) and len(value) == 1)
     if name == "system":
-        return isinstance(value, str) and bool(value.strip())
+        return bool(value.strip() if isinstance(value, str) else value)
     if column.lower() == "generations":
         return first_right(row, value) is not None
     if column.lower() == "target":
         return isinstance(value, list) and all(isinstance(each, dict) for each in value)
     return isinstance(value, (str, list, dict))
+
+
+def rated(row: dict) -> bool:
+    """Whether the row has OpenR1's generations with a verdict on each."""
+    column = spelled(row, "generations")
+    return isinstance(row.get(column), list) and any(isinstance(row.get(name), list) for name in VERDICTS)
 
 
 def first_right(row: dict, generations: Any) -> str | None:
@@ -271,8 +293,8 @@ def worked(answer: Any) -> bool:
 
 
 def is_learned(turn: Turn) -> bool:
-    """An assistant turn, unless it has OpenAI's sign for one that is not to be learned from."""
-    return turn["role"] == "assistant" and turn.get("weight", 1) != 0
+    """An assistant turn, unless it has OpenAI's or axolotl's sign for one that is not to be learned from."""
+    return turn["role"] == "assistant" and turn.get("weight", 1) != 0 and turn.get("train") is not False
 
 
 def spelled(row: dict, alias: str) -> str | None:

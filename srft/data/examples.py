@@ -9,6 +9,8 @@ from typing import Any, Literal
 Split = Literal["train", "eval"]
 Turn = dict[str, Any]
 HELD_OUT = 8  # one prompt in so many is for evaluation
+# What chat templates see of a turn.
+SEEN = ("role", "content", "tool_calls", "name", "reasoning_content", "reasoning", "thinking")
 RESERVED = ("prompts", "completions", "task")  # what a reward function gets by these names is not a column
 
 
@@ -54,6 +56,8 @@ def digest(parts: Iterable[Any]) -> str:
 
 
 def prompt_hash(example: Example) -> int:
-    told = [*example.messages, example.tools] if example.tools else example.messages
+    """The same for prompts that a chat template writes alike: what else a turn has, an id or a date, does not count."""
+    told = [{key: turn[key] for key in SEEN if key in turn} for turn in example.messages]
+    told += [example.tools] if example.tools else []
     text = json.dumps(told, sort_keys=True, ensure_ascii=False, default=str)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

@@ -1,4 +1,4 @@
-"""Rows that are too long: refused, left out or cut, as data.overlong says, with one word about all of them.
+"""Examples as token ids. What is too long is refused, left out or cut, as data.overlong says; with a word about all.
 
 problems = fit(prompter, examples, config.data, True, {"train.token_budget": 2048}, generated=256)
 """
@@ -13,7 +13,7 @@ from srft.data.examples import Example
 from srft.data.prompts import Problem, Prompter
 from srft.errors import UserError
 
-ADVICE = 'data.overlong = "drop" leaves such rows out, "cut" cuts them'
+ADVICE = 'data.overlong = "drop" leaves such examples out, "cut" cuts them'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +36,21 @@ def fit(
     """The examples as token ids, within data.max_prompt_tokens and `limits`, which bound a prompt with what follows it.
 
     limits: from the name of a limit to tokens.   generated: tokens that a rollout may have; 0 where none is made.
-    Raises UserError for the longest where data.overlong is "error", and where nothing is left.
+    Raises UserError for the longest where data.overlong is "error", for one that the chat template does not take where
+    data.broken is, and where nothing is left.
     """
     limits = dict(sorted((limits or {}).items(), key=lambda each: each[1]))
     problems: list[Problem] = []
     too_long: list[Excess] = []
+    broken: list[UserError] = []
     for example in examples:
-        problem: Problem | None = prompter.problem(example, with_demonstration)
+        try:
+            problem: Problem | None = prompter.problem(example, with_demonstration)
+        except UserError as error:
+            if config.broken == "error":
+                raise
+            broken.append(error)
+            continue
         if excess := excess_of(problem, config.max_prompt_tokens, limits, generated):
             too_long.append(excess)
             limit = min(limits.values(), default=math.inf)
@@ -50,7 +58,12 @@ def fit(
             problem = cut(problem, prompter, config.max_prompt_tokens, limit, generated) if cuts else None
         problems += [problem] if problem else []
     if too_long:
-        tell(too_long, len(examples), len(examples) - len(problems), config.overlong)
+        tell(too_long, len(examples), len(examples) - len(broken) - len(problems), config.overlong)
+    if broken and not problems:
+        raise UserError(f"{broken[0]} (nothing is left of {len(examples)} examples)")
+    if broken:
+        done = f"{len(broken)} of {len(examples)} examples are left out, the first: {broken[0]}"
+        print(f"warning: data.broken: {done}", file=sys.stderr)
     return problems
 
 
@@ -91,36 +104,34 @@ def cut(problem: Problem, prompter: Prompter, most: int, limit: float, generated
 
 
 def with_shorter_prompt(problem: Problem, prompter: Prompter, room: int) -> Problem | None:
-    """The longest turn loses its beginning, then the one that is longest now: all else of the prompt stays, the system
-    prompt and what the chat template writes around the turns. None where that alone is longer than `room`."""
+    """Turns lose their beginning, the first one first, the question last: what the system says stays, and what the chat
+    template writes around the turns. None where that alone is longer than `room`."""
     example, prompt = problem.example, problem.prompt
-    turns = [prompter.ids(turn["content"] or "") for turn in example.messages]
-    messages = list(example.messages)
-    while len(prompt) > room:
-        longest = max(range(len(turns)), key=lambda number: len(turns[number]))
-        if len(turns[longest]) < 2:
-            return None
-        turns[longest] = turns[longest][len(prompt) - room :] or turns[longest][-1:]
-        content = prompter.tokenizer.decode(turns[longest], clean_up_tokenization_spaces=False)
-        messages[longest] = {**messages[longest], "content": content.lstrip("\ufffd")}  # half a character
-        example = dataclasses.replace(example, messages=list(messages))
-        prompt = prompter.encode_prompt(example)
-    return Problem(example, prompt, problem.demonstration)
+    for number, turn in enumerate(example.messages):
+        ids = prompter.ids(turn["content"] or "")
+        while len(prompt) > room and len(ids) > 1 and turn["role"] not in ("system", "developer"):
+            ids = ids[len(prompt) - room :] or ids[-1:]
+            content = prompter.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+            shorter = {**turn, "content": content.lstrip("\ufffd")}  # half a character
+            messages = [*example.messages[:number], shorter, *example.messages[number + 1 :]]
+            example = dataclasses.replace(example, messages=messages)
+            prompt = prompter.encode_prompt(example)
+    return Problem(example, prompt, problem.demonstration) if len(prompt) <= room else None
 
 
 def tell(too_long: list[Excess], rows: int, left_out: int, overlong: str) -> None:
     count, longest = len(too_long), max(too_long, key=lambda each: each.tokens - each.limit)
-    others = f"{count} of {rows} rows are too long, this one most; " if count > 1 else ""
+    others = f"{count} of {rows} examples are too long, this one most; " if count > 1 else ""
     if overlong == "error":
         raise UserError(f"{longest.message} ({others}{ADVICE})")
     if left_out == rows:
         cannot = " and cannot be cut to that" if overlong == "cut" else ""
-        raise UserError(f"{longest.message} (all {rows} rows are too long{cannot}, so nothing is left)")
-    done = [f"{count - left_out} of {rows} rows are cut"] if count > left_out else []
-    done += [f"{left_out} of {rows} rows are left out"] if left_out else []
+        raise UserError(f"{longest.message} (all {rows} examples are too long{cannot}, so nothing is left)")
+    done = [f"{count - left_out} of {rows} examples are cut"] if count > left_out else []
+    done += [f"{left_out} of {rows} examples are left out"] if left_out else []
     print(f"warning: data.overlong: {', '.join(done)}; the longest: {longest.message}", file=sys.stderr)
 
 
 def shorten(example: Example, length: int = 60) -> str:
-    text = example.messages[-1]["content"] or ""
+    text = max((turn["content"] or "" for turn in example.messages), key=len)
     return text if len(text) <= length else text[:length] + "…"

@@ -6,20 +6,20 @@ prompter.encode_demonstration(example)     # ids of the demonstration as the mod
 prompter.problem(example)                  # both, however long: overlong.py says what becomes of them
 """
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from srft.config import DataConfig
 from srft.data.examples import Example, Turn
 from srft.data.tasks import SYSTEM_PROMPT
-from srft.data.templates import Template
+from srft.data.templates import OTHER, REFUSALS, Template, forms
 from srft.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-SENTINEL = "a0z"  # no template changes it and no tokenizer merges it with a special token
 
 
 @dataclass(frozen=True)
@@ -45,22 +45,29 @@ class Prompter:
 
     def encode_prompt(self, example: Example) -> list[int]:
         """Token ids of the prompt."""
+        text = self.prompt_text(example)
         if self.template:
-            return self.ids(self.template.prompt(self.chat(example), example.tools, example.where))
-        self.check_plain(example)
-        text = "\n\n".join(turn["content"] or "" for turn in self.chat(example)) + "\n"
+            return self.ids(text)
         ids = self.tokenizer.encode(text, add_special_tokens=True)
         return ids[:-1] if ids[-1] == self.end_id else ids  # a tokenizer that closes its input would end the text
 
+    def prompt_text(self, example: Example) -> str:
+        if self.template:
+            return self.template.prompt(self.chat(example), example.tools, example.where)
+        self.check_plain(example)
+        text = "\n\n".join(turn["content"] or "" for turn in self.chat(example))
+        apart = text[-1:].isspace() or (example.demonstration or "")[:1].isspace()
+        return text if apart else text + "\n"
+
     def encode_demonstration(self, example: Example) -> list[int]:
         """Token ids of the demonstration and of the end of the turn; the demonstration must not be None."""
-        text = example.demonstration
+        text, ended, prompt = example.demonstration, True, self.prompt_text(example)
         if self.template:
-            chat, turn = self.chat(example), example.turn or {"role": "assistant", "content": text}
-            prompt = self.template.prompt(chat, example.tools, example.where)
-            text = self.template.continuation(prompt, chat, example.tools, turn, example.where)
-        # Encoded by itself, as a rollout is: its first token follows the prompt's last one unmerged.
-        return [*self.ids(text), self.end_id]
+            turn = example.turn or {"role": "assistant", "content": text}
+            text, ended = self.template.continuation(prompt, self.chat(example), example.tools, turn, example.where)
+        ids = self.ids_behind(prompt, text)
+        # A turn that the template ends by a token of its own, as some do after a call, has its end.
+        return [*ids, self.end_id] if ended or not is_special(self.tokenizer, ids[-1]) else ids
 
     def problem(self, example: Example, with_demonstration: bool = True) -> Problem:
         """Raises UserError for a prompt that is empty, and for what the chat template does not take."""
@@ -76,6 +83,20 @@ class Prompter:
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def ids_behind(self, prompt: str, text: str) -> list[int]:
+        """Token ids of a text as a rollout has them, whose first token follows the prompt's last one unmerged."""
+        if self.marks_beginnings:
+            for before in (prompt, "\n"):
+                start, whole = self.ids(before), self.ids(before + text)
+                if whole[: len(start)] == start:
+                    return whole[len(start) :]
+        return self.ids(text)
+
+    @cached_property
+    def marks_beginnings(self) -> bool:
+        """Whether the tokenizer takes the beginning of a text for that of a word, as SentencePiece does."""
+        return self.ids("\na") != self.ids("\n") + self.ids("a")
 
     def decode(self, ids: list[int]) -> str:
         """Text without special tokens."""
@@ -111,11 +132,18 @@ def build_prompter(tokenizer: "PreTrainedTokenizerBase", config: DataConfig) -> 
 def end_of_turn(tokenizer: "PreTrainedTokenizerBase", templated: bool = True) -> int:
     """The id that ends an assistant's turn in the chat template, else the tokenizer's end of sequence."""
     if tokenizer.chat_template and templated:
-        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": SENTINEL}]
-        tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(SENTINEL)[2]
-        for token in tokenizer.encode(tail, add_special_tokens=False):
-            if token in tokenizer.all_special_ids or token in tokenizer.added_tokens_decoder:
-                return token
+        for chat in forms([{"role": "user", "content": "?"}, {"role": "assistant", "content": OTHER}]):
+            with contextlib.suppress(*REFUSALS):
+                _, said, tail = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(OTHER)
+                if said:
+                    for token in tokenizer.encode(tail, add_special_tokens=False):
+                        if is_special(tokenizer, token):
+                            return token
+                    break
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-sequence token: set eos_token in its tokenizer_config.json")
     return tokenizer.eos_token_id
+
+
+def is_special(tokenizer: "PreTrainedTokenizerBase", token: int) -> bool:
+    return token in tokenizer.all_special_ids or token in tokenizer.added_tokens_decoder

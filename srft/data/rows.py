@@ -20,7 +20,8 @@ from typing import Any, BinaryIO
 
 from srft.errors import UserError, first_line, missing
 
-TRAINED, HELD_OUT = ("train",), ("test", "validation", "valid", "val", "dev", "eval")  # splits, as datasets name them
+TRAINED = ("train", "training")  # splits, as datasets name them
+HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval", "heldout")
 CARDS = ("dataset_info.json", "dataset_infos.json")  # tell about a dataset and hold no rows
 
 Numbered = Iterator[tuple[int, Any]]  # of a line, or of a row counted from 1; and its value, or a UserError
@@ -59,6 +60,7 @@ def rows_of_files(path: str, file: Path, option: str) -> Iterator[Row]:
         task = task.split("*")[0].strip("-_.") or file.parent.name
         if not named:
             raise UserError(f"{path}: no file of a known format has such a name ({', '.join(READERS)})")
+        check_splits(path, named)
     elif not known(path):
         raise UserError(f"{path}: expected a file that ends in {', '.join(READERS)}, each also with .gz")
     elif not file.is_file():
@@ -78,7 +80,7 @@ def rows_of_files(path: str, file: Path, option: str) -> Iterator[Row]:
 def shards(path: str, directory: Path, option: str) -> list[str]:
     """The files of a directory: those that a saved dataset lists, else all of a known format, by their names."""
     if (directory / "dataset_dict.json").is_file():
-        splits = json.loads((directory / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        splits = card(directory / "dataset_dict.json", "splits")
         wanted = TRAINED if option == "data.train_file" else HELD_OUT
         split = next((each for each in wanted if each in splits), None)
         if split is None:
@@ -86,21 +88,37 @@ def shards(path: str, directory: Path, option: str) -> list[str]:
             raise UserError(f"{path}: a dataset of {', '.join(splits)}; {advice}")
         directory /= split
     if (directory / "state.json").is_file():
-        state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-        return [str(directory / each["filename"]) for each in state["_data_files"]]
-    found, splits = [], {}
+        return [str(directory / each["filename"]) for each in card(directory / "state.json", "_data_files")]
+    found = []
     for each in sorted(directory.rglob("*")):
         parts = each.relative_to(directory).parts
         if each.is_file() and known(each.name) and each.name not in CARDS and not any(p.startswith(".") for p in parts):
             found.append(str(each))
-            words = [re.match("[a-z]*", part.lower())[0] for part in parts]
-            splits |= {word: str(each) for word in words if word in TRAINED + HELD_OUT}
     if not found:
         raise UserError(f"{path}: the directory holds no file of a known format ({', '.join(READERS)})")
+    check_splits(path, found, directory)
+    return found
+
+
+def card(file: Path, key: str) -> Any:
+    """What a file of `save_to_disk` tells about its dataset."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = f"no {key!r} can be read in it ({type(error).__name__}: {first_line(error)})"
+        raise UserError(f"{file}: {found}; save the dataset again, or name its files") from error
+
+
+def check_splits(path: str, found: list[str], directory: Path | None = None) -> None:
+    """Raise UserError where files are of several splits, by the words of their names."""
+    splits: dict[str, str] = {}
+    for each in found:
+        name = Path(each).relative_to(directory).as_posix() if directory else Path(each).name
+        word = next((word for word in re.findall("[a-z]+", name.lower()) if word in TRAINED + HELD_OUT), None)
+        splits |= {"train" if word in TRAINED else word: each} if word else {}
     if len(splits) > 1:
         advice = f"name those of one, such as {next(reversed(splits.values()))}"
         raise UserError(f"{path}: holds files of {' and '.join(splits)}; {advice}")
-    return found
 
 
 def kind(path: str) -> str:
@@ -166,7 +184,9 @@ def read_json(stream: BinaryIO, path: str) -> Numbered:
     if isinstance(value, dict):
         lists = {name: each for name, each in value.items() if isinstance(each, list)}
         if len(lists) == 1 and all(isinstance(each, dict) for each in next(iter(lists.values()))):
-            value = next(iter(lists.values()))
+            held = next(iter(lists.values()))
+            turns = any("role" in each or "from" in each for each in held)
+            value = [value] if turns else held  # one row, whose chat it is
     if not isinstance(value, list):
         found = f"an object with {', '.join(map(str, value))}" if isinstance(value, dict) else type(value).__name__
         raise UserError(f"{path}: expected a list of objects, or an object that holds one such list, found {found}")

@@ -2,7 +2,7 @@
 
 template = Template(tokenizer, "<|im_end|>", {"enable_thinking": False})
 prompt = template.prompt(messages, tools, where)              # text, up to where the model starts to speak
-template.continuation(prompt, messages, tools, turn, where)   # text, up to where the model's turn ends
+template.continuation(prompt, messages, tools, turn, where)   # text, up to where the model's turn ends, and if by `end`
 """
 
 import inspect
@@ -33,6 +33,8 @@ THOUGHT = re.compile(
     r"(?P<opening><(?P<name>(?:\w+:)?(?:think|thinking|thought|reasoning))>|\[THINK\])(?P<space>\s*)"
     r"(?P<closed>(?:</(?P=name)>|\[/THINK\])\s*)?\Z"
 )
+OTHER = "a0z"  # what no chat says, no template changes and no tokenizer merges with a special token
+PLAIN = 32  # so many characters are not in a text by chance
 REFUSALS = (TemplateError, TypeError, KeyError, ValueError, AttributeError)  # of templates that expect another chat
 
 
@@ -56,69 +58,127 @@ class Template:
                 raise UserError(f"data.template_args.{name}: {found}")
 
     def prompt(self, messages: list[Turn], tools: Tools, where: str) -> str:
-        """The chat and the beginning of an answer; UserError where the template refuses it, or passes over a part."""
-        text = self.write(messages, tools, where, add_generation_prompt=True)
-        for tool in tools or ():
-            if tool["function"]["name"] not in text:
-                advice = 'take a model that knows tools, or leave them out: data.columns = {tools = ""}'
-                raise UserError(f"{where}: tools: the chat template of the tokenizer does not show them; {advice}")
-        for turn in messages:
-            if not shows_calls(text, turn):
-                raise UserError(f"{where}: tool_calls: the chat template of the tokenizer does not show them")
-        return text
+        """The chat and the beginning of an answer, in the first form of the chat that the template shows whole.
 
-    def continuation(self, prompt: str, messages: list[Turn], tools: Tools, turn: Turn, where: str) -> str:
-        """What the assistant's `turn` adds to the prompt, without the token that ends it.
+        Raises UserError where it takes none, or passes over a turn, a call or a tool in each.
+        """
+        refused: BaseException | None = None
+        missed = ""
+        for chat in forms(messages):
+            try:
+                text = self.write(chat, tools, add_generation_prompt=True)
+            except REFUSALS as error:
+                refused = refused or error
+                continue
+            unseen = self.passed_over(text, chat, tools, add_generation_prompt=True)
+            if not unseen:
+                return text
+            missed = missed or unseen
+        if missed:
+            raise UserError(f"{where}: {missed}")
+        raise UserError(f"{where}: the chat template of the tokenizer refuses it: {first_line(refused)}") from refused
+
+    def continuation(self, prompt: str, messages: list[Turn], tools: Tools, turn: Turn, where: str) -> tuple[str, bool]:
+        """What the assistant's `turn` adds to the prompt, without the token that ends it, and whether that is `end`.
 
         As the template writes it, where that goes on from the prompt and keeps every part; else its text as it is.
         """
         thought = THOUGHT.search(prompt)
         start = thought.start() if thought else len(prompt)
-        try:
-            whole = self.write([*messages, turn], tools, where)
-        except UserError:  # a template may know no answer that is given
-            whole = ""
-        written = None
-        if whole.startswith(prompt):
-            written = self.before_end(whole[len(prompt) :])
-        elif "tool_calls" in turn and whole.startswith(prompt[:start]):  # the call stands where the thought would
-            written = self.before_end(whole[start:])
-        if written is None or not shows(prompt[start:] + written, turn):
-            if "tool_calls" in turn:
+        calls = "tool_calls" in turn
+        for chat in forms([*messages, turn]):
+            try:
+                whole = self.write(chat, tools)
+            except REFUSALS:  # it may know no answer that is given
+                continue
+            if whole.startswith(prompt):
+                written = whole[len(prompt) :]
+            elif calls and whole.startswith(prompt[:start]):  # the call stands where the thought would
+                written = whole[start:]
+            else:
+                continue
+            before, end, _ = written.rpartition(self.end)
+            written = before if end else written.rstrip()
+            if shows(prompt[start:] + written, turn) and not (calls and self.unseen(whole, chat, len(chat) - 1, tools)):
+                break
+        else:
+            if calls:
                 found = "the chat template of the tokenizer does not show them as what follows the prompt"
                 raise UserError(f"{where}: tool_calls of the demonstration: {found}")
-            written = text_of(turn)
-        return written if thought is None else after_thought(thought, written, where)
+            written, end = text_of(turn), self.end
+        return written if thought is None else after_thought(thought, written, where), bool(end)
 
-    def before_end(self, text: str) -> str:
-        before, end, _ = text.rpartition(self.end)
-        return before if end else text.rstrip()
+    def write(self, chat: list[Turn], tools: Tools, **args: Any) -> str:
+        """The template's text; raises what it raises, one of REFUSALS."""
+        text = self.tokenizer.apply_chat_template(chat, **{"tokenize": False, "tools": tools, **args, **self.args})
+        if "None" in text and any(turn["content"] is None for turn in chat):
+            raise ValueError("content that is null is printed")
+        in_lists = any(isinstance(turn["content"], list) for turn in chat)
+        if in_lists and re.search(r"""['"]type['"]: ['"]text['"]""", text):
+            raise ValueError("content that is in parts is printed as a list")
+        return text
 
-    def write(self, messages: list[Turn], tools: Tools, where: str, **args: Any) -> str:
-        """The template's text of the first form of the chat that it takes."""
-        refused: BaseException | None = None
-        given = {"tokenize": False, "tools": tools, **args, **self.args}
-        for chat in forms(messages):
-            try:
-                text = self.tokenizer.apply_chat_template(chat, **given)
-            except REFUSALS as error:
-                refused = refused or error
-                continue
-            if "None" not in text or all(turn["content"] is not None for turn in chat):  # content that is null, printed
-                return text
-        raise UserError(f"{where}: the chat template of the tokenizer refuses it: {first_line(refused)}") from refused
+    def passed_over(self, text: str, chat: list[Turn], tools: Tools, **args: Any) -> str:
+        """What the template does not show of a chat that it wrote as `text`, or ""."""
+        for index, tool in enumerate(tools or ()):
+            other = {**tool, "function": {**tool["function"], "name": OTHER}}
+            if self.same(text, chat, [*tools[:index], other, *tools[index + 1 :]], **args):
+                advice = 'take a model that knows tools, or leave them out: data.columns = {tools = ""}'
+                return f"tools: the chat template of the tokenizer does not show them; {advice}"
+        unseen = (self.unseen(text, chat, index, tools, **args) for index in range(len(chat)))
+        return next(filter(None, unseen), "")
+
+    def unseen(self, text: str, chat: list[Turn], index: int, tools: Tools, **args: Any) -> str:
+        """The same of one turn: what might be another, and the text the same."""
+        alone = squeezed(text)
+        for what, other in variants(chat[index], alone):
+            if self.same(text, [*chat[:index], other, *chat[index + 1 :]], tools, **args):
+                if what == "tool_calls":
+                    return "tool_calls: the chat template of the tokenizer does not show them"
+                named = f"turn {index + 1}, of the role {chat[index]['role']!r}"
+                return f"{named}: the chat template of the tokenizer does not show it"
+        return ""
+
+    def same(self, text: str, chat: list[Turn], tools: Tools, **args: Any) -> bool:
+        try:
+            return self.write(chat, tools, **args) == text
+        except REFUSALS:  # so it looked
+            return False
 
 
 def forms(messages: list[Turn]) -> Iterator[list[Turn]]:
-    """A chat as it is, then with what some templates want instead: arguments as text, no null, no system turn."""
-    blank = [{**turn, "content": turn["content"] or ""} for turn in messages]
-    for chat in [messages] if blank == messages else [messages, blank]:
-        yield chat
-        if any("tool_calls" in turn for turn in chat):
-            yield [as_text(turn) for turn in chat]
-    system, *rest = blank
-    if rest and system["role"] == "system":  # Gemma's: the user's first turn says it
-        yield [{**rest[0], "content": f"{system['content']}\n\n{rest[0]['content']}"}, *rest[1:]]
+    """A chat as it is, then with what some templates want instead: no null, arguments as text, other roles, parts."""
+    made: list[list[Turn]] = []
+    for change in (as_it_is, developer_as_system, system_in_user, in_parts):
+        changed = change(messages)
+        blank = [{**turn, "content": turn["content"] or ""} for turn in changed]
+        for chat in (changed, [as_text(turn) for turn in changed], blank, [as_text(turn) for turn in blank]):
+            if chat not in made:
+                made.append(chat)
+                yield chat
+
+
+def as_it_is(chat: list[Turn]) -> list[Turn]:
+    return chat
+
+
+def developer_as_system(chat: list[Turn]) -> list[Turn]:
+    return [{**turn, "role": "system"} if turn["role"] == "developer" else turn for turn in chat]
+
+
+def system_in_user(chat: list[Turn]) -> list[Turn]:
+    """Gemma's: the user's first turn says it."""
+    system, *rest = developer_as_system(chat)
+    if not rest or system["role"] != "system":
+        return chat
+    return [{**rest[0], "content": f"{system['content']}\n\n{rest[0]['content']}"}, *rest[1:]]
+
+
+def in_parts(chat: list[Turn]) -> list[Turn]:
+    """As templates of models that see images want text."""
+    return [
+        {**turn, "content": [{"type": "text", "text": turn["content"]}]} if turn["content"] else turn for turn in chat
+    ]
 
 
 def as_text(turn: Turn) -> Turn:
@@ -132,22 +192,31 @@ def as_text(turn: Turn) -> Turn:
     return {**turn, "tool_calls": calls}
 
 
-def shows_calls(text: str, turn: Turn) -> bool:
-    """Whether the names of the functions that a turn calls stand in the text, and those of their arguments."""
-    functions = [call["function"] for call in turn.get("tool_calls", ())]
-    told = [name for each in functions for name in (each["name"], *as_names(each["arguments"]))]
-    return all(name in text for name in told)
+def variants(turn: Turn, text: str) -> Iterator[tuple[str, Turn]]:
+    """The turn with something else in place of each part that `text`, without spaces, does not plainly hold.
 
-
-def as_names(arguments: Any) -> list[str]:
-    return list(map(str, arguments)) if isinstance(arguments, dict) else []
+    Thoughts of earlier turns, and what is said beside a call, are for the template to leave out.
+    """
+    content = turn["content"]
+    said = content[0]["text"] if isinstance(content, list) else content
+    plain = said and len(squeezed(said)) >= PLAIN and squeezed(said) in text
+    if said and said.strip() and not plain and "tool_calls" not in turn:
+        yield "content", {**turn, "content": OTHER if content is said else [{"type": "text", "text": OTHER}]}
+    calls = turn.get("tool_calls", [])
+    for at, call in enumerate(calls):
+        function, given = call["function"], call["function"]["arguments"]
+        changed = [{**function, "name": OTHER}]
+        if given:
+            changed.append({**function, "arguments": {OTHER: OTHER} if isinstance(given, dict) else OTHER})
+        for each in changed:
+            yield "tool_calls", {**turn, "tool_calls": [*calls[:at], {**call, "function": each}, *calls[at + 1 :]]}
 
 
 def shows(text: str, turn: Turn) -> bool:
-    """Whether every part of the turn stands in the text, spaces apart."""
+    """Whether all that the turn says and thinks stands in the text, spaces apart."""
+    alone = squeezed(text)
     parts = [turn["content"], *(turn.get(key) for key in THOUGHTS)]
-    text_alone = squeezed(text)
-    return all(squeezed(part) in text_alone for part in parts if isinstance(part, str)) and shows_calls(text, turn)
+    return all(squeezed(part) in alone for part in parts if isinstance(part, str))
 
 
 def squeezed(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Do objective, data and settings fit? Asked before the model is loaded: else a run would go on, and to nothing."""
+"""Do objective, data and settings fit? Asked before weights are loaded: else a run would go on, and to nothing."""
 
 import dataclasses
 import math
@@ -6,8 +6,9 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from srft.config import Config
-from srft.data import Example
+from srft.data import Example, Problem, Prompter, fit
 from srft.errors import UserError
+from srft.model import POSITIONS
 from srft_kernels.objectives import Objective
 
 
@@ -59,7 +60,20 @@ def check_demonstrations(objective: Objective, config: Config, examples: Sequenc
             f"{learns}, and none of {len(examples)} examples has one (other columns: {found}); name the column of the "
             "solutions with data.columns, or take a preset that learns from rollouts alone, such as grpo"
         )
-    print(f"warning: {learns}, and {without} of {len(examples)} examples have none", file=sys.stderr)
+    left_out = "" if "rollouts" in objective.learns_from else ", which are left out"
+    print(f"warning: {learns}, and {without} of {len(examples)} examples have none{left_out}", file=sys.stderr)
+
+
+def training_problems(
+    config: Config, prompter: Prompter, examples: list[Example], objective: Objective, positions: float
+) -> list[Problem]:
+    """All examples as token ids: what is too long is found before any time is spent, whatever the steps."""
+    demonstrations, rollouts = (kind in objective.learns_from for kind in ("demonstrations", "rollouts"))
+    most = {"train.token_budget": config.train.token_budget, POSITIONS: positions}
+    problems = fit(prompter, examples, config.data, demonstrations, most, config.rollout.max_new_tokens * rollouts)
+    if problems and not rollouts and not any(each.demonstration for each in problems):
+        raise UserError(f"loss.preset {config.loss.preset!r} learns from demonstrations, but no example has one")
+    return problems
 
 
 def with_steps(config: Config, prompts: int) -> Config:

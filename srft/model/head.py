@@ -14,7 +14,7 @@ from torch import Tensor
 from srft.errors import UserError, first_line
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def head_of(model: "PreTrainedModel") -> dict[str, Any]:
@@ -42,9 +42,9 @@ def head_of(model: "PreTrainedModel") -> dict[str, Any]:
 POSITIONS = "the model's max_position_embeddings"
 
 
-def positions(model: "PreTrainedModel") -> float:
-    """The most tokens of a sequence; infinity where the model does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+def positions(config: "PreTrainedConfig") -> float:
+    """The most tokens of a sequence; infinity where the model's config does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def hidden_states(

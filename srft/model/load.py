@@ -1,10 +1,12 @@
 """Loading a causal language model with its tokenizer.
 
-    loaded = load_model(config.model)            # the embedded model, a directory, a GGUF file, or a hub name
+    tokenizer, positions = load_tokenizer(config.model)      # what is known without the weights
+    loaded = load_model(config.model)                        # the embedded model, a directory, a GGUF file, a hub name
 
 Every model is probed when it is loaded: one whose logits head.py cannot reproduce is refused.
 """
 
+import importlib.util
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +19,8 @@ from srft.data.prompts import end_of_turn
 from srft.errors import UserError, first_line, missing, nearest
 from srft.model.dropout import without_dropout
 from srft.model.embedded import embedded_model
-from srft.model.gguf import read_gguf
-from srft.model.head import check_head
+from srft.model.gguf import read_gguf, unreadable_gguf
+from srft.model.head import check_head, positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,17 +43,21 @@ class LoadedModel:
     pad_id: int
 
 
-def load_model(config: ModelConfig, option: str = "model.path") -> LoadedModel:
+def load_model(
+    config: ModelConfig, option: str = "model.path", tokenizer: "PreTrainedTokenizerBase | None" = None
+) -> LoadedModel:
     """The model and tokenizer that `config.path` names, on its device and in its type, ready to train.
 
     Raises UserError for a device that is not there, a path that is neither a model directory nor a hub name that can be
     fetched, a directory without tokenizer or without all weights, code of the model's own that is not trusted, and a
     model whose head works in an unknown way.
-    `option`: what messages call the path.
+    option: what messages call the path.   tokenizer: where `load_tokenizer` has read it already.
     """
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
-    tokenizer, model = read(config, device, dtype, option)
+    if tokenizer is None:
+        tokenizer, _ = load_tokenizer(config, option)
+    model = load_weights(config, device, dtype, option)
     model.to(device)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -63,33 +69,48 @@ def load_model(config: ModelConfig, option: str = "model.path") -> LoadedModel:
     return LoadedModel(model.train(), tokenizer, device, dtype, eos_ids, pad_id)
 
 
-def read(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype, option: str
-) -> tuple["PreTrainedTokenizerBase", "PreTrainedModel"]:
+def load_tokenizer(config: ModelConfig, option: str = "model.path") -> tuple["PreTrainedTokenizerBase", float]:
+    """The tokenizer of `config.path` alone, and the most tokens that a sequence of the model may have.
+
+    Raises UserError as `load_model` does.
+    """
+    path, where, settings = source(config, option)
+    from transformers import AutoConfig, AutoTokenizer
+
+    given = {"trust_remote_code": config.trust_remote_code}
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils.logging import disable_progress_bar
-    except ImportError as error:
-        raise missing("transformers", "loading models") from error
+        tokenizer = AutoTokenizer.from_pretrained(path, **settings, **given)
+    except Exception as error:
+        check_trust(error, where)
+        if settings:
+            raise unreadable_gguf(where, error) from error
+        advice = f"give a directory, or the name of a model on a hub in reach{nearest(config.path, [EMBEDDED])}"
+        if Path(path).is_dir():
+            advice = f"save one there: tokenizer.save_pretrained({config.path!r})"
+        raise UserError(f"{where}: no tokenizer could be loaded from it ({first_line(error)}); {advice}") from error
+    try:
+        return tokenizer, positions(AutoConfig.from_pretrained(path, **settings, **given))
+    except Exception as error:
+        check_trust(error, where)
+        if settings:
+            raise unreadable_gguf(where, error) from error
+        raise UserError(f"{where}: no causal LM could be loaded from it: {first_line(error)}") from error
+
+
+def load_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype, option: str) -> "PreTrainedModel":
+    path, where, gguf = source(config, option)
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
     disable_progress_bar()  # a bar for half a second of reading
     if device.type == "cpu":
         for handler in logging.getLogger("transformers").handlers:
             handler.addFilter(not_of_cuda_kernels)
-    where = f"{option} {config.path!r}"
-    path = str(embedded_model()) if config.path == EMBEDDED else check_path(config.path, where)
     # "auto" is not a name that transformers knows: asked for nothing, it takes the best that the architecture has.
     attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     settings = attention | {"trust_remote_code": config.trust_remote_code}  # None would ask on stdin
-    if path.endswith(".gguf"):
-        return read_gguf(Path(path), where, dtype, **settings)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    except Exception as error:
-        advice = f"give a directory, or the name of a model on a hub in reach{nearest(config.path, [EMBEDDED])}"
-        if Path(path).is_dir():
-            advice = f"save one there: tokenizer.save_pretrained({config.path!r})"
-        check_trust(error, where)
-        raise UserError(f"{where}: no tokenizer could be loaded from it ({first_line(error)}); {advice}") from error
+    if gguf:
+        return read_gguf(Path(path) / gguf["gguf_file"], where, dtype, **settings)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **settings)
     except Exception as error:
@@ -102,7 +123,24 @@ def read(
         raise UserError(f"{where}: no causal LM could be loaded from it: {first_line(error)}") from error
     if absent := sorted(report["missing_keys"]):  # transformers would train them from random values
         raise UserError(f"{where}: no whole causal LM: {len(absent)} weights are missing in it, such as {absent[0]}")
-    return tokenizer, model
+    return model
+
+
+def source(config: ModelConfig, option: str) -> tuple[str, str, dict[str, str]]:
+    """Where transformers finds the model, what messages call it, and what it needs to read a GGUF file.
+
+    Raises UserError where a package is missing, or nothing can be there.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise missing("transformers", "loading models")
+    where = f"{option} {config.path!r}"
+    path = str(embedded_model()) if config.path == EMBEDDED else check_path(config.path, where)
+    if not path.endswith(".gguf"):
+        return path, where, {}
+    if importlib.util.find_spec("gguf") is None:
+        raise missing("gguf", where)
+    file = Path(path)
+    return str(file.parent), where, {"gguf_file": file.name}
 
 
 def not_of_cuda_kernels(record: logging.LogRecord) -> bool:

@@ -200,6 +200,6 @@ def test_bad_data_from_the_real_command(command, tmp_path, tiny_dir):
         [sys.executable, "-m", "srft", command, *settings], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 2
-    expected = f"srft: error: {data}:2: the column 'prompt' or 'messages' is missing; found columns: question\n"
+    expected = f"srft: error: {data}:2: question: expected text or a chat, found 1\n"
     assert done.stderr.endswith(expected) and "Traceback" not in done.stderr
     assert {each.name for each in Path(tmp_path).iterdir()} == {"train.jsonl"}

@@ -11,9 +11,12 @@ from srft.config import DataConfig
 from srft.data import Example, build_prompter
 from srft.errors import UserError
 from srft.learn.credit import advantages_of, reward_metrics
+from srft.learn.job import training_problems
+from srft.learn.objective import build_objective
 from srft.learn.packing import Sequence, pack
 from srft.metrics import DESCRIPTIONS
 from srft.model import LoadedModel
+from srft.model.head import positions
 from srft.rewards import Scorer
 from srft.rollout import Engine, Rollout
 from srft.settings import load
@@ -39,7 +42,9 @@ def make(loaded: LoadedModel, *overrides: str, data=None, reward=length_reward, 
     small = "--train.prompts_per_step=3 --rollout.per_prompt=3 --rollout.max_new_tokens=8 --train.lr=1e-3"
     config = load(None, [*small.split(), *overrides])
     prompter = build_prompter(loaded.tokenizer, DataConfig(system_prompt=""))
-    return Trainer(config, loaded, prompter, Scorer("test", reward), examples() if data is None else data, **options)
+    objective, limit = build_objective(config.loss), positions(loaded.model.config)
+    problems = training_problems(config, prompter, examples() if data is None else data, objective, limit)
+    return Trainer(config, loaded, prompter, Scorer("test", reward), problems, **options)
 
 
 def fresh(dtype: torch.dtype = torch.float32, **changes) -> LoadedModel:

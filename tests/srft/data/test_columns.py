@@ -223,3 +223,72 @@ def test_names_that_are_mistaken(columns, expected):
     with pytest.raises(UserError) as error:
         read("openr1.jsonl", columns=columns)
     assert expected in str(error.value)
+
+
+def test_roles_in_any_case_and_roles_that_nobody_has(tmp_path):
+    turns = [{"from": "Human", "value": "Q?"}, {"from": "GPT", "value": "A"}]
+    (one,) = rows(tmp_path, {"conversations": turns, "answer": "A"})
+    assert (one.messages, one.demonstration) == ([{"role": "user", "content": "Q?"}], "A")
+    with pytest.raises(UserError, match=r":1: messages: expected a turn of system, .* found the role 'critic'"):
+        rows(tmp_path, {"messages": [{"role": "critic", "content": "x"}, USER]})
+
+
+@pytest.mark.parametrize("text", [str, lambda turns: __import__("json").dumps(turns, indent=1)])
+def test_chats_in_cells(tmp_path, text):
+    told = [{"role": "assistant", "content": "7"}]
+    (one,) = rows(tmp_path, {"prompt": text([USER]), "completion": text(told)})
+    assert (one.messages, one.demonstration) == ([USER], "7")
+    (one,) = rows(tmp_path, {"prompt": text(USER), "completion": text(told[0])})
+    assert (one.messages, one.demonstration) == ([USER], "7")
+    (one,) = rows(tmp_path, {"prompt": text([USER, *told])})
+    assert one.demonstration == "7"
+    with pytest.raises(UserError, match=r"rows.jsonl:1: prompt: expected a chat as JSON, found .* cannot be read"):
+        rows(tmp_path, {"prompt": text([USER])[:-3]})
+
+
+def test_columns_in_capitals(tmp_path):
+    (one,) = rows(tmp_path, {"Instruction": "Add.", "Input": "3, 4", "Output": "7"})
+    assert (one.prompt, one.demonstration) == ("Add.\n3, 4", "7")
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (
+            {"question": "Q", "input": "X", "answer": 3},
+            "the column 'input' would not be seen, the prompt is",
+        ),
+        ({"Body": "A story.", "Question": "How much?", "Answer": 3}, "the column 'Body' would not be seen"),
+        ({"messages": [USER, {"role": "assistant", "content": "no"}], "label": False}, "the column 'label' says which"),
+        ({"question": 3, "answer": 1}, "question: expected text or a chat, found 3"),
+        ({"chosen": "a", "rejected": "b"}, "of preference data only the chosen can be imitated"),
+        (
+            {"messages": [USER, *[{"role": "assistant", "content": "a"}] * 2]},
+            "messages have two assistant turns at their end, one after the other",
+        ),
+    ],
+)
+def test_what_would_be_lost_or_mistaken_is_refused(tmp_path, row, expected):
+    with pytest.raises(UserError) as error:
+        rows(tmp_path, row)
+    assert str(error.value).startswith(f"{tmp_path}/rows.jsonl:1: ") and expected in str(error.value)
+
+
+def test_older_functions_and_systems_that_are_turns(tmp_path):
+    chat = [{"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": "{}"}}]
+    row = {"messages": [USER, *chat], "functions": [{"name": "add"}], "system": [BRIEF]}
+    (one,) = rows(tmp_path, row)
+    assert one.tools == [{"type": "function", "function": {"name": "add"}}] and one.messages == [BRIEF, USER]
+
+
+def test_a_chat_beside_rated_generations_is_not_taken_for_right(tmp_path):
+    chat = [USER, {"role": "assistant", "content": "wrong"}]
+    row = {"problem": QUESTION, "solution": "s", "generations": ["wrong", "right"], "messages": chat}
+    assert rows(tmp_path, row | {"correctness_math_verify": [False, True]})[0].demonstration == "right"
+    assert rows(tmp_path, row)[0].demonstration == "wrong"
+
+
+def test_what_axolotl_does_not_train_on(tmp_path):
+    chat = [USER, {"role": "assistant", "content": "a", "train": False}, USER, {"role": "assistant", "content": "b"}]
+    (row,) = read_examples(write(tmp_path / "chats.jsonl", [{"messages": chat}]), DataConfig(turns="all"))
+    assert [each.demonstration for each in row] == ["b"]

@@ -85,3 +85,11 @@ def test_columns_of_other_names_are_told(tmp_path, capsys):
     path = write(tmp_path / "train.jsonl", [{"question": str(i), "answer": f"so\n#### {i}"} for i in range(9)])
     load_sides(DataConfig(train_file=path), 0, 0)
     assert capsys.readouterr().out == f"{path}: prompt from 'question'; demonstration from 'answer'\n"
+
+
+def test_a_date_in_a_turn_makes_no_other_prompt(tmp_path):
+    """Else a prompt would be trained on and held out."""
+    turns = [{"role": "user", "content": f"q{i % 20}", "turn_identifier": i} for i in range(80)]
+    path = write(tmp_path / "wild.jsonl", [{"messages": [turn], "demonstration": "a"} for turn in turns])
+    train, held_out = load(path), load(path, "eval")
+    assert not {each.messages[0]["content"] for each in train} & {each.messages[0]["content"] for each in held_out}

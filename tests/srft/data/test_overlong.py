@@ -31,7 +31,8 @@ def test_the_longest_is_refused_and_the_others_counted():
     message = "t:3: the prompt has 70 tokens, data.max_prompt_tokens is 30; raise it or shorten 'ppp"
     assert str(error.value).startswith(message)
     assert str(error.value).endswith(
-        '(3 of 4 rows are too long, this one most; data.overlong = "drop" leaves such rows out, "cut" cuts them)'
+        "(3 of 4 examples are too long, this one most; "
+        'data.overlong = "drop" leaves such examples out, "cut" cuts them)'
     )
 
 
@@ -39,9 +40,11 @@ def test_rows_that_are_left_out(capsys):
     assert sizes(problems("drop")) == [(5, 3)]
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(
-        "warning: data.overlong: 3 of 4 rows are left out; the longest: t:3: the prompt has 70 tokens"
+        "warning: data.overlong: 3 of 4 examples are left out; the longest: t:3: the prompt has 70 tokens"
     )
-    with pytest.raises(UserError, match=r"t:0: the prompt has 40 .*\(all 1 rows are too long, so nothing is left\)"):
+    with pytest.raises(
+        UserError, match=r"t:0: the prompt has 40 .*\(all 1 examples are too long, so nothing is left\)"
+    ):
         problems("drop", [(40, 3)])
 
 
@@ -50,7 +53,7 @@ def test_rows_that_are_cut(capsys):
     assert sizes(found) == [(5, 3), (30, 3), (5, 45), (30, 3)]
     assert found[1].prompt == problems("error", [(60, 3)], most=99, limits={})[0].prompt[-30:]
     assert found[2].demonstration[-1] != 0 and found[2].example.demonstration == "d" * 45  # that much of it is scored
-    assert "3 of 4 rows are cut" in capsys.readouterr().err
+    assert "3 of 4 examples are cut" in capsys.readouterr().err
 
 
 def chat_of(*turns, most, system=""):
@@ -71,11 +74,13 @@ def test_what_the_chat_template_writes_is_not_cut():
     assert cut.startswith(header) and cut.endswith("end" + footer) and 3 < len(cut) < len(whole)
 
 
-def test_the_longest_turn_is_cut_and_characters_stay_whole():
-    turns = [("user", "a short one"), ("assistant", "long " * 20), ("user", "the question")]
+def test_the_first_turns_are_cut_before_the_question_and_characters_stay_whole():
+    turns = [("user", "long " * 20), ("assistant", "a short one"), ("user", "the question")]
     cut = chat_of(*turns, most=110, system="Be brief.")
     assert all(text in cut for text in ("Be brief.", "a short one", "the question", "long long"))
     assert "long " * 20 not in cut
+    cut = chat_of(("system", "Rules. " * 9), *turns, most=128)
+    assert "Rules. " * 9 in cut and cut.endswith("question<|end|>\n<|start|>assistant\n") and "short" not in cut
     assert "\ufffd" not in chat_of(("user", "日本語" * 20), most=50)
 
 
@@ -85,8 +90,8 @@ def test_what_cannot_be_cut_is_left_out(capsys):
     talk = [{"role": "user", "content": "?"}] * 20
     given = [Example(messages, "d", None, "t") for messages in (talk, [{"role": "user", "content": "x" * 60}])]
     assert len(fit(prompter, given, config, True)) == 1
-    assert "1 of 2 rows are cut, 1 of 2 rows are left out" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"all 1 rows are too long and cannot be cut to that, so nothing is left"):
+    assert "1 of 2 examples are cut, 1 of 2 examples are left out" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"all 1 examples are too long and cannot be cut to that, so nothing is left"):
         fit(prompter, given[:1], config, True)
 
 
@@ -102,3 +107,19 @@ def test_room_for_rollouts():
 def test_nothing_is_said_where_all_fit(capsys):
     assert len(problems("drop", [(5, 3)])) == 1
     assert capsys.readouterr().err == ""
+
+
+def test_what_the_template_does_not_take_is_refused_or_left_out(capsys):
+    calls = [{"type": "function", "function": {"name": "add", "arguments": {}}}]
+    bad = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+    examples = [Example(messages, "d", None, "t", source="t:1") for messages in (bad, bad[:1])]
+    config = DataConfig(train_file="x", broken="drop")
+    prompter = build_prompter(byte_tokenizer(), config)
+    assert len(fit(prompter, examples, config, True)) == 1
+    assert capsys.readouterr().err.startswith(
+        "warning: data.broken: 1 of 2 examples are left out, the first: t:1: tool"
+    )
+    with pytest.raises(UserError, match=r"t:1: tool_calls: .*nothing is left of 1 examples"):
+        fit(prompter, examples[:1], config, True)
+    with pytest.raises(UserError, match=r"t:1: tool_calls"):
+        fit(prompter, examples, DataConfig(train_file="x"), True)

@@ -182,3 +182,98 @@ def test_what_a_template_does_not_show_is_refused(given, expected):
     with pytest.raises(UserError) as error:
         written(TEMPLATE, given)
     assert str(error.value).startswith(f"t.jsonl:1: {expected}")
+
+
+# As Qwen3's and others: roles that it does not know are passed over.
+SOME = HEAD.replace("%}<|start|>", "%}{% if turn.role in ('system', 'user', 'assistant') %}<|start|>") + (
+    "{{ turn.content }}<|end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+# As those of models that see images.
+PARTS = (
+    "{% for turn in messages %}<|start|>{{ turn.role }}\n{% for part in turn.content %}{% if part['type'] == 'text' %}"
+    "{{ part['text'] }}{% endif %}{% endfor %}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+def prompt_of(chat_template, messages, **settings):
+    prompter = build_prompter(byte_tokenizer(chat_template), DataConfig(train_file="train.jsonl"))
+    return prompter.tokenizer.decode(prompter.encode_prompt(Example(messages, None, None, "t", source="t.jsonl:1")))
+
+
+def test_a_turn_that_the_template_passes_over_is_refused_or_written_as_the_system():
+    developer = [{"role": "developer", "content": "Be brief."}, *QUESTION]
+    assert prompt_of(SOME, developer).startswith("<|start|>system\nBe brief.<|end|>")
+    with pytest.raises(UserError, match=r"t.jsonl:1: turn 1, of the role 'tool': the chat template .* not show it"):
+        prompt_of(SOME, [{"role": "tool", "content": "a long result of a tool, of which nothing is seen"}, *QUESTION])
+    prompter = build_prompter(byte_tokenizer(SOME), DataConfig(train_file="train.jsonl"))
+    problem = prompter.problem(Example(developer, "7", None, "t"))
+    assert prompter.tokenizer.decode(problem.demonstration) == "7<|end|>"
+
+
+def test_a_template_that_wants_parts_gets_them():
+    assert prompt_of(PARTS, QUESTION) == "<|start|>user\n3 + 4?<|end|>\n<|start|>assistant\n"
+    assert written(PARTS, "It is 7.") == ("", "It is 7.<|end|>")
+
+
+def test_a_second_call_that_is_lost_is_refused():
+    first = TOOLS.replace("turn.tool_calls", "(turn.tool_calls or [])[:1]")
+    two = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [CALL, {**CALL, "function": CALL["function"] | {"name": "add"}}],
+    }
+    two["tool_calls"][1] = {"type": "function", "function": {"name": "add", "arguments": {"a": 5, "b": 6}}}
+    tools = [{"type": "function", "function": {"name": "add"}}]  # which names what is called
+    with pytest.raises(UserError, match=r"tool_calls of the demonstration: the chat template .* does not show them"):
+        written(first, example(two, tools=tools))
+    with pytest.raises(UserError, match=r"t.jsonl:1: tool_calls: the chat template .* does not show them"):
+        written(first, example(None, [*QUESTION, two, *QUESTION], tools))
+    assert written(TOOLS, example(two, tools=tools))[1].count("<call>") == 2
+
+
+def test_a_call_that_ends_the_turn_itself_gets_no_other_end():
+    """As gpt-oss's and Gemma 4's."""
+    ends = TOOLS.replace("</call>{% endfor %}", "</call>{% endfor %}{% if turn.tool_calls %}<|start|>{% else %}") + ""
+    ends = ends.replace("<|end|>\n{% endfor %}{% if add", "<|end|>\n{% endif %}{% endfor %}{% if add")
+    call = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    answer = written(ends, example(call))[1]
+    assert answer.endswith("</call><|start|>") and "<|end|>" not in answer
+    assert written(ends, "It is 7.")[1] == "It is 7.<|end|>"
+
+
+def sentencepiece():
+    """A tokenizer that marks the beginnings of words, as Llama 2's: that of a text too."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(set("▁<|end|>startuserassistantIt is 7.3+4?\n"))
+    words = ["<unk>", "<|end|>", "<|start|>", *letters, "It", "▁It"]
+    model = models.BPE(
+        vocab={word: i for i, word in enumerate(words)}, merges=[("I", "t"), ("▁", "It")], unk_token="<unk>"
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Replace("▁", " ")
+    tokenizer.add_special_tokens(["<|end|>", "<|start|>"])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+@pytest.mark.parametrize("template", ["auto", "none"])
+def test_a_demonstration_begins_as_a_rollout_does_and_not_as_a_text(template):
+    tokenizer = sentencepiece()
+    prompter = build_prompter(tokenizer, DataConfig(train_file="x", template=template))
+    assert tokenizer.tokenize("It")[0] == "▁It"
+    problem = prompter.problem(Example(QUESTION, "It is 7.", None, "t"))
+    assert tokenizer.convert_ids_to_tokens(problem.demonstration)[:2] == ["It", "▁"]
+    assert tokenizer.convert_ids_to_tokens(problem.prompt)[-1] == "\n"
+
+
+def test_plain_text_is_joined_by_a_new_line_where_nothing_else_parts_it():
+    prompter = build_prompter(byte_tokenizer(None), DataConfig(train_file="x"))
+    for prompt, demonstration in (("def f(a):\n    return", " a"), ("Q: ", "7"), ("3 + 4?", "7")):
+        problem = prompter.problem(Example([{"role": "user", "content": prompt}], demonstration, None, "t"))
+        whole = prompter.tokenizer.decode(problem.prompt + problem.demonstration)
+        assert whole == prompt + "\n" * (prompt == "3 + 4?") + demonstration + "<|end|>"
