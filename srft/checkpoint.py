@@ -91,7 +91,10 @@ def _state_io(function: str, state: dict[str, Tensor], directory: Path, ranks: R
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # of one process, as it should be
             getattr(dcp, function)(state, checkpoint_id=directory, no_dist=ranks.size == 1)
-    except dcp.CheckpointException as error:  # not an Exception
+    except dcp.CheckpointException as error:  # not an Exception; it takes signals for failures too
+        for failure, *_ in error.failures.values():
+            if isinstance(failure, KeyboardInterrupt):
+                raise failure from None
         raise OSError("; ".join(str(failure[0]) for failure in error.failures.values())) from error
 
 
@@ -102,7 +105,7 @@ def resumable(directory: str) -> Path:
     """
     path = Path(directory)
     if (path / STATE).is_dir():
-        return path
+        return path.resolve() if path.name in ("", "..") else path
     if newest := newest_with_state(path):
         return newest
     where = f"--resume {directory}: expected the directory of a run with run.checkpoint_every"

@@ -16,9 +16,19 @@ from srft.evaluation import Evaluation, Scores, scores_of, table
 from srft.learn.objective import build_objective
 from srft.likelihood import demonstration_loss
 from srft.model import EMBEDDED, POSITIONS, load_model, load_tokenizer
-from srft.rewards import Scorer, build_reward, check_answers
+from srft.rewards import FAILED, Scorer, build_reward, check_answers
 from srft.rollout import Engine, build_engine
 from srft.rundir import finite
+
+
+class Unscored(UserError):
+    """No completion of an evaluation has a reward: there is no number to give then."""
+
+
+def measured_on(problems: list[Problem], config: EvalConfig, max_new_tokens: int) -> str:
+    """A text that is the same for what is measured on the same prompts in the same way."""
+    sampled = [config.samples, config.temperature, config.top_p, config.seed, max_new_tokens]
+    return digest([*((each.example.messages, each.example.answer) for each in problems), sampled])[:16]
 
 
 def evaluate(
@@ -33,11 +43,10 @@ def evaluate(
     """Sample `config.samples` completions of every problem and score them; without a scorer there is the loss alone.
 
     loss: what likelihood.py says of their demonstrations.
-    Raises UserError when nothing was scored: there is no number to give then.
+    Raises Unscored when nothing was.
     """
     examples = [problem.example for problem in problems]
-    sampled = [config.samples, config.temperature, config.top_p, config.seed, max_new_tokens]
-    on = digest([*((each.messages, each.answer) for each in examples), sampled])[:16]
+    on = measured_on(problems, config, max_new_tokens)
     if scorer is None:
         none = Scores(len(examples), math.nan, {}, math.nan, math.nan, 1.0)
         return Evaluation(**vars(none), samples=0, seed=config.seed, loss=loss[0], loss_tokens=loss[1], on=on)
@@ -53,14 +62,13 @@ def evaluate(
     engine.release()
     rollouts = [rollout for group in groups for rollout in group]
     texts = [prompter.decode(rollout.tokens) for rollout in rollouts]
-    rewards = iter(
-        scorer(
-            [example for example in examples for _ in range(config.samples)],
-            texts,
-            finished=[rollout.finished for rollout in rollouts],
-            completion_ids=[rollout.tokens for rollout in rollouts],
-        )
+    scored = scorer(
+        [example for example in examples for _ in range(config.samples)],
+        texts,
+        finished=[rollout.finished for rollout in rollouts],
+        completion_ids=[rollout.tokens for rollout in rollouts],
     )
+    rewards = iter(scored)
     generations = []
     for example, group, start in zip(examples, groups, range(0, len(texts), config.samples)):
         generations.append(
@@ -78,10 +86,12 @@ def evaluate(
     per_task = {task: scores_of([g for g in generations if g["task"] == task], config.samples) for task in tasks}
     overall = scores_of(generations, config.samples)
     if math.isnan(overall.reward):
-        raise UserError(
-            f"reward.name {scorer.name!r}: none of {len(texts)} completions of {len(examples)} held-out prompts was "
-            "scored (every reward is None); give the data what the reward compares with, or take another reward"
-        )
+        failed = sum(FAILED in each for each in scored.details)
+        why = "every reward is None); give the data what the reward compares with, or take another reward"
+        if failed:
+            why = f"{failed} calls of it failed, as told above); mend it, or what it asks"
+        none = f"none of {len(texts)} completions of {len(examples)} held-out prompts was scored"
+        raise Unscored(f"reward.name {scorer.name!r}: {none} ({why}")
     return Evaluation(
         **vars(overall), samples=config.samples, seed=config.seed, loss=loss[0], loss_tokens=loss[1], on=on,
         tasks=per_task, generations=generations,

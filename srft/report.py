@@ -12,7 +12,7 @@ from typing import Any
 from srft.errors import UserError, missing
 from srft.evaluation import Evaluation
 from srft.metrics import DESCRIPTIONS
-from srft.rundir import naming, read_jsonl, read_status
+from srft.rundir import read_jsonl, read_status, write_whole
 
 # Title, the keys drawn in it, and what the y axis shows. Keys that a run does not have are left out.
 CURVES = [
@@ -66,10 +66,8 @@ def build(run_dir: Path) -> Path:
         samples=read_jsonl(run_dir / "samples.jsonl")[-12:],
         config=(run_dir / "config.toml").read_text(encoding="utf-8"),
     )
-    partial = run_dir / ".report.html.partial"
-    with naming(run_dir / "report.html"):
-        partial.write_text(page, encoding="utf-8")
-    return partial.rename(run_dir / "report.html")
+    write_whole(run_dir / "report.html", page)
+    return run_dir / "report.html"
 
 
 def require_packages() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from srft.config import Config, DataConfig
 from srft.data import Example, digest
-from srft.errors import UserError
+from srft.errors import UserError, first_line
 
 MAY_CHANGE = {
     "model": {"device", "attention", "gradient_checkpointing", "trust_remote_code"},
@@ -40,8 +40,8 @@ def check_settings(before: Config, now: Config) -> None:
         said = "; ".join(f"{key} was {old!r}, is {new!r}" for key, old, new in changed)
         may = ", ".join(f"train.{name}" for name in sorted(MAY_CHANGE["train"]))
         raise UserError(
-            f"--resume: that would be another run: {said}. What may change: {may}, eval.*, run.*, and where and how "
-            "fast it runs; a new run starts from a checkpoint with --model.path"
+            f"--resume: that would be another run: {said}. What may change: {may}, eval.*, run.* but run.dir, and "
+            "where and how fast it runs; a new run starts from a checkpoint with --model.path"
         )
 
 
@@ -62,10 +62,14 @@ def check_data(directory: Path, config: DataConfig, now: dict[str, Any]) -> None
     """
     try:
         before = json.loads((directory / DATA).read_text(encoding="utf-8"))
-    except OSError:  # a run of an older version
+        count = before["train"]["examples"]
+    except FileNotFoundError:  # a run of an older version
         return
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = f"it does not tell the run's examples ({type(error).__name__}: {first_line(error)})"
+        raise UserError(f"{directory / DATA}: {found}; --resume needs it as the run wrote it") from error
     if before["train"] != now["train"]:
-        counts = [f"{each['train']['examples']} examples" for each in (before, now)]
+        counts = [f"{each} examples" for each in (count, now["train"]["examples"])]
         others = ", others (rows, their order, or the file's name, which rewards get as the task)"
         where = f" (data.train_file {config.train_file!r})" if config.train_file else ""
         raise UserError(

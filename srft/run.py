@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from tqdm import tqdm
 
 from srft import checkpoint, report, resume, signals, tracker
 from srft.config import Config
 from srft.data import Problem, build_prompter, load_examples, load_sides
 from srft.errors import UserError, disk_full, first_line
-from srft.evaluate import evaluate, held_out_problems, scorer_for
+from srft.evaluate import Unscored, evaluate, held_out_problems, measured_on, scorer_for
 from srft.evaluation import Evaluation, table
 from srft.learn import job as jobs
 from srft.learn.objective import build_objective
@@ -27,14 +28,14 @@ from srft.likelihood import demonstration_loss
 from srft.model import LoadedModel, load_model, load_tokenizer
 from srft.ranks import Ranks, broadcast
 from srft.rewards import build_reward, check_answers
-from srft.rundir import RunLog, create_run_dir, naming, rewind_run_dir, write_status
+from srft.rundir import RunLog, create_run_dir, let_go, rewind_run_dir, write_status, write_whole
 from srft.settings import load, to_toml
 from srft.trainer import Trainer
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run came to. `before` and `after` are one evaluation where no step was due, None with eval.prompts 0."""
+    """What a run came to. `before` and `after` are one evaluation where no step was due, None where there was none."""
 
     directory: Path
     before: Evaluation | None
@@ -50,7 +51,7 @@ class RunResult:
         """What was measured, from what it was before where that was on the same prompts."""
         after, before = self.after, self.before
         if after is None:
-            return ["not evaluated (eval.prompts 0)"]
+            return ["not evaluated"]
         if before is after or not before.comparable(after):
             before = None
         found = []
@@ -96,6 +97,7 @@ def run(config: Config, ranks: Ranks | None = None, resumed: Path | None = None)
             raise
         finally:
             under_way.log.close()
+            let_go(under_way.directory)
         result = RunResult(under_way.directory, *under_way.before_and_after(), time.perf_counter() - started, page)
     print(result)
     return result
@@ -129,8 +131,8 @@ class Run:
         where = f"going on after step {self.done} in" if self.newest else "writing to"
         print(f"{parameters(loaded)} on {on}; {where} {self.directory}")
         self.status("running")
+        ranks.on_end = self.ended
         if ranks.main:
-            ranks.on_end = self.ended
             self.log.trackers = tracker.open_trackers(config.run, self.directory, dataclasses.asdict(config), self.done)
         self.measure()
 
@@ -138,21 +140,33 @@ class Run:
         """The steps that are left, with checkpoints and evaluations where they are due."""
         settings = self.config.run
         # Closed, so that the bar ends before last words are said.
-        with contextlib.closing(steps_with_bar(self.trainer, self.log, self.config, self.done)) as steps:
-            for self.done in steps:
-                signals.release()
+        with contextlib.closing(steps_with_bar(self.trainer, self.config, self.done)) as steps:
+            for self.done, metrics, samples in steps:
+                try:
+                    self.log.metrics(metrics)
+                    self.log.samples(samples)
+                finally:
+                    signals.release()  # the step is whole
                 self.status("running")
                 if settings.checkpoint_every and self.done % settings.checkpoint_every == 0:
                     path = self.directory / f"checkpoint-{self.done}"
                     checkpoint.save(self.loaded, path, self.ranks, self.trainer.optimizer.state())
                     self.can_go_on_from(path)
                 self.measure()
-                if settings.keep_checkpoints and self.ranks.main:
-                    scores = {step: each.score for step, each in self.evaluations.items()}
-                    checkpoint.prune(self.directory, settings.keep_checkpoints, scores)
+                self.prune()
+
+    def prune(self) -> None:
+        """Delete checkpoints that run.keep_checkpoints does not keep; the best is one of those measured alike."""
+        keep = self.config.run.keep_checkpoints
+        if keep and self.ranks.main:
+            last = self.evaluations[max(self.evaluations)] if self.evaluations else None
+            scores = {step: each.score for step, each in self.evaluations.items() if each.comparable(last)}
+            checkpoint.prune(self.directory, keep, scores)
 
     def finish(self) -> Path:
         """Save the model and write the report; returns it."""
+        signals.release()
+        self.prune()
         checkpoint.save(self.loaded, self.directory / "final", self.ranks)
         self.status("finished")
         page = broadcast(self.ranks, lambda: report.build(self.directory))
@@ -160,12 +174,17 @@ class Run:
         return page
 
     def measure(self) -> None:
-        """Evaluate where that is due now, and was not done before the run was resumed."""
-        step, steps, every = self.done, self.config.train.steps, self.config.eval.every
-        due = step in (0, steps) or (every and step % every == 0)
-        if not self.held_out or step in self.evaluations or not due:
-            return
+        """Evaluate where that is due now, and was not done in the same way before the run was resumed.
+
+        Raises UserError where the first one gives no score; a later one is left out, since a service may be down.
+        """
         trainer, config = self.trainer, self.config
+        step, steps, every = self.done, config.train.steps, config.eval.every
+        due = step in (0, steps) or (every and step % every == 0)
+        longest = config.rollout.max_new_tokens
+        known = self.evaluations.get(step)
+        if not self.held_out or not due or (known and known.on == measured_on(self.held_out, config.eval, longest)):
+            return
         if step == 0:
             why = "; no answer is known of them, so that the loss of their demonstrations is measured"
             samples = f" × {config.eval.samples} samples" if self.scorer else why * trainer.learns_from_rollouts
@@ -173,18 +192,22 @@ class Run:
         if self.scorer:
             trainer.refresh_engine()
         loss = demonstration_loss(self.loaded, self.held_out, config.train.token_budget, self.ranks)
-        longest = config.rollout.max_new_tokens
-        result = evaluate(trainer.engine, self.held_out, trainer.prompter, self.scorer, config.eval, longest, loss)
+        try:
+            result = evaluate(trainer.engine, self.held_out, trainer.prompter, self.scorer, config.eval, longest, loss)
+        except Unscored as error:
+            if step == 0:
+                raise
+            tqdm.write(f"warning: not evaluated after {step} of {steps} steps: {error}")
+            return
         self.evaluations[step] = result
         self.log.evaluation(step, result)
         when = f"held-out after {step} of {steps} steps\n" if steps else ""
         tqdm.write(f"{when}{table(result)}")
 
     def before_and_after(self) -> tuple[Evaluation | None, Evaluation | None]:
-        """The first evaluation and the last one."""
-        if not self.held_out:
-            return None, None
-        return self.evaluations[min(self.evaluations)], self.evaluations[self.config.train.steps]
+        """The first evaluation and the one after the last step."""
+        after = self.evaluations.get(self.config.train.steps) if self.held_out else None
+        return (self.evaluations[min(self.evaluations)], after) if after else (None, None)
 
     def can_go_on_from(self, path: Path) -> None:
         self.newest = path
@@ -195,18 +218,21 @@ class Run:
         """The command that goes on with it."""
         return f"srft train --resume {shlex.quote(str(self.directory))}"
 
-    def status(self, state: str, reason: str = "") -> None:
+    def status(self, state: str, reason: str = "", by_any: bool = False) -> None:
         command = self.going_on if self.newest and state != "finished" else ""
         with self.writing:
-            if self.ranks.main:
+            if self.ranks.main or by_any:
                 write_status(self.directory, state, self.done, self.config.train.steps, reason, command)
 
     def ended(self, message: str) -> None:
-        """Write the status of a run of several ranks that another one, or a signal, has ended: the last that is."""
+        """Write the status of a run of several ranks that another one, or a signal, has ended: the last that is.
+
+        Called on the rank that tells of it.
+        """
         self.writing.acquire(timeout=5)
         told = message.removeprefix("srft: ").removeprefix("error: ")
         by_signal = told.startswith(("stopped by a signal", "interrupted"))
-        self.status(*("interrupted", "a signal") if by_signal else ("failed", told))
+        self.status(*("interrupted", "a signal") if by_signal else ("failed", told), by_any=True)
 
     def stop(self, error: BaseException) -> None:
         """Save what was learned until the error, or the signal, and say what there is."""
@@ -292,6 +318,8 @@ def prepared(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> J
     if "rollouts" not in objective.learns_from and any(each.demonstration is not None for each in examples):
         examples = [each for each in examples if each.demonstration is not None]
     data = resume.fingerprint(examples, held_out)
+    if any(each != data for each in ranks.gather(data)):
+        raise UserError("torchrun: the ranks have not the same examples; give all of them the same files")
     if resumed:
         resume.check_data(resumed.parent, began.data, data)
     model = dataclasses.replace(config.model, path=str(resumed)) if resumed else config.model
@@ -320,9 +348,8 @@ def opened(job: Job, ranks: Ranks, resumed: Path | None, done: int) -> Path:
     else:
         directory = broadcast(ranks, lambda: create_run_dir(config.run))
     if ranks.main:
-        for name, text in (("config.toml", settings), (resume.DATA, json.dumps(job.data, indent=1))):
-            with naming(directory / name):
-                (directory / name).write_text(text, encoding="utf-8")
+        write_whole(directory / "config.toml", settings)
+        write_whole(directory / resume.DATA, json.dumps(job.data, indent=1))
     return directory
 
 
@@ -331,8 +358,10 @@ def described(error: BaseException) -> str:
     return first_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
 
 
-def steps_with_bar(trainer: Trainer, log: RunLog, config: Config, done: int = 0) -> Iterator[int]:
-    """Do the steps after `done`, log each, show the bar; yields the number of steps done.
+def steps_with_bar(
+    trainer: Trainer, config: Config, done: int = 0
+) -> Iterator[tuple[int, dict[str, float], list[dict[str, Any]]]]:
+    """Do the steps after `done` and show the bar; yields how many steps are done, and what the trainer tells of each.
 
     UserError where no update can be taken.
     """
@@ -341,13 +370,12 @@ def steps_with_bar(trainer: Trainer, log: RunLog, config: Config, done: int = 0)
     with tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=not steps) as bar:
         for number in range(done + 1, steps + 1):
             metrics, samples = trainer.step(number)
-            log.metrics(metrics)
-            log.samples(samples)
             shown = {"reward": "reward_mean", "entropy": "rollout_entropy", "loss": "loss"}
             known = {name: metrics.get(key, math.nan) for name, key in shown.items()}
             words = [f"{name} {value:.3f}" for name, value in known.items() if math.isfinite(value)]
             bar.set_postfix_str(", ".join([*words, f"{metrics['tokens_per_second']:.0f} tokens/s"]), refresh=False)
             bar.update()
+            yield number, metrics, samples
             idle = 0 if metrics["demo_tokens"] + metrics["rollout_tokens"] else idle + 1
             if idle == patience:
                 tqdm.write(
@@ -356,11 +384,11 @@ def steps_with_bar(trainer: Trainer, log: RunLog, config: Config, done: int = 0)
                 )
             skipped = skipped + 1 if metrics["skipped_updates"] == 1 else 0
             if skipped == patience:
+                wider = "" if trainer.loaded.dtype == torch.float32 else ", or take model.dtype float32"
                 raise UserError(
                     f"training diverged: in {skipped} steps in a row no gradient was finite, so no update was taken; "
-                    "lower train.lr, or take model.dtype float32"
+                    f"lower train.lr{wider}"
                 )
-            yield number
 
 
 def parameters(loaded: LoadedModel) -> str:

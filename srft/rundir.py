@@ -8,14 +8,18 @@ status.json         whether it runs, finished, or why it stopped
 checkpoint-N, final, interrupted-N, report.html, tensorboard/
 """
 
+import contextlib
+import fcntl
+import itertools
 import json
 import math
+import os
 import re
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,45 +27,40 @@ from srft.config import RunConfig
 from srft.errors import UserError, first_line
 from srft.tracker import Tracker
 
-# What a run has before its first evaluation.
-STARTED = ("config.toml", "data.json", "status.json", "report.html", "tensorboard", "wandb")
 OURS = (
-    "config.toml",
-    "data.json",
-    "status.json",
-    "*.jsonl",
-    "report.html",
-    "checkpoint-*",
-    "final",
-    "interrupted-*",
-    "tensorboard",
-    "wandb",
+    *("config.toml", "data.json", "status.json", "metrics.jsonl", "samples.jsonl", "evaluation.jsonl", "report.html"),
+    *("checkpoint-*", "final", "interrupted-*", "tensorboard", "wandb"),
 )
+RUN = ("config.toml", "status.json")  # by which a run's directory is known
 
 
 def create_run_dir(config: RunConfig) -> Path:
-    """Make `run.dir` and return it; {time} becomes the time now.
+    """Make `run.dir`, keep other runs out of it (see `hold`) and return it; {time} becomes the time now.
 
     A directory with something in it is refused, unless `run.overwrite`, or all there is is a run that was stopped
     before it had anything: what an earlier run wrote there then moves to `previous-1` (or the next free number) inside
-    of it. Nothing is ever deleted.
+    of it. Nothing is ever deleted, and nothing moves that no run wrote.
     """
+    if not config.dir.strip():
+        raise UserError("run.dir: expected the name of a directory, found none")
     path = Path(config.dir.replace("{time}", time.strftime("%Y-%m-%dT%H-%M-%S"))).expanduser()
-    if "{time}" in config.dir:  # two runs may start in the same second
-        base, number = path, 2
-        while path.exists():
-            path, number = base.with_name(f"{base.name}-{number}"), number + 1
     if path.exists() and not path.is_dir():
         raise UserError(f"run.dir: {path} is a file; name a directory")
     try:
-        if path.is_dir() and any(path.iterdir()):
+        if "{time}" in config.dir:
+            path = _new(path)
+        path.mkdir(parents=True, exist_ok=True)
+        hold(path)
+        if any(path.iterdir()):
+            if config.overwrite and not _is_run(path):
+                found = f"run.dir: {path} is not the directory of a run ({' and '.join(RUN)} are not in it)"
+                raise UserError(f"{found}, so that run.overwrite moves nothing there; name another one")
             if not (config.overwrite or _only_started(path)):
                 raise UserError(
                     f"run.dir: {path} exists and is not empty; name another directory, or pass --run.overwrite true "
                     "to move what an earlier run wrote there into a subdirectory"
                 )
-            _move_aside(path)
-        path.mkdir(parents=True, exist_ok=True)
+            _set_aside(path, [entry for pattern in OURS for entry in path.glob(pattern)])
         tempfile.TemporaryFile(dir=path).close()  # it may be there and not be ours to write into
     except OSError as error:
         raise UserError(f"run.dir: cannot write into {path}: {error.strerror}; name another directory") from error
@@ -69,44 +68,86 @@ def create_run_dir(config: RunConfig) -> Path:
 
 
 def rewind_run_dir(path: Path, step: int, config: str) -> None:
-    """Make `path` what it was after `step`, where its run goes on; what was written later moves to `previous-N`.
+    """Make `path` what it was after `step`, where its run goes on, and keep other runs out of it.
 
-    So does config.toml if it is to become another one, `config`.
+    What was written later moves to `previous-N`; config.toml is copied there if it is to become another one, `config`.
     """
+    hold(path)
     later = [*path.glob("interrupted-*"), *path.glob("final")]
-    later += [file for file in path.glob("config.toml") if file.read_text(encoding="utf-8") != config]
     later += [each for each in path.glob("checkpoint-*") if (n := each.name[11:]).isdecimal() and int(n) > step]
-    kept = {}
+    anew = {}
     for name in ("metrics.jsonl", "samples.jsonl", "evaluation.jsonl"):
         rows = read_jsonl(path / name)
         up_to = [row for row in rows if row["step"] <= step]
         whole = not (path / name).exists() or (path / name).read_bytes().endswith(b"\n")
         if len(up_to) < len(rows) or not whole:
-            kept[path / name] = path / f".{name}.partial"
-            kept[path / name].write_text("".join(map(_line, up_to)), encoding="utf-8")
-    later += path.glob("status.json") if later or kept else ()
-    _set_aside(path, [*later, *kept])
-    for file, partial in kept.items():
-        partial.rename(file)
+            anew[path / name] = "".join(map(_line, up_to))
+    changed = [file for file in path.glob("config.toml") if file.read_text(encoding="utf-8") != config]
+    if later or anew or changed:
+        _set_aside(path, later, [*anew, *changed, *path.glob("status.json")])
+    for file, text in anew.items():
+        write_whole(file, text)
+
+
+def _new(path: Path) -> Path:
+    """Make the directory, or where it is there `path-2`, …: two runs may start in the same second."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for each in itertools.chain([path], (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))):
+        with contextlib.suppress(FileExistsError):
+            each.mkdir()
+            return each
+    raise AssertionError("numbers do not end")
 
 
 def _only_started(path: Path) -> bool:
-    """Whether all that is there is what a run has before its first evaluation, and it has ended."""
-    found = {entry.name for entry in path.iterdir() if not re.fullmatch(r"previous-\d+", entry.name)}
-    ended = (read_status(path) or {}).get("state") in ("failed", "interrupted")
-    return not found or (ended and found <= set(STARTED))
+    """Whether all there is is what a run has before its first evaluation; it has ended, since the directory is held."""
+    found = {entry.name for entry in path.iterdir() if not re.fullmatch(r"previous-\d+|\..*\.partial", entry.name)}
+    started = {"config.toml", "data.json", "status.json", "report.html", "tensorboard", "wandb"}
+    return found <= started and (not found or _is_run(path))
 
 
-def _move_aside(path: Path) -> None:
-    _set_aside(path, [entry for pattern in OURS for entry in path.glob(pattern)])
+def _is_run(path: Path) -> bool:
+    return any((path / name).is_file() for name in RUN)
 
 
-def _set_aside(path: Path, entries: list[Path]) -> None:
-    if entries:
-        number = next(n for n in range(1, 1_000_000) if not (path / f"previous-{n}").exists())
-        (aside := path / f"previous-{number}").mkdir()
-        for entry in entries:
-            entry.rename(aside / entry.name)
+def _set_aside(path: Path, entries: Sequence[Path], copies: Sequence[Path] = ()) -> None:
+    """Move `entries` to the next `previous-N`, if there is something to move, and copy there what is written anew
+    after this: a run that is killed in between misses nothing."""
+    if not entries and not copies:
+        return
+    number = next(n for n in itertools.count(1) if not (path / f"previous-{n}").exists())
+    (aside := path / f"previous-{number}").mkdir()
+    for copy in copies:
+        shutil.copy2(copy, aside / copy.name)
+    for entry in entries:
+        entry.rename(aside / entry.name)
+
+
+_held: dict[Path, int] = {}  # the directories that this process writes into, with the open files that hold their locks
+
+
+def hold(path: Path) -> None:
+    """Keep other processes from writing into a run's directory, until `let_go` or the end of this one.
+
+    Raises UserError where another one does. Where a file system knows no locks, none is kept out.
+    """
+    if (where := path.resolve()) in _held:
+        return
+    opened = os.open(where, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(opened)
+        raise UserError(f"{path}: another process is writing its run there; wait for its end, or stop it") from error
+    except OSError:
+        pass
+    _held[where] = opened
+
+
+def let_go(path: Path) -> None:
+    """The opposite of `hold`."""
+    if (opened := _held.pop(path.resolve(), None)) is not None:
+        os.close(opened)
 
 
 def write_status(path: Path, state: str, step: int, steps: int, reason: str = "", resume: str = "") -> None:
@@ -115,10 +156,7 @@ def write_status(path: Path, state: str, step: int, steps: int, reason: str = ""
     step of steps are done.   resume: the command that goes on, where one can.
     """
     status = {"state": state, "step": step, "steps": steps, "reason": reason, "resume": resume}
-    partial = path / ".status.json.partial"
-    with naming(path / "status.json"):
-        partial.write_text(_line(status), encoding="utf-8")
-        partial.rename(path / "status.json")
+    write_whole(path / "status.json", _line(status))
 
 
 def read_status(path: Path) -> dict[str, Any] | None:
@@ -175,7 +213,7 @@ class RunLog:
                 print(f"{tracker.name} could not be closed: {first_line(error)}", file=sys.stderr)
 
 
-@contextmanager
+@contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
     """An OSError of writing names `path`: Python's own, of a disk that is full, does not say which file it was."""
     try:
@@ -183,6 +221,14 @@ def naming(path: Path) -> Iterator[None]:
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there as it was, or as it is now, whatever ends the process."""
+    partial = path.with_name(f".{path.name}.partial")
+    with naming(path):
+        partial.write_text(text, encoding="utf-8")
+        partial.rename(path)
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -65,11 +65,11 @@ def held() -> bool:
 
 
 def release() -> None:
-    """Raise the signal that came since `hold`, if any."""
+    """Raise the signal that came, since `hold` or where its exception was lost: Python passes over those of a `__del__`
+    and of the garbage collector's callbacks."""
     _State.held = False
     if _State.waiting is not None:
-        number, _State.waiting = _State.waiting, None
-        raise Interrupted(number)
+        raise Interrupted(_State.waiting)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

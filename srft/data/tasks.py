@@ -7,6 +7,8 @@ its bare answer. All end in "#### answer", which is what the scorers look for.
 import dataclasses
 import hashlib
 import itertools
+import os
+import sys
 from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any
@@ -16,6 +18,9 @@ from srft.data.examples import HELD_OUT, Example, Split, prompt_hash
 from srft.errors import UserError, missing, nearest
 
 SYSTEM_PROMPT = "Work step by step; answer after ####."
+# Tasks of reasoning-gym whose items follow from Python's hash seed, or from where objects lie in memory.
+BY_HASH = ("isomorphic_strings", "polynomial_multiplication", "ransom_note", "word_ladder")
+BY_ADDRESS = ("knight_swap",)
 DEFAULT_SIZE = 4096  # train prompts, where no size is given
 
 
@@ -24,6 +29,7 @@ def generate(config: DataConfig, split: Split, count: int = 0) -> list[Example]:
     if not config.tasks:
         raise UserError("data.tasks: name at least one task, or give a data.train_file")
     check_names([*config.tasks, *config.task_args])
+    check_repeatable(config.tasks)
     count = count or DEFAULT_SIZE
     seed = config.seed if split == "train" else config.eval_seed
     streams = [stream(task, config.task_args, seed, 2 * HELD_OUT * count) for task in dict.fromkeys(config.tasks)]
@@ -52,6 +58,16 @@ def stream(task: str, task_args: dict[str, Any], seed: int, size: int) -> Iterat
         if not repeats:
             seen.add(prompt_hash(example))
             yield example
+
+
+def check_repeatable(tasks: Iterable[str]) -> None:
+    """Raise UserError for a task that another process, a rank or one that resumes, would make in another way."""
+    for task in tasks:
+        if task in BY_ADDRESS:
+            raise UserError(f"data.tasks: {task!r} is made in another way each time: no run could go on with it")
+        if task in BY_HASH and sys.flags.hash_randomization and not os.environ.get("PYTHONHASHSEED", "").isdecimal():
+            found = f"data.tasks: {task!r} is made in another way in each process (it walks through sets)"
+            raise UserError(f"{found}; start with PYTHONHASHSEED=0 in the environment")
 
 
 def check_names(names: Iterable[str]) -> None:

@@ -25,7 +25,7 @@ class Ranks:
 
     rank, size = 0, 1
     last_words = ""  # what a message that ends the run adds: where it stands on disk
-    on_end: Callable[[str], None] | None = None  # called on rank 0 with what ended a run of several ranks
+    on_end: Callable[[str], None] | None = None  # called on one of several ranks with what ended their run
 
     @property
     def main(self) -> bool:

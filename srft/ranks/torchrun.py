@@ -31,6 +31,7 @@ from srft.rewards import Rewards, Scorer
 from srft.rollout import Engine, Rollout
 
 T = TypeVar("T")
+ENDS = (signal.SIGTERM, signal.SIGHUP)
 PATIENCE = 3.0  # seconds in which every living rank answers once one of them has failed
 
 
@@ -46,6 +47,7 @@ class TorchRanks(Ranks):
         agent = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         self.store = dist.PrefixStore("srft", agent)
         self.telling = threading.Lock()
+        self.stands_in = False  # whether this rank writes what the first one cannot
         self._listen()
         if not self.main:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -160,7 +162,7 @@ class TorchRanks(Ranks):
         except dist.DistError:
             gone = f"srft: error: {os.environ['MASTER_ADDR']}, where the ranks meet, does not answer"
             print(gone + self.last_words, file=sys.__stderr__, flush=True)
-        if self.on_end:
+        if self.on_end and (self.main or self.stands_in):
             with contextlib.suppress(Exception):  # must not hide what ended the run
                 self.on_end(said)
         os._exit(code)
@@ -182,6 +184,7 @@ class TorchRanks(Ranks):
             if self._told():
                 self._tell("")
             elif self.rank == min(set(range(self.size)) - set(silent)):
+                self.stands_in = 0 in silent
                 names = " and ".join(f"rank {rank}" for rank in silent)
                 ended = f"{names} of {self.size} ended without a word (killed, out of memory, or its machine is gone)"
                 self._tell(f"srft: error: {ended if silent else 'stopped by a signal'}")
@@ -199,20 +202,22 @@ class TorchRanks(Ranks):
             time.sleep(0.02)
 
     def _listen(self) -> None:
-        """torchrun ends the other ranks by SIGTERM. A thread hears it, also while the main one waits for a GPU."""
+        """torchrun ends ranks by SIGTERM, or by the SIGHUP that it got; heard while the main thread waits for a GPU."""
         reader, self.signals = socket.socketpair()
         self.signals.setblocking(False)
-        signal.signal(signal.SIGTERM, lambda *_: None)  # a signal without a handler is not written anywhere
+        for number in ENDS:
+            signal.signal(number, lambda *_: None)  # a signal without a handler is not written anywhere
         signal.set_wakeup_fd(self.signals.fileno(), warn_on_full_buffer=False)
 
         def end() -> None:
-            while reader.recv(1) != bytes([signal.SIGTERM]):
+            while reader.recv(1)[0] not in ENDS:
                 pass
             self._end(1, self._name_the_lost)
 
         def forget() -> None:
             signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            for number in ENDS:
+                signal.signal(number, signal.SIG_DFL)
 
         os.register_at_fork(after_in_child=forget)  # a reward may run processes of its own
         threading.Thread(target=end, daemon=True).start()

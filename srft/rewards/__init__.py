@@ -2,6 +2,6 @@
 
 from srft.rewards.answers import final_answer, same
 from srft.rewards.build import build_reward, check_answers
-from srft.rewards.scorer import Rewards, Scorer
+from srft.rewards.scorer import FAILED, Rewards, Scorer
 
-__all__ = ["Rewards", "Scorer", "build_reward", "check_answers", "final_answer", "same"]
+__all__ = ["FAILED", "Rewards", "Scorer", "build_reward", "check_answers", "final_answer", "same"]

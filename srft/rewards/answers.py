@@ -6,10 +6,22 @@ MarkRule("auto", "Answer after ####.").counted(prompt, "2 + 3 = 5, and", finishe
 
 import re
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
-NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?")
+DIGITS = r"(?:(?:\d{1,3}(?:,\d{2,3})*,\d{3}|\d+)(?:\.\d+)?|\.\d+)"  # thousands may be parted by commas
+PLAIN = re.compile(rf"[-+]?{DIGITS}(?:[eE][-+]?\d+)?")
+WRITTEN = re.compile(r"(?<![\w.])[-+]?\d[\d,./:^]*")  # a number in a text, with what makes another one of it
+# What stands behind a mark and is a number: it alone, or x = it, and a unit. A second number, or a sign of arithmetic,
+# makes something else of it.
+ALONE = re.compile(rf"(?:[^\W\d]\w*\s*=)?[\s$€£¥(]*(?P<number>[-+]?{DIGITS})(?P<unit>.*)", re.DOTALL)
+UNIT = re.compile(r"(?:[\s%°$€£¥.,;:'\")]|[^\W\d_]{2,}|(?<=[\s°])[^\W\d_])*")
+LATEX = (
+    (r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}", r" \1"),
+    (r"\\([%$])", r"\1"),
+    (r"\{,\}", ","),
+    (r"\\[,;! ]", " "),
+)
 HASHES, BOXED = "####", "\\boxed{"
 ASKS_FOR_BOX = re.compile(r"\\boxed|\bboxed\b")
 ASKS_FOR_HASHES = re.compile(r"(?<!#)####(?!#)")
@@ -56,24 +68,36 @@ class MarkRule:
 
 def number(text: str | None) -> Decimal | None:
     """The number that `text` is, thousands separated by commas or not; None when it is none."""
-    try:
-        return Decimal(text.strip().replace(",", "")) if text else None
-    except InvalidOperation:
-        return None
+    text = (text or "").strip()
+    return Decimal(text.replace(",", "")) if PLAIN.fullmatch(text) else None
 
 
 def final_answer(completion: str, numeric: bool = False) -> str:
     """What stands after the last "####", or in the last \\boxed{…}, else the whole text; stripped.
 
-    numeric: of that, the first number after the mark, or without a mark the last number of the text ("" if none).
+    numeric: of that, the number that the line behind the mark is, a unit left out, or without a mark the last number of
+    the text. "" where that is none: "3/4" is not 3, and neither is "3 or 5".
     """
     _, mark, tail = completion.rpartition(HASHES)
     if not mark and (boxed := completion.rpartition(BOXED)[1:])[0]:
         mark, tail = boxed[0], inside_braces(boxed[1])
     if not numeric:
         return tail.strip()
-    numbers = NUMBER.findall(tail)
-    return numbers[0 if mark else -1] if numbers else ""
+    if mark:
+        return alone(tail.strip().partition("\n")[0] if mark == HASHES else tail)
+    numbers = [each.rstrip(",./:^") for each in WRITTEN.findall(tail)]
+    return numbers[-1] if numbers and number(numbers[-1]) is not None else ""
+
+
+def alone(text: str) -> str:
+    """The number that `text` is, with a unit or without; "" for anything else."""
+    for pattern, plain in LATEX:
+        text = re.sub(pattern, plain, text)
+    text = text.strip().rstrip(".")
+    found = ALONE.fullmatch(text)
+    if number(text) is not None or not found:
+        return text if found else ""
+    return found["number"] if UNIT.fullmatch(found["unit"]) else ""
 
 
 def inside_braces(text: str) -> str:

@@ -145,7 +145,7 @@ def import_function(name: str) -> Callable:
         raise UserError(f"reward.name {name!r}: there is no file {module_name}")
     try:
         module = import_file(file) if file else importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         found = f"importing {module_name!r} raised {type(error).__name__}: {error}"
         looked = "" if file else f"; it is looked for in {here} and among installed packages"
         raise UserError(f"reward.name {name!r}: {found}{looked}") from error

@@ -9,6 +9,7 @@ nor the program's main module, start when they are needed, and end with the pool
 """
 
 import contextlib
+import dataclasses
 import os
 import pickle
 import random
@@ -51,6 +52,7 @@ class Worker:
         )
         theirs.close()
         self.job: int | None = None
+        self.number = 0  # of the jobs that it was given
         self.seconds = self.deadline = self.began = 0.0
         self.loaded = False
         self.alive = True
@@ -60,17 +62,19 @@ class Worker:
         with contextlib.suppress(OSError):  # it has ended, which `answer` finds out
             self.connection.send_bytes(message)
 
-    def begin(self, number: int, message: bytes, seconds: float) -> None:
-        self.job, self.seconds, self.loaded = number, seconds, False
+    def begin(self, job: int, reward: int, columns: bytes, seconds: float) -> None:
+        self.job, self.seconds, self.loaded, self.number = job, seconds, False, self.number + 1
         self.began = time.monotonic()
         self.deadline = self.began + PATIENCE
-        self.send(message)
+        self.send(pickle.dumps((self.number, reward, columns)))
 
     def answer(self) -> list[Part] | Failure | None:
         """What came of its job; None: nothing yet. A process that has ended, or is late, is no longer `alive`."""
         try:
             while self.connection.poll():
-                message = pickle.loads(self.connection.recv_bytes())
+                job, message = pickle.loads(self.connection.recv_bytes())
+                if job != self.number:  # of one that was broken off
+                    continue
                 if message != LOADED:
                     return message
                 self.loaded, self.began = True, time.monotonic()
@@ -93,7 +97,7 @@ class Worker:
             code = 0
         self.stop()
         words = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended its process with code {code}"
-        return Failure("ended" if self.loaded else "unloaded", words)
+        return Failure("ended" if self.loaded else "lost", words)
 
     def stop(self) -> None:
         """End it with all that it started."""
@@ -124,7 +128,7 @@ class Trials:
     def in_vain(self, job: Job) -> Failure | None:
         """What would come of a call that is not worth it."""
         lost = job.reward not in self.worked and self.lost.get(job.reward, 0.0) >= TRIED * job.seconds
-        return self.last[job.reward] if lost else None
+        return dataclasses.replace(self.last[job.reward], called=False) if lost else None
 
 
 class Pool:
@@ -134,6 +138,7 @@ class Pool:
         self.rewards, self.workers = rewards, workers
         self.here = {i for i, each in enumerate(rewards) if not (workers and each.confined)}  # called by this process
         self.able: set[int] = set()  # those that another process could load
+        self.runs = 0
         self.started: list[Worker] = []
         weakref.finalize(self, stop_all, self.started, os.getpid())
 
@@ -144,8 +149,9 @@ class Pool:
         they stand for the others, which fail without a call.
         """
         answers: dict[int, list[Part] | Failure] = {}
-        trials = Trials()
-        waiting = deque(random.Random(0).sample(range(len(jobs)), len(jobs)))
+        trials, again = Trials(), set()
+        self.runs += 1
+        waiting = deque(random.Random(self.runs).sample(range(len(jobs)), len(jobs)))
         try:
             while waiting or self.busy():
                 for number in list(waiting):
@@ -158,10 +164,14 @@ class Pool:
                     if (answer := worker.answer()) is None:
                         continue
                     number, worker.job = worker.job, None
-                    reward = jobs[number].reward
-                    if not isinstance(answer, Failure) or answer.kind != "unloaded":
+                    reward, kind = jobs[number].reward, answer.kind if isinstance(answer, Failure) else ""
+                    if kind == "lost" and number not in again:  # its process had ended for another reason
+                        again.add(number)
+                        waiting.appendleft(number)
+                        continue
+                    if kind not in ("unloaded", "lost"):
                         self.able.add(reward)
-                    elif reward not in self.able:
+                    elif kind == "unloaded" and reward not in self.able:
                         self._keep_here(reward, answer.words)
                         continue
                     trials.note(jobs[number], answer, time.monotonic() - worker.began)
@@ -186,14 +196,14 @@ class Pool:
             if free is None and len(self.started) == self.workers:
                 return
             try:
-                message = pickle.dumps((job.reward, job.columns))
+                columns = pickle.dumps(job.columns)
             except Exception as error:
                 self._keep_here(job.reward, f"its columns cannot be sent there: {error}")
                 continue
             if free is None:
                 free = Worker(pickle.dumps([pickle.dumps(each) for each in self.rewards]))
                 self.started.append(free)
-            free.begin(waiting.popleft(), message, job.seconds)
+            free.begin(waiting.popleft(), job.reward, columns, job.seconds)
 
     def _patience(self) -> float:
         """Until the next deadline, but not so long that a process without a word is found late."""
@@ -201,6 +211,9 @@ class Pool:
         return max(0.0, min(soonest - time.monotonic(), 0.2))
 
     def _forget_the_ended(self) -> None:
+        for worker in self.started:
+            if worker.job is None and worker.process.poll() is not None:  # when it had nothing to do
+                worker.stop()
         self.started[:] = [worker for worker in self.started if worker.alive]
 
     def _keep_here(self, reward: int, reason: str) -> None:

@@ -164,8 +164,11 @@ class Scorer:
             )
             raise UserError(message + hint * chat) from RemoteTraceback(failures[0].trace)
         if failures:
-            lost = f"{len(failures)} of {len(parts)} completions could not be scored, the first: it"
-            self._warn(number, "lost", f"{lost} {failures[0].words}; metric {FAILED} counts them")
+            first = next((each for each in failures if each.called), failures[0])
+            uncalled = sum(not each.called for each in failures)
+            untried = f", {uncalled} of them not tried after calls that all failed" if uncalled else ""
+            lost = f"{len(failures)} of {len(parts)} completions could not be scored{untried}, the first: it"
+            self._warn(number, "lost", f"{lost} {first.words}; metric {FAILED} counts them")
 
     def _warn(self, number: int, kind: str, words: str) -> None:
         if (number, kind) not in self.warned:

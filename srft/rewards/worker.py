@@ -1,9 +1,12 @@
 """What a reward is called by, here or in a process of its own: `call`, and `serve`, the life of such a process.
 
 A process is started with `python -c START descriptor folder …`. Through the descriptor it gets the rewards, then jobs
-(the number of a reward, the columns); to each it answers LOADED, when its time begins to run, and what came of it.
+(a number of its own, that of a reward, the columns); to each it answers LOADED, when its time begins to run, and what
+came of it.
 """
 
+import contextlib
+import ctypes
 import math
 import os
 import pickle
@@ -21,17 +24,20 @@ from srft.errors import UserError
 
 START = "import sys; sys.path[:] = sys.argv[2:]; from srft.rewards.worker import serve; serve(int(sys.argv[1]))"
 LOADED = "loaded"
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h: the signal that a process gets when its parent is gone
 
 Part = tuple[float | None, dict[str, float]]  # a completion's reward, None: not scored; and further numbers about it
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a call gave nothing. kind: "raised", "refused" (what it gave is no reward), "unloaded", "ended", "late"."""
+    """Why a call gave nothing. kind: "raised", "refused" (what it gave is no reward), "unloaded", "ended", "late", or
+    "lost": its process had ended before it was called.   called: false where others like it had failed."""
 
     kind: str
     words: str
     trace: str = ""
+    called: bool = True
 
 
 def call(reward: Any, columns: dict[str, list]) -> list[Part] | Failure:
@@ -43,13 +49,17 @@ def call(reward: Any, columns: dict[str, list]) -> list[Part] | Failure:
     except SystemExit as error:
         return Failure("ended", f"called sys.exit({error.code!r})")
     except Exception as error:
-        return Failure("raised", f"raised {type(error).__name__}: {error}", traceback.format_exc())
+        try:
+            told = str(error)
+        except Exception:  # of an exception that cannot be written
+            told = "…"
+        return Failure("raised", f"raised {type(error).__name__}: {told}", traceback.format_exc())
 
 
 def parts_of(name: str, given: Any, count: int) -> list[Part]:
     """What a function gave, as plain numbers; UserError for what is no list of `count` rewards."""
     where = f"reward.name {name!r}"
-    if isinstance(given, (str, dict)) or not hasattr(given, "__len__"):
+    if isinstance(given, (str, dict)) or not (hasattr(given, "__len__") and hasattr(given, "__getitem__")):
         raise UserError(f"{where}: returned {type(given).__name__}, expected a list with one reward per completion")
     if len(given) != count:
         found = f"returned {len(given)} rewards for {count} completions"
@@ -85,7 +95,9 @@ def plain(value: Any) -> Any:
 def serve(descriptor: int) -> None:
     """Answer jobs until the other side is gone."""
     os.set_inheritable(descriptor, False)  # a program that a reward starts must not hold it open
-    connection = Connection(descriptor)
+    connection, process = Connection(descriptor), os.getpid()
+    with contextlib.suppress(AttributeError, OSError):  # Linux: also while a reward lets no thread run
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
         with open("/proc/self/oom_score_adj", "w") as file:
@@ -97,24 +109,28 @@ def serve(descriptor: int) -> None:
     while True:
         try:
             message = pickle.loads(connection.recv_bytes())
-        except EOFError:
+        except (EOFError, OSError):
             return
         if rewards is None:
             rewards = message
             continue
-        number, columns = message
+        job, number, columns = message
         try:
             reward = pickle.loads(rewards[number]) if number not in loaded else rewards[number]
             reward.load()
+            columns = pickle.loads(columns)
         except BaseException as error:
-            connection.send(Failure("unloaded", f"{type(error).__name__}: {error}"))
+            connection.send((job, Failure("unloaded", f"{type(error).__name__}: {error}")))
             continue
         rewards[number] = reward
         loaded.add(number)
-        connection.send(LOADED)
+        connection.send((job, LOADED))
         answer = call(reward, columns)
-        sys.stdout.flush()  # what a function prints is not lost when its process is ended
-        connection.send(answer)
+        if os.getpid() != process:  # what a reward forked has come back with its exception
+            os._exit(1)
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # it may be closed
+            sys.stdout.flush()  # what a function prints is not lost when its process is ended
+        connection.send((job, answer))
 
 
 def end_with_parent(parent: int) -> None:

@@ -361,7 +361,7 @@ def test_the_held_out_loss_is_the_mean_over_the_demonstrations_tokens(tiny_dir, 
 def test_no_evaluation_where_none_is_asked_for(tiny_dir, tmp_path, capsys):
     result = run(small_run(tiny_dir, tmp_path / "run", "--eval.prompts", "0"))
     assert result.before is result.after is None and not (tmp_path / "run" / "evaluation.jsonl").exists()
-    assert capsys.readouterr().out.strip().splitlines()[-1].startswith("not evaluated (eval.prompts 0) · ")
+    assert capsys.readouterr().out.strip().splitlines()[-1].startswith("not evaluated · ")
 
 
 def test_steps_that_have_nothing_to_learn_from_are_told(tiny_dir, tmp_path, capsys):

@@ -1,11 +1,16 @@
+import contextlib
 import json
 import math
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from srft.config import RunConfig
 from srft.errors import UserError
-from srft.rundir import RunLog, create_run_dir, read_jsonl, read_status, rewind_run_dir, write_status
+from srft.rundir import RunLog, create_run_dir, hold, let_go, read_jsonl, read_status, rewind_run_dir, write_status
 
 
 def test_time_in_the_name_makes_a_new_directory_every_time(tmp_path):
@@ -45,6 +50,7 @@ def test_overwriting_moves_the_earlier_run_aside_and_touches_nothing_else(tmp_pa
     (tmp_path / "mine.txt").write_text("precious")
     for number in (1, 2):
         (tmp_path / "metrics.jsonl").write_text(f"run {number}")
+        (tmp_path / "config.toml").write_text("")
         (tmp_path / "final").mkdir()
         (tmp_path / "interrupted-3").mkdir()
         create_run_dir(config)
@@ -69,7 +75,7 @@ def test_a_run_directory_goes_back_to_a_step_and_loses_nothing(tmp_path):
         assert (tmp_path / name).read_bytes() == b"".join(everything[name].splitlines(keepends=True)[: 2 * per_step])
         assert (tmp_path / "previous-1" / name).read_bytes() == everything[name]
     assert (tmp_path / "evaluation.jsonl").read_bytes() == everything["evaluation.jsonl"]
-    assert {each.name for each in tmp_path.glob("c*")} == {"checkpoint-1", "checkpoint-2", "checkpoint-best"}
+    assert {each.name for each in tmp_path.glob("check*")} == {"checkpoint-1", "checkpoint-2", "checkpoint-best"}
     moved = {"config.toml", "metrics.jsonl", "samples.jsonl", "checkpoint-3", "final"}
     assert {each.name for each in (tmp_path / "previous-1").iterdir()} == moved
     (tmp_path / "config.toml").write_text("new")
@@ -127,12 +133,9 @@ def test_the_status_is_the_last_one(tmp_path):
 
 def test_a_run_that_was_stopped_before_it_had_anything_does_not_block_the_next(tmp_path):
     config = RunConfig(dir=str(tmp_path / "run"))
-    for number, state in enumerate(("failed", "interrupted"), start=1):
+    for number, state in enumerate(("failed", "running"), start=1):  # the second was killed, else it would hold it
         path = create_run_dir(config)
         (path / "config.toml").write_text("")
-        write_status(path, "running", 0, 5)
-        with pytest.raises(UserError, match=r"run\.dir.*not empty"):  # it may still be on its way
-            create_run_dir(config)
         write_status(path, state, 0, 5)
         create_run_dir(config)
         assert read_status(path / f"previous-{number}")["state"] == state
@@ -141,3 +144,68 @@ def test_a_run_that_was_stopped_before_it_had_anything_does_not_block_the_next(t
     (path / "evaluation.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match=r"run\.dir.*not empty"):
         create_run_dir(config)
+
+
+def test_a_directory_that_is_no_run_is_not_moved(tmp_path):
+    for name in ("train.jsonl", "metrics.jsonl"):
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "final").mkdir()
+    with pytest.raises(UserError, match=r"run\.dir: .* is not the directory of a run \(config.toml and status.json"):
+        create_run_dir(RunConfig(dir=str(tmp_path), overwrite=True))
+    (tmp_path / "config.toml").write_text("")
+    create_run_dir(RunConfig(dir=str(tmp_path), overwrite=True))
+    assert (tmp_path / "train.jsonl").read_text() == "mine"  # no run writes a file of this name
+    with pytest.raises(UserError, match=r"run\.dir: expected the name of a directory, found none"):
+        create_run_dir(RunConfig(dir=""))
+
+
+def test_one_process_at_a_time_writes_into_a_directory(tmp_path):
+    program = (
+        "import sys, time; from srft.config import RunConfig; from srft.rundir import create_run_dir\n"
+        f"create_run_dir(RunConfig(dir={str(tmp_path / 'run')!r})); print('there', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        for attempt in (lambda: create_run_dir(RunConfig(dir=str(tmp_path / "run"))), lambda: hold(tmp_path / "run")):
+            with pytest.raises(UserError, match="another process is writing its run there"):
+                attempt()
+        other.kill()
+    create_run_dir(RunConfig(dir=str(tmp_path / "run")))
+    let_go(tmp_path / "run")
+
+
+def test_two_runs_that_start_together_have_two_directories(tmp_path):
+    config = RunConfig(dir=str(tmp_path / "{time}"))
+    with ThreadPoolExecutor(8) as threads:
+        made = list(threads.map(lambda _: create_run_dir(config), range(40)))
+    assert len(set(made)) == 40
+
+
+@pytest.mark.parametrize("point", ["copy2", "rename", "write_text"])
+def test_a_rewind_that_is_broken_off_loses_nothing(tmp_path, monkeypatch, point):
+    class Killed(BaseException):
+        pass
+
+    log = RunLog(tmp_path)
+    for step in (1, 2, 3):
+        log.metrics({"step": step})
+    (tmp_path / "config.toml").write_text("old")
+    (tmp_path / "final").mkdir()
+    owner = shutil if point == "copy2" else type(tmp_path)
+    original = getattr(owner, point)
+    for fatal in range(9):
+        calls = iter(range(fatal))
+
+        def failing(*args, calls=calls, **options):
+            if next(calls, None) is None:
+                raise Killed
+            return original(*args, **options)
+
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            patch.setattr(owner, point, failing)
+            rewind_run_dir(tmp_path, 2, "new")
+    rewind_run_dir(tmp_path, 2, "new")
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert (tmp_path / "config.toml").read_text() == "old" and not (tmp_path / "final").exists()
+    kept = [read_jsonl(each) for each in sorted(tmp_path.glob("previous-*/metrics.jsonl"))]
+    assert any([row["step"] for row in rows] == [1, 2, 3] for rows in kept)

@@ -1,7 +1,9 @@
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -65,3 +67,18 @@ def test_a_forked_process_ends_as_any_other():
         child.terminate()
         child.join(20)
     assert child.exitcode == -signal.SIGTERM
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_whose_exception_was_lost_is_raised_at_the_end_of_the_step():
+    class Late:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)  # where the handler runs, and Python passes over what it raises
+
+    went_on = []
+    with pytest.raises(Interrupted), listening():
+        Late()
+        went_on.append("after the signal")
+        release()
+    assert went_on

@@ -1,5 +1,10 @@
 """Generated tasks: disjoint sides, worked demonstrations that are right, and wrong names."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 
 from srft.config import DataConfig, RewardConfig
@@ -8,7 +13,7 @@ from srft.errors import UserError
 from srft.rewards import build_reward
 
 pytest.importorskip("reasoning_gym")
-from srft.data.tasks import worked_sum
+from srft.data.tasks import BY_ADDRESS, BY_HASH, gym, worked_sum
 
 
 def prompts(examples):
@@ -92,3 +97,27 @@ def test_wrong_settings_are_named(settings, expected):
     with pytest.raises(UserError) as error:
         load_examples(DataConfig(**settings), "train", 2)
     assert str(error.value).startswith(expected)
+
+
+def test_tasks_that_another_process_would_make_in_another_way_are_refused(monkeypatch):
+    program = (
+        "import json, sys; from srft.data.tasks import make\n"
+        "made = {task: [make(task, {}, 7, 3)[i] for i in range(3)] for task in sys.argv[1:]}\n"
+        "print()\n"  # some of them print
+        "made = {task: [(x['question'], x['answer']) for x in items] for task, items in made.items()}\n"
+        "print(json.dumps(made, default=str))"
+    )
+    names = sorted({*gym().DATASETS} - {"composite"})  # which needs other tasks named
+    made = []
+    for seed in ("1", "2"):
+        given = {"env": os.environ | {"PYTHONHASHSEED": seed}, "capture_output": True, "text": True}
+        made.append(
+            json.loads(subprocess.run([sys.executable, "-c", program, *names], **given).stdout.splitlines()[-1])
+        )
+    assert {task for task in names if made[0][task] != made[1][task]} == {*BY_HASH, *BY_ADDRESS}
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    for task, advice in (("ransom_note", "start with PYTHONHASHSEED=0"), ("knight_swap", "no run could go on with it")):
+        with pytest.raises(UserError, match=rf"data.tasks: '{task}' is made in another way .*{advice}"):
+            load_examples(DataConfig(tasks=[task]), "train", 3)
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    assert len(load_examples(DataConfig(tasks=["ransom_note"], task_args={}), "train", 3)) == 3

@@ -82,16 +82,16 @@ def test_the_default_job_asks_for_a_mark(monkeypatch):
     completions = [
         f"It is {one.answer}",
         f"#### 1{one.answer}",
-        f"#### {one.answer} 7",
+        f"#### {one.answer} apples",
         "",
         "no number",
         f"#### x\n{one.answer}",
         f"… {one.answer} = 5\nAdding 1 to {one.answer},",
     ]
     scorer = build_reward(RewardConfig(), data)
-    assert scorer([one] * 7, completions, finished=[True] * 6 + [False]) == [0, 0, 1, 0, 0, 1, 0]
+    assert scorer([one] * 7, completions, finished=[True] * 6 + [False]) == [0, 0, 1, 0, 0, 0, 0]
     lenient = build_reward(RewardConfig(mark="any", workers=0), data)
-    assert lenient([one] * 7, completions, finished=[True] * 6 + [False]) == [1, 0, 1, 0, 0, 1, 0]
+    assert lenient([one] * 7, completions, finished=[True] * 6 + [False]) == [1, 0, 1, 0, 0, 0, 0]
 
 
 def test_a_graded_task_keeps_its_own_scale():

@@ -188,7 +188,8 @@ def test_a_service_that_is_down_costs_a_few_calls_and_not_all(write, capfd, func
     rewards = scorer([example()] * 64, ["hang"] * 64)
     assert time.monotonic() - started < 10  # of 16
     assert rewards == [None] * 64 and all(each["reward_failed"] == 1 for each in rewards.details)
-    assert "64 of 64 completions could not be scored, the first: it" in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert "64 of 64 completions could not be scored, " in told and "not tried after calls that all failed, the" in told
     assert scorer([example()], ["fine"]) == [1.0]
 
 
@@ -255,3 +256,67 @@ def test_a_call_that_is_broken_off_does_not_answer_the_next_one(write, monkeypat
         with pytest.raises(KeyboardInterrupt):
             scorer([example()], ["slow"])
     assert scorer([example()], ["fast"]) == [1.0]
+
+
+def test_a_reward_that_forks_does_not_answer_for_others(write):
+    """Neither do the children that come back from it, with an exception or by sys.exit."""
+    source = (
+        "import os, sys, time\ndef compute_score(data_source, solution_str, ground_truth):\n"
+        "    if solution_str[0] == 'f' and os.fork() == 0:\n        {}\n"
+        "    time.sleep(0.05)\n    return float(solution_str[1:])\n"
+    )
+    texts = [f"{'f' if n % 3 == 1 else 'x'}{n}" for n in range(8)]
+    for child in ("raise ValueError('child')", "sys.exit(0)"):
+        scorer = write(source.format(child), "compute_score", workers=1)
+        for _ in range(3):
+            assert scorer([example()] * 8, texts) == [float(n) for n in range(8)]
+
+
+def test_a_process_that_ends_while_it_has_nothing_to_do_costs_nothing(write, capfd):
+    scorer = write(SOURCE, "compute_score", workers=2)
+    assert scorer([example()] * 4, ["fine"] * 4) == [1.0] * 4
+    for worker in scorer.pool.started:
+        worker.process.kill()
+    assert scorer([example()] * 4, ["fine"] * 4) == [1.0] * 4
+    (worker, *_) = scorer.pool.started
+    worker.process.kill(), worker.process.wait()
+    worker.process.poll = lambda: None  # it ends between the look and the call
+    assert scorer([example()] * 4, ["fine"] * 4) == [1.0] * 4
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux")
+def test_a_reward_that_lets_no_thread_run_ends_with_a_run_that_is_killed(write, tmp_path):
+    source = (
+        'import re\ndef reward(completions):\n    return [bool(re.match(r"(a+)+$", each)) for each in completions]\n'
+    )
+    write(source, workers=1)
+    program = (
+        "import sys; from tests.srft.rewards.conftest import FILE, example\n"
+        "from srft.config import RewardConfig; from srft.rewards import build_reward\n"
+        f"scorer = build_reward(RewardConfig('module_{tmp_path.name}:reward', workers=1), FILE)\n"
+        "scorer([example()], ['a']); print(scorer.pool.started[0].process.pid, flush=True)\n"
+        "scorer([example()], ['a' * 60 + 'b'])\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment) as run:
+        worker = int(run.stdout.readline())
+        time.sleep(1)
+        run.kill()
+    assert gone(worker)
+
+
+def test_a_closed_screen_costs_no_reward(write):
+    scorer = write("import sys\nsys.stdout = None\n" + SOURCE, "compute_score", workers=1)
+    assert scorer([example()] * 2, ["fine"] * 2) == [1.0] * 2
+
+
+def test_a_module_that_exits_when_it_is_imported_is_named(write):
+    with pytest.raises(UserError, match=r"importing 'module_.*' raised SystemExit: 3"):
+        write("import sys\nsys.exit(3)\n")
+
+
+def test_a_set_has_no_order_and_is_no_list_of_rewards(write):
+    scorer = write("def reward(completions):\n    return {1.0, 2.0}\n", workers=1)
+    with pytest.raises(UserError, match="returned set, expected a list with one reward per completion"):
+        scorer([example()] * 2, ["a", "b"])
