@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Lengths = list[tuple[int, str]]  # of a text, and where it is
 BAR = 40
+SHOWN = 20  # broken rows of a file that are named
 
 
 def check(config: Config, tokenizer: "PreTrainedTokenizerBase | None" = None) -> None:
@@ -39,7 +40,10 @@ def check(config: Config, tokenizer: "PreTrainedTokenizerBase | None" = None) ->
     if broken:
         count = len(reading.broken) + len(reading.examples)
         count += len(held_out.broken) + len(held_out.examples) if held_out else 0
-        raise UserError(f'{len(broken)} of {count} rows are broken; data.broken = "drop" leaves them out')
+        advice = 'data.broken = "drop" leaves them out'
+        if len(broken) == count:
+            advice = 'name the columns: data.columns = {prompt = "…", demonstration = "…"}'
+        raise UserError(f"{len(broken)} of {count} rows are broken; {advice}")
 
 
 def told(file: str, reading: Reading, prompter: Prompter | None, config: Config) -> Iterator[UserError]:
@@ -59,8 +63,10 @@ def told(file: str, reading: Reading, prompter: Prompter | None, config: Config)
         most = config.data.max_prompt_tokens
         if long := sum(length > most for length, _ in prompts):
             print(f"  {long} prompts are longer than data.max_prompt_tokens {most}: data.overlong")
-    for error in broken:
+    for error in broken[:SHOWN]:
         print(f"  broken: {error}")
+    if len(broken) > SHOWN:
+        print(f"  broken: and {len(broken) - SHOWN} more")
     yield from broken
 
 
@@ -135,6 +141,8 @@ def leaks(rows: list[list[Example]], apart: list[list[Example]] | None) -> Itera
     """Held-out prompts that are in the training file, exactly, which is put right, or but for spaces and signs."""
     train, held_out = sides(rows, apart)
     yield f"{len(train)} examples to train on, {len(held_out)} prompts held out"
+    if not train:
+        yield "nothing is left to train on: every prompt is held out"
     there = {prompt_hash(row[-1]): row[-1] for row in rows}
     if apart is not None:
         exact = [each for each in held_out if prompt_hash(each) in there]

@@ -187,12 +187,23 @@ def evaluate(arguments: list[str]) -> None:
                 ),
                 None,
             )
-        if (directory / "final").is_dir() and not (directory / "config.json").is_file():
-            checkpoint = str(directory / "final")
+        if not (directory / "config.json").is_file() and (directory / "config.toml").is_file():
+            checkpoint = str(model_of_run(directory))
     config = load(path, overrides)
     from srft.evaluate import main_eval
 
     main_eval(config, checkpoint)
+
+
+def model_of_run(directory: Path) -> Path:
+    """The final model of a run; UserError, with what there is instead, where it did not come to its end."""
+    if (directory / "final").is_dir():
+        return directory / "final"
+    models = [each.parent for each in directory.glob("[!.]*/config.json")]
+    advice = "it was stopped before it saved one"
+    if models:
+        advice = f"it was stopped; evaluate {max(models, key=lambda each: each.stat().st_mtime)}"
+    raise UserError(f"--checkpoint {directory}: the run has no final model; {advice}")
 
 
 def check_data(arguments: list[str]) -> None:
@@ -228,9 +239,15 @@ def report(arguments: list[str]) -> None:
 
 def config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
     """The leading CONFIG.toml, if any, and the rest."""
-    if arguments and not arguments[0].startswith("--"):
-        return arguments[0], arguments[1:]
-    return None, arguments
+    if not arguments or arguments[0].startswith("--"):
+        return None, arguments
+    path, *rest = arguments
+    if "=" in path and not Path(path).exists():
+        raise UserError(f"{path}: settings begin with two dashes: --{path}")
+    if Path(path).is_dir():
+        advice = "a model or a run is --checkpoint DIR or --resume DIR"
+        raise UserError(f"{path}: expected a CONFIG.toml, found a directory; {advice}")
+    return path, rest
 
 
 def take_option(arguments: list[str], name: str) -> tuple[list[str], str | None]:

@@ -20,7 +20,9 @@ def missing(package: str, purpose: str = "", extra: str = "train") -> UserError:
 
 def nearest(name: str, known: Iterable[str], count: int = 1) -> str:
     """`"; did you mean 'x'?"` with the `count` known names closest to `name`, or nothing when none is close."""
-    close = difflib.get_close_matches(name, list(known), count, cutoff=0.55)
+    known = list(known)
+    begun = [each for each in known if len(name) > 2 and each.lower().startswith(name.lower())]
+    close = begun[:count] or difflib.get_close_matches(name, known, count, cutoff=0.55)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 

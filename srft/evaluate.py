@@ -128,7 +128,8 @@ def main_eval(config: Config, checkpoint: str | None = None) -> Evaluation:
     model = dataclasses.replace(config.model, path=checkpoint) if checkpoint else config.model
     if checkpoint not in (None, EMBEDDED) and Path(checkpoint).parent.is_dir() and not Path(checkpoint).exists():
         # A slip of the pen in a path; asked for it, a hub's client would retry for half a minute.
-        advice = f"give one; a model of a hub is --model.path {checkpoint}"
+        by_name = checkpoint.count("/") < 2 and not checkpoint.startswith((".", "/", "~"))
+        advice = f"give one; a model of a hub is --model.path {checkpoint}" if by_name else "give one"
         raise UserError(f"--checkpoint {checkpoint!r}: there is no such directory; {advice}")
     examples = load_examples(config.data, "eval", config.eval.prompts) if config.eval.prompts else []
     if not examples:

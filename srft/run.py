@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import shlex
 import sys
 import threading
@@ -311,11 +312,15 @@ def prepared(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> J
         examples, held_out = load_examples(config.data, "train", config.data.size), []
     if done > config.train.steps and not config.train.epochs:
         raise UserError(f"--resume {resumed}: {done} steps are done; train.steps {config.train.steps} is fewer")
+    supervised = "rollouts" not in objective.learns_from
+    drawn = examples if config.train.steps or config.train.epochs else []
+    if supervised:  # what it learns from comes before what it is measured by
+        jobs.check(objective, config, drawn)
     held_out_scorer = scorer_for(scorer, config, held_out)
-    if "rollouts" in objective.learns_from:
+    if not supervised:
         check_answers(scorer, config.data, [], examples)
-    jobs.check(objective, config, examples if config.train.steps or config.train.epochs else [])
-    if "rollouts" not in objective.learns_from and any(each.demonstration is not None for each in examples):
+        jobs.check(objective, config, drawn)
+    if supervised and any(each.demonstration is not None for each in examples):
         examples = [each for each in examples if each.demonstration is not None]
     data = resume.fingerprint(examples, held_out)
     if any(each != data for each in ranks.gather(data)):
@@ -329,6 +334,7 @@ def prepared(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> J
     measured = held_out_problems(config, prompter, held_out, held_out_scorer, positions)
     loaded = load_model(model, tokenizer=tokenizer)
     trainer = Trainer(config, loaded, prompter, ranks.scorer(scorer), problems, objective, ranks=ranks)
+    jobs.check_amounts(trainer.config, len(problems))
     if done > trainer.config.train.steps:
         raise UserError(f"--resume {resumed}: {done} steps are done; train.epochs makes {trainer.config.train.steps}")
     if resumed:
@@ -367,7 +373,7 @@ def steps_with_bar(
     """
     steps = config.train.steps
     skipped, idle, patience = 0, 0, min(5, steps)
-    with tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, disable=not steps) as bar:
+    with tqdm(total=steps, initial=done, unit="step", **width(), disable=not steps) as bar:
         for number in range(done + 1, steps + 1):
             metrics, samples = trainer.step(number)
             shown = {"reward": "reward_mean", "entropy": "rollout_entropy", "loss": "loss"}
@@ -389,6 +395,14 @@ def steps_with_bar(
                     f"training diverged: in {skipped} steps in a row no gradient was finite, so no update was taken; "
                     f"lower train.lr{wider}"
                 )
+
+
+def width() -> dict[str, Any]:
+    """Of the bar: that of the terminal. One that does not know its own says 0, at which tqdm would show nothing."""
+    with contextlib.suppress(OSError, ValueError):  # it is no terminal
+        if os.get_terminal_size(sys.stderr.fileno()).columns == 0:
+            return {"ncols": 100}
+    return {"dynamic_ncols": True}
 
 
 def parameters(loaded: LoadedModel) -> str:

@@ -227,7 +227,9 @@ def whole_chat(row: Row, taken: dict[str, str]) -> tuple[list[Turn], int]:
     value = look_up(row.value, column)
     if spelled(row.value, "generations") == column:
         value = first_right(row.value, value)
-    if not isinstance(value, (str, list, dict)) or (isinstance(value, str) and not value.strip()):
+    if isinstance(value, str) and not value.strip():  # an empty one is none
+        return chat, 0
+    if not isinstance(value, (str, list, dict)):
         raise UserError(f"{row.source}: {column}: expected text or null, found {shown(value)}")
     told = to_chat(value, f"{row.source}: {column}", "assistant", row.padded)
     if told[-1]["role"] != "assistant":
@@ -257,7 +259,7 @@ def fits(name: str, row: dict, column: str | None) -> bool:
         return False
     if column == "extra_info.answer":
         return worked(value)
-    if column in OWN or name == "tools":
+    if column in OWN or name == "tools" or column.lower() == "completion":
         return True
     if name == "answer":
         return isinstance(value, (str, int, float)) or (isinstance(value, list) and len(value) == 1)

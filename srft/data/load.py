@@ -37,7 +37,14 @@ def load_sides(config: DataConfig, size: int, prompts: int) -> tuple[list[Exampl
 
 
 def from_files(config: DataConfig) -> bool:
-    return bool(config.train_file or config.eval_file)
+    """Raises UserError for a name that is empty, as a variable of a shell may be: generated tasks are not meant."""
+    for option in ("train_file", "eval_file"):
+        given = getattr(config, option)
+        if given is not None and not (given and all(map(str.strip, names(given)))):
+            raise UserError(
+                f"data.{option}: expected the name of a file, found {given!r}; leave the option out for none"
+            )
+    return config.train_file is not None or config.eval_file is not None
 
 
 def read_sides(config: DataConfig) -> tuple[list[Example], list[Example]]:
@@ -48,11 +55,11 @@ def read_sides(config: DataConfig) -> tuple[list[Example], list[Example]]:
     apart = read_examples(config.eval_file, config, "data.eval_file") if config.eval_file else None
     train, held_out = sides(rows, apart)
     if not train:
-        found = (
-            "every prompt of it is also in data.eval_file" if config.eval_file else "it has one prompt, two are needed"
-        )
+        found = f"it has one prompt, two are needed, since one in {HELD_OUT} is held out"
+        if config.eval_file:
+            found = "every prompt of it is also in data.eval_file"
         shown = ", ".join(names(config.train_file))
-        raise UserError(f"{shown}: nothing is left to train on: {found} (one in {HELD_OUT} is held out)")
+        raise UserError(f"{shown}: nothing is left to train on: {found}")
     # Evaluation keeps a seed of its own: what is measured stays the same when the training seed changes.
     random.Random(config.seed).shuffle(train)
     random.Random(config.eval_seed).shuffle(held_out)

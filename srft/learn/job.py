@@ -5,7 +5,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 
-from srft.config import Config
+from srft.config import Config, TrainConfig
 from srft.data import Example, Problem, Prompter, fit
 from srft.errors import UserError
 from srft.model import POSITIONS
@@ -40,10 +40,23 @@ def without_effect(objective: Objective, config: Config) -> Iterator[tuple[str, 
         yield "run.keep_checkpoints", "without run.checkpoint_every there is the final one alone"
     if config.eval.every and not config.eval.prompts:
         yield "eval.every", "eval.prompts is 0"
+    train, data, usual = config.train, config.data, Config()
+    if train.epochs and train.steps != usual.train.steps:
+        yield "train.steps", f"train.epochs {train.epochs:g} says how many there are"
+    if data.train_file:
+        for name in ("tasks", "task_args"):
+            if getattr(data, name) != getattr(usual.data, name):
+                yield f"data.{name}", "examples are from data.train_file"
+    elif data.columns:
+        yield "data.columns", "tasks have none; it is for data.train_file"
     preset = f"loss.preset {config.loss.preset!r}"
     if "rollouts" not in objective.learns_from:
-        options = {"rollout.resample": config.rollout.resample, "loss.mask_truncated": config.loss.mask_truncated}
-        yield from ((option, f"{preset} learns from no rollouts") for option, value in options.items() if value)
+        for section, name in (
+            *(("rollout", name) for name in ("per_prompt", "temperature", "top_p", "resample")),
+            *(("loss", name) for name in ("mask_truncated", "advantage_std", "advantage_eps")),
+        ):
+            if getattr(getattr(config, section), name) != getattr(getattr(usual, section), name):
+                yield f"{section}.{name}", f"{preset} learns from no rollouts"
     if config.loss.hpt_threshold and not objective.switches:
         yield "loss.hpt_threshold", f"{preset} switches between no losses"
 
@@ -74,6 +87,17 @@ def training_problems(
     if problems and not rollouts and not any(each.demonstration for each in problems):
         raise UserError(f"loss.preset {config.loss.preset!r} learns from demonstrations, but no example has one")
     return problems
+
+
+def check_amounts(config: Config, prompts: int) -> None:
+    """Warn of amounts that are hardly meant: of a configuration with its steps, and so many prompts to train on."""
+    train = config.train
+    if train.steps and train.warmup_steps > max(train.steps, TrainConfig.warmup_steps):
+        found = f"train.warmup_steps {train.warmup_steps}: there are {train.steps} steps"
+        print(f"warning: {found}, so that the learning rate never comes to train.lr", file=sys.stderr)
+    if train.steps and train.prompts_per_step > prompts:
+        found = f"train.prompts_per_step {train.prompts_per_step}: there are {prompts} prompts"
+        print(f"warning: {found}, so that each step has some more than once", file=sys.stderr)
 
 
 def with_steps(config: Config, prompts: int) -> Config:

@@ -5,7 +5,9 @@ hidden = hidden_states(loaded.model, ids, mask)         # (B, L, H)
 srft_kernels.linear_logprobs(hidden[:, :-1], target=ids[:, 1:], **head)
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +30,7 @@ def head_of(model: "PreTrainedModel") -> dict[str, Any]:
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
     scale *= getattr(config, "lm_head_multiplier", None) or 1.0  # Falcon-H1
     scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
-    softcap = getattr(config, "final_logit_softcapping", None) or None
+    softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None) or None
     vocab_size = config.vocab_size if config.vocab_size < layer.weight.shape[0] else None
     return {
         "linear_weight": layer.weight,
@@ -39,6 +41,7 @@ def head_of(model: "PreTrainedModel") -> dict[str, Any]:
     }
 
 
+LARGE = 50.0  # a logit that every soft cap in use changes
 POSITIONS = "the model's max_position_embeddings"
 
 
@@ -64,17 +67,34 @@ def hidden_states(
     return backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions).last_hidden_state
 
 
+@contextlib.contextmanager
+def multiplied(layer: torch.nn.Module, factor: float) -> Iterator[list[bool]]:
+    """While it lasts, the layer gives `factor` times its output; the list is empty until it was called."""
+    reached: list[bool] = []
+
+    def multiply(module: torch.nn.Module, given: Any, output: Tensor) -> Tensor:
+        reached.append(True)
+        return output * factor
+
+    handle = layer.register_forward_hook(multiply)
+    try:
+        yield reached
+    finally:
+        handle.remove()
+
+
 @torch.no_grad()
 def check_head(model: "PreTrainedModel") -> None:
     """Raise UserError unless `head_of` and `hidden_states` reproduce the model's own logits on a few tokens.
 
-    Of entries past the vocabulary, which are padding, nothing is asked. Refuses a model whose tokens see what follows.
+    So too where the output layer gives more than a model that is not yet trained does: a soft cap then shows. Of
+    entries past the vocabulary, which are padding, nothing is asked. Refuses a model whose tokens see what follows.
     """
     import srft_kernels as sk  # a second and a half, which what is refused before a model is loaded need not wait for
 
     training = model.training
     model.eval()
-    causal = True
+    causal, reason = True, ""
     try:
         head = head_of(model)
         weight = head["linear_weight"]
@@ -83,10 +103,20 @@ def check_head(model: "PreTrainedModel") -> None:
         hidden = hidden_states(model, ids, mask)
         other_end = hidden_states(model, torch.cat([ids[:, :-1], ids[:, :1]], 1), mask)
         causal = (other_end - hidden)[:, :-1].norm() <= 0.02 * hidden[:, :-1].norm()
-        logits = sk.reference.logits(hidden, **head).float()
-        expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()[..., : logits.shape[-1]]
-        error = (logits - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
-        reason = f"logits differ by {error:.1%} from those of its own forward" if not error < 0.02 else ""
+        most = 0.0
+        for factor in (1.0, None):
+            factor = factor or max(1.0, LARGE / max(most, 1e-6))
+            with multiplied(model.get_output_embeddings(), factor) as reached:
+                expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+            if not reached:  # the weight is used in another way than by calling its layer
+                factor = 1.0
+            logits = sk.reference.logits(hidden, **head | {"logit_scale": head["logit_scale"] * factor}).float()
+            expected = expected[..., : logits.shape[-1]]
+            most = float(expected.abs().max())
+            error = float((logits - expected).abs().max()) / max(most, 1e-6)
+            if not error < 0.02:
+                reason = f"logits differ by {error:.1%} from those of its own forward"
+                break
     except Exception as problem:
         reason = first_line(problem)
     model.train(training)

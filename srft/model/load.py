@@ -23,7 +23,7 @@ from srft.model.gguf import read_gguf, unreadable_gguf
 from srft.model.head import check_head, positions
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "smollm2"
 
@@ -59,8 +59,8 @@ def load_model(
         tokenizer, _ = load_tokenizer(config, option)
     model = load_weights(config, device, dtype, option)
     model.to(device)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+    if config.gradient_checkpointing:  # by the name of transformers 5.23 on, or the older one
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     check_head(model)
     if not config.dropout:
         without_dropout(model)
@@ -89,7 +89,11 @@ def load_tokenizer(config: ModelConfig, option: str = "model.path") -> tuple["Pr
             advice = f"save one there: tokenizer.save_pretrained({config.path!r})"
         raise UserError(f"{where}: no tokenizer could be loaded from it ({first_line(error)}); {advice}") from error
     try:
-        return tokenizer, positions(AutoConfig.from_pretrained(path, **settings, **given))
+        model = AutoConfig.from_pretrained(path, **settings, **given)
+        check_kind(model, where)
+        return tokenizer, positions(model)
+    except UserError:
+        raise
     except Exception as error:
         check_trust(error, where)
         if settings:
@@ -97,12 +101,21 @@ def load_tokenizer(config: ModelConfig, option: str = "model.path") -> tuple["Pr
         raise UserError(f"{where}: no causal LM could be loaded from it: {first_line(error)}") from error
 
 
+def check_kind(model: "PreTrainedConfig", where: str) -> None:
+    """Raise UserError for a model that transformers would make a causal LM of, though it is another kind."""
+    names = ", ".join(model.architectures or [])
+    if getattr(model, "is_encoder_decoder", False):
+        raise UserError(f"{where}: {names or model.model_type} is an encoder-decoder; srft trains causal LMs")
+    if "MaskedLM" in names:
+        raise UserError(f"{where}: {names}: its tokens see those that follow them; srft trains causal LMs")
+
+
 def load_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype, option: str) -> "PreTrainedModel":
     path, where, gguf = source(config, option)
     from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils import logging as transformers_logging
 
-    disable_progress_bar()  # a bar for half a second of reading
+    transformers_logging.disable_progress_bar()  # a bar for half a second of reading
     if device.type == "cpu":
         for handler in logging.getLogger("transformers").handlers:
             handler.addFilter(not_of_cuda_kernels)
@@ -111,6 +124,8 @@ def load_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype, 
     settings = attention | {"trust_remote_code": config.trust_remote_code}  # None would ask on stdin
     if gguf:
         return read_gguf(Path(path) / gguf["gguf_file"], where, dtype, **settings)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what is wrong is said below
     try:
         model, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **settings)
     except Exception as error:
@@ -121,6 +136,8 @@ def load_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype, 
             )
             raise UserError(f"model.attention {config.attention!r}: {found}") from error
         raise UserError(f"{where}: no causal LM could be loaded from it: {first_line(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     if absent := sorted(report["missing_keys"]):  # transformers would train them from random values
         raise UserError(f"{where}: no whole causal LM: {len(absent)} weights are missing in it, such as {absent[0]}")
     return model
@@ -178,9 +195,19 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def check_path(path: str, where: str) -> str:
     """A local directory that looks like a model, a GGUF file, or what may be a hub name."""
     directory = Path(path).expanduser()
-    if directory.suffix == ".gguf" and directory.is_file():
+    if directory.suffix == ".gguf":
+        if not directory.is_file():
+            raise UserError(f"{where}: there is no such file")
         return str(directory)
+    if directory.is_file():
+        raise UserError(f"{where}: a file; give the directory that it lies in")
     if directory.is_dir():
+        if (directory / "adapter_config.json").is_file():
+            advice = "merge it into its base model (merge_and_unload of peft) and save that"
+            beside = ", beside a model without it" if (directory / "config.json").is_file() else ""
+            raise UserError(
+                f"{where}: the directory holds an adapter (LoRA){beside}, which srft does not read; {advice}"
+            )
         if not (directory / "config.json").is_file():
             found = ", ".join(sorted(each.name for each in directory.iterdir())[:8]) or "nothing"
             if files := sorted(directory.glob("*.gguf")):

@@ -73,9 +73,12 @@ def check_references(where: str, examples: list[Example]) -> None:
     where += " compares with the column 'answer'"
     if without == len(examples):
         found = found_in(examples)
+        advice = "rename it, or take another reward.name"
+        if found == ["demonstration"]:
+            advice = "take another reward.name, or learn from the demonstrations alone: loss.preset sft"
         raise UserError(
             f"{where}, which no row has; found besides the prompt: {', '.join(found) or 'no column'}"
-            f"{nearest('answer', found)} (rename it, or take another reward.name)"
+            f"{nearest('answer', found)} ({advice})"
         )
     if without:
         missed = f"{without} of {len(examples)} rows drawn lack it and are not scored"

@@ -6,6 +6,7 @@ with noise of the completion's own: who its neighbours in the batch are does not
 """
 
 import inspect
+import itertools
 import logging
 import random
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from srft.model import LoadedModel
 from srft.rollout.engine import Engine, Rollout
+from srft.rollout.probe import cache_holds, masks_padding
 
 
 class TransformersEngine(Engine):
@@ -32,6 +34,9 @@ class TransformersEngine(Engine):
         self.cache_name = (
             "cache" if "cache" in self.accepted else "past_key_values"
         )  # the latter up to transformers 5.2x
+
+        with self._plain_sampling():
+            self.masks_padding, self.cache_holds = masks_padding(loaded), cache_holds(loaded)
 
     @torch.no_grad()
     def generate(
@@ -52,6 +57,7 @@ class TransformersEngine(Engine):
             eos_token_id=sorted(self.eos_ids) or None,
             pad_token_id=self.pad_id,
             do_sample=False,  # the likeliest token, of logits that the noise was added to
+            use_cache=self.cache_holds,
         )
         warpers = [TemperatureLogitsWarper(temperature)] if temperature not in (0, 1) else []
         warpers += [TopPLogitsWarper(top_p)] if temperature and top_p < 1 else []
@@ -62,8 +68,7 @@ class TransformersEngine(Engine):
         )
         completions: list[list[Rollout]] = [[] for _ in prompts]
         with self._plain_sampling():
-            for start in range(0, len(rows), batch_size):
-                batch = rows[start : start + batch_size]
+            for batch in self._batches(rows, prompts, batch_size):
                 owners = [index for index, _ in batch]
                 names = [f"{seed}/{numbers[index] if numbers else index}/{sample}" for index, sample in batch]
                 noise = [GumbelNoise(names, self.device)] if temperature else []
@@ -71,6 +76,16 @@ class TransformersEngine(Engine):
                 for owner, row in zip(owners, tokens):
                     completions[owner].append(self._rollout(row))
         return completions
+
+    def _batches(
+        self, rows: list[tuple[int, int]], prompts: list[list[int]], batch_size: int
+    ) -> Iterator[list[tuple[int, int]]]:
+        """Rows in batches, of prompts of one length where the model does not mask what fills up shorter ones."""
+        groups = itertools.groupby(rows, key=lambda row: None if self.masks_padding else len(prompts[row[0]]))
+        for _, group in groups:
+            together = list(group)
+            for start in range(0, len(together), batch_size):
+                yield together[start : start + batch_size]
 
     def _batch(
         self,
@@ -86,7 +101,8 @@ class TransformersEngine(Engine):
         mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in distinct])
         ids, mask = ids.to(self.device), mask.to(self.device)
         row_of = torch.tensor([distinct.index(i) for i in owners], device=self.device)
-        cache = self._prefill(ids, mask, row_of) if len(distinct) < len(owners) and longest > 1 else None
+        shared_by_rows = len(distinct) < len(owners)
+        cache = self._prefill(ids, mask, row_of) if self.cache_holds and shared_by_rows and longest > 1 else None
         shared = {} if cache is None else {self.cache_name: cache}
         output = self.model.generate(
             input_ids=ids[row_of],

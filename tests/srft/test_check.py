@@ -50,7 +50,7 @@ def test_a_part_that_no_column_has_says_which_names_are_known(capsys):
 
 def test_every_broken_row_is_named(tmp_path, capsys):
     fine = {"prompt": "a", "answer": 1}
-    rows = [fine, "{", {"prompt": "b\ud83d"}, {"x": 1}, {"prompt": "b", "completion": ""}, {"prompt": "c"}]
+    rows = [fine, "{", {"prompt": "b\ud83d"}, {"x": 1}, {"prompt": "b", "completion": 3}, {"prompt": "c"}]
     path = write(tmp_path / "train.jsonl", rows)
     code, out, err = check(capsys, path)
     assert code == 2 and "4 of 6 rows are broken" in err

@@ -203,3 +203,25 @@ def test_bad_data_from_the_real_command(command, tmp_path, tiny_dir):
     expected = f"srft: error: {data}:2: question: expected text or a chat, found 1\n"
     assert done.stderr.endswith(expected) and "Traceback" not in done.stderr
     assert {each.name for each in Path(tmp_path).iterdir()} == {"train.jsonl"}
+
+
+def test_the_model_of_a_run_that_was_stopped(tmp_path, capsys):
+    (tmp_path / "config.toml").write_text("")
+    assert main(["eval", "--checkpoint", str(tmp_path)]) == 2
+    assert "the run has no final model; it was stopped before it saved one" in capsys.readouterr().err
+    (tmp_path / "interrupted-3").mkdir()
+    (tmp_path / "interrupted-3" / "config.json").write_text("{}")
+    assert main(["eval", "--checkpoint", str(tmp_path)]) == 2
+    assert f"it was stopped; evaluate {tmp_path}/interrupted-3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("train.lr=1e-5", "settings begin with two dashes: --train.lr=1e-5"),
+        (".", "a model or a run is --checkpoint DIR"),
+    ],
+)
+def test_what_is_no_configuration(argument, expected, capsys):
+    assert main(["train", argument]) == 2
+    assert expected in capsys.readouterr().err

@@ -17,6 +17,7 @@ from srft.checkpoint import resumable
 from srft.config import Config, DataConfig, ModelConfig
 from srft.data import build_prompter, load_examples
 from srft.errors import UserError
+from srft.evaluate import Unscored
 from srft.model import load_model
 from srft.run import run
 from srft.rundir import read_status
@@ -312,7 +313,8 @@ def test_a_file_without_answers_is_refused_before_the_model_is_loaded(tmp_path):
     file.write_text("".join(json.dumps({"prompt": f"{i} + 1", "answers": i + 1}) + "\n" for i in range(9)))
     given = ["--data.train_file", str(file), "--reward.name", "exact"]
     for objective in ([], ["--loss.preset", "sft"]):
-        with pytest.raises(UserError, match=r"train\.jsonl: .*did you mean 'answers'"):
+        found = "learns from demonstrations, and none of" if objective else "did you mean 'answers'"
+        with pytest.raises(UserError, match=rf"train\.jsonl: .*{found}"):
             run(small_run(tmp_path / "no model", tmp_path / "run", *given, *objective))
 
 
@@ -379,3 +381,46 @@ def test_a_tracker_that_does_not_start_is_in_the_status(tiny_dir, tmp_path, monk
     with pytest.raises(Exception, match="no network"):
         run(small_run(tiny_dir, tmp_path / "run", "--run.tracker", "wandb"))
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+
+
+def failing_evaluations(monkeypatch, *calls: int):
+    """Evaluations of these numbers, from 0, give no score."""
+    count = iter(range(99))
+
+    def evaluated(*arguments, original=run_module.evaluate):
+        if next(count) in calls:
+            raise Unscored("the service is down")
+        return original(*arguments)
+
+    monkeypatch.setattr(run_module, "evaluate", evaluated)
+
+
+def test_an_evaluation_without_a_score_costs_no_run_but_for_the_first(tiny_dir, tmp_path, monkeypatch, capsys):
+    failing_evaluations(monkeypatch, 1, 2)
+    result = run(small_run(tiny_dir, tmp_path / "run", "--eval.every", "1"))
+    assert result.after is None and str(result).startswith("not evaluated · ")
+    assert "warning: not evaluated after 1 of 2 steps: the service is down" in capsys.readouterr().out
+    failing_evaluations(monkeypatch, 0)
+    with pytest.raises(UserError, match="the service is down"):
+        run(small_run(tiny_dir, tmp_path / "other"))
+
+
+def test_a_step_whose_log_cannot_be_written_is_done(tiny_dir, tmp_path, monkeypatch):
+    def full(self, rows, original=run_module.RunLog.samples):
+        if rows and rows[0]["step"] == 2:
+            raise OSError(28, "No space left on device")
+        original(self, rows)
+
+    monkeypatch.setattr(run_module.RunLog, "samples", full)
+    with pytest.raises(OSError, match="No space"):
+        run(small_run(tiny_dir, tmp_path / "run", "--run.checkpoint_every", "9"))
+    assert read_status(tmp_path / "run")["step"] == 2
+    assert resumable(str(tmp_path / "run")).name == "checkpoint-2"
+
+
+def test_another_way_to_evaluate_is_done_again(tiny_dir, tmp_path):
+    run(small_run(tiny_dir, tmp_path / "run", "--run.checkpoint_every", "2"))
+    again = load(str(tmp_path / "run" / "config.toml"), ["--eval.samples", "3"])
+    result = run(again, resumed=resumable(str(tmp_path / "run")))
+    assert result.after.samples == 3 and "→" not in str(result)
+    assert [line["samples"] for line in lines_of(tmp_path / "run" / "evaluation.jsonl")] == [2, 2, 3]

@@ -132,7 +132,10 @@ def test_wrong_overrides_are_named(overrides, expected):
         ("loss.epsilon_high", "here it is 'loss.options.clip_high'"),
         ("loss.beta", "there is no reference model"),
         ("model.lora_r", "adapters (LoRA) are not supported yet"),
-        ("train.gradient_accumulation_steps", "here it is 'train.token_budget'"),
+        ("train.gradient_accumulation_steps", "microbatches are as many as train.token_budget tokens each make"),
+        ("train.warmup_ratio", "it is a number of steps here: train.warmup_steps"),
+        ("model.name", "here it is 'model.path'"),
+        ("config", "a TOML file is the first argument"),
     ],
 )
 def test_other_trainers_words_are_known(key, expected):

@@ -180,7 +180,6 @@ def test_systems_of_their_own_column(tmp_path):
             'say that it is the prompt: data.columns = {messages = "messages"}',
         ),
         ({"text": "a"}, "the column 'prompt' or 'messages' is missing; found columns: text"),
-        ({"prompt": "a", "completion": " "}, "completion: expected text or null, found ' '"),
         (
             {"prompt": "a", "answer": "\ud83d"},
             "answer: a lone surrogate, '\\ud83d', is half of a character and no text",
@@ -292,3 +291,8 @@ def test_what_axolotl_does_not_train_on(tmp_path):
     chat = [USER, {"role": "assistant", "content": "a", "train": False}, USER, {"role": "assistant", "content": "b"}]
     (row,) = read_examples(write(tmp_path / "chats.jsonl", [{"messages": chat}]), DataConfig(turns="all"))
     assert [each.demonstration for each in row] == ["b"]
+
+
+def test_an_empty_demonstration_is_none(tmp_path):
+    found = rows(tmp_path, {"prompt": "a", "completion": " "}, {"prompt": "b", "demonstration": "", "answer": 3})
+    assert [(each.demonstration, each.answer) for each in found] == [(None, None), (None, "3")]

@@ -93,3 +93,10 @@ def test_a_date_in_a_turn_makes_no_other_prompt(tmp_path):
     path = write(tmp_path / "wild.jsonl", [{"messages": [turn], "demonstration": "a"} for turn in turns])
     train, held_out = load(path), load(path, "eval")
     assert not {each.messages[0]["content"] for each in train} & {each.messages[0]["content"] for each in held_out}
+
+
+@pytest.mark.parametrize("given", ["", " ", [], [""]])
+def test_an_empty_name_of_a_file_is_not_taken_for_none(given):
+    for option in ("train_file", "eval_file"):
+        with pytest.raises(UserError, match=f"data.{option}: expected the name of a file, found"):
+            load_examples(DataConfig(**{option: given}), "train")

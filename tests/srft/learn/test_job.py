@@ -85,3 +85,31 @@ def test_options_with_effect_are_not_told(capsys):
     check("--run.keep_checkpoints", "2", "--run.checkpoint_every", "2", "--rollout.resample", "1", data=examples(8))
     check("--loss.preset", "hpt", "--loss.hpt_threshold", "0.5", data=examples(8))
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["--train.epochs", "2", "--train.steps", "5"], "train.steps has no effect: train.epochs 2 says how many"),
+        (
+            ["--data.train_file", "x", "--data.tasks", "nosuch"],
+            "data.tasks has no effect: examples are from data.",
+        ),
+        (["--data.columns.prompt", "q"], "data.columns has no effect: tasks have none"),
+        (["--loss.preset", "sft", "--rollout.per_prompt", "8"], "rollout.per_prompt has no effect: loss.preset 'sft'"),
+    ],
+)
+def test_what_another_option_overrules_is_told(overrides, told, capsys):
+    check(*overrides, data=examples(8))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {told}")
+
+
+def test_amounts_that_are_hardly_meant(capsys):
+    def told(*overrides):
+        job.check_amounts(load(None, list(overrides)), 42)
+        return capsys.readouterr().err
+
+    assert "there are 5 steps, so that the learning rate never" in told("--train.warmup_steps=50", "--train.steps=5")
+    assert "there are 42 prompts, so that each step has some more than once" in told("--train.prompts_per_step=500")
+    assert told() == told("--train.steps=1") == told("--train.steps=0", "--train.prompts_per_step=500") == ""

@@ -103,3 +103,15 @@ def test_a_model_whose_tokens_see_what_follows_is_refused():
     config = transformers.Gemma3TextConfig(**SMALL, head_dim=8, use_bidirectional_attention=True)
     with pytest.raises(UserError, match="its tokens see those that follow them, so it is no causal LM"):
         check_head(transformers.Gemma3ForCausalLM(config))
+
+
+def test_a_soft_cap_by_any_name_shows_before_the_model_is_trained(monkeypatch):
+    """Its logits are still so small that a cap hardly changes them."""
+    size = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "lru_width": 32}
+    config = transformers.RecurrentGemmaConfig(**size, intermediate_size=64, logits_soft_cap=30.0)
+    model = transformers.RecurrentGemmaForCausalLM(config)
+    assert head_of(model)["softcap"] == 30.0
+    check_head(model)
+    monkeypatch.setattr("srft.model.head.head_of", lambda model: head_of(model) | {"softcap": None})
+    with pytest.raises(UserError, match="its output layer works in a way"):
+        check_head(model)

@@ -66,7 +66,8 @@ def test_directories_that_are_no_model(tmp_path):
         (str(tmp_path), "the directory has no config.json, so it is no saved model; found notes.txt"),
         (str(tmp_path / "none"), "there is no such directory; give one, a hub name, or 'smollm2'"),
         ("./none", "there is no such directory; give one, a hub name, or 'smollm2'"),
-        (str(tmp_path / "notes.txt"), "there is no such directory; give one, a hub name, or 'smollm2'"),
+        (str(tmp_path / "notes.txt"), "a file; give the directory that it lies in"),
+        (str(tmp_path / "none.gguf"), "there is no such file"),
     ]:
         with pytest.raises(UserError) as error:
             load_model(ModelConfig(path=path, device="cpu"))
@@ -135,3 +136,30 @@ def test_foreign_code_is_run_only_where_it_is_trusted_and_never_asked_for(tmp_pa
         load_model(ModelConfig(path=str(model), device="cpu"))
     assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").rglob("own.py"))
     assert type(load_model(ModelConfig(str(model), device="cpu", trust_remote_code=True)).model).__name__ == "Own"
+
+
+def test_what_is_no_causal_model_is_named(tmp_path, capfd):
+    from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+
+    bert = {"vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertForMaskedLM(BertConfig(**bert, intermediate_size=64)).save_pretrained(tmp_path / "bert")
+    t5 = {"vocab_size": 258, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    T5ForConditionalGeneration(T5Config(**t5)).save_pretrained(tmp_path / "t5")
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    capfd.readouterr()
+    for name, expected in (
+        ("bert", "BertForMaskedLM: its tokens see those that follow them; srft trains causal LMs"),
+        ("t5", "T5ForConditionalGeneration is an encoder-decoder; srft trains causal LMs"),
+        ("lora", r"the directory holds an adapter \(LoRA\), which srft does not read; merge it into its base model"),
+    ):
+        byte_tokenizer().save_pretrained(tmp_path / name)
+        with pytest.raises(UserError, match=expected):
+            load_model(ModelConfig(path=str(tmp_path / name), device="cpu"))
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_gradient_checkpointing_by_its_newest_name(tiny_dir):
+    model = load_model(ModelConfig(str(tiny_dir), device="cpu", gradient_checkpointing=True)).model
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)

@@ -203,3 +203,32 @@ def test_a_cache_that_the_model_does_not_take_is_not_shared():
     engine = TransformersEngine(loaded(Own(tiny_model().config), {0}))
     ids = torch.tensor([PROMPTS[0]] * 2)
     assert engine._prefill(ids, torch.ones_like(ids), torch.tensor([0, 1])) is None
+
+
+def recurrent_models():
+    from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM, RwkvConfig, RwkvForCausalLM
+
+    size = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 64, "eos_token_id": 0, "pad_token_id": 0}
+    torch.manual_seed(0)
+    gemma = {"num_hidden_layers": 3, "num_attention_heads": 2, "lru_width": 32}
+    yield RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**size, **gemma))
+    yield RwkvForCausalLM(RwkvConfig(**size, num_hidden_layers=2, attention_hidden_size=32))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_models_whose_padding_or_cache_does_not_hold_generate_what_they_do_alone(number):
+    """RWKV and RecurrentGemma do not mask padding, and RWKV's cache holds for one row alone."""
+    model = list(recurrent_models())[number]
+    engine = TransformersEngine(loaded(model, {0}))
+    assert not engine.masks_padding and engine.cache_holds == (number == 0)
+    prompts = [*PROMPTS, [30, 31]]
+    together = engine.generate(prompts, 2, **SETTINGS | {"temperature": 0.0, "max_new_tokens": 8})
+    model.eval()
+    for prompt, rows in zip(prompts, together):
+        ids = torch.tensor([prompt])
+        for _ in range(8):
+            with torch.no_grad():
+                ids = torch.cat([ids, model(input_ids=ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
+        assert [row.tokens for row in rows] == [ids[0, len(prompt) :].tolist()] * 2
+    ours = TransformersEngine(loaded(tiny_model(), {0}))
+    assert ours.masks_padding and ours.cache_holds
