@@ -86,7 +86,8 @@ def meant(key: str, known: Collection[str]) -> str:
     """
     words = {".".join(key.split(".")[start:]) for start in range(key.count(".") + 1)}
     for word in sorted(words, key=len, reverse=True):
-        if ours := [each for each, theirs in WORDS.items() if key_of(each) in known and word in theirs.split()]:
+        known_here = {each: theirs.split() for each, theirs in WORDS.items() if key_of(each) in known}
+        if ours := [each for each, theirs in known_here.items() if word in theirs or each == f"loss.options.{word}"]:
             return f"; here it is {' and '.join(map(repr, ours))}"
         if advice := [text for text, theirs in ADVICE.items() if word in theirs.split()]:
             return f"; {advice[0]}"

@@ -130,6 +130,7 @@ def test_wrong_overrides_are_named(overrides, expected):
         ("train.batch_size", "here it is 'train.prompts_per_step'"),
         ("max_completion_length", "here it is 'rollout.max_new_tokens'"),
         ("loss.epsilon_high", "here it is 'loss.options.clip_high'"),
+        ("loss.clip_low", "here it is 'loss.options.clip_low'"),
         ("loss.beta", "there is no reference model"),
         ("model.lora_r", "adapters (LoRA) are not supported yet"),
         ("train.gradient_accumulation_steps", "microbatches are as many as train.token_budget tokens each make"),
