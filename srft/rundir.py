@@ -31,7 +31,7 @@ OURS = (
     *("config.toml", "data.json", "status.json", "metrics.jsonl", "samples.jsonl", "evaluation.jsonl", "report.html"),
     *("checkpoint-*", "final", "interrupted-*", "tensorboard", "wandb"),
 )
-RUN = ("config.toml", "status.json")  # by which a run's directory is known
+RUN = ("status.json", "data.json")  # by which a run's directory is known; a config.toml may be anyone's
 
 
 def create_run_dir(config: RunConfig) -> Path:
@@ -51,20 +51,29 @@ def create_run_dir(config: RunConfig) -> Path:
             path = _new(path)
         path.mkdir(parents=True, exist_ok=True)
         hold(path)
-        if any(path.iterdir()):
-            if config.overwrite and not _is_run(path):
-                found = f"run.dir: {path} is not the directory of a run ({' and '.join(RUN)} are not in it)"
-                raise UserError(f"{found}, so that run.overwrite moves nothing there; name another one")
-            if not (config.overwrite or _only_started(path)):
-                raise UserError(
-                    f"run.dir: {path} exists and is not empty; name another directory, or pass --run.overwrite true "
-                    "to move what an earlier run wrote there into a subdirectory"
-                )
-            _set_aside(path, [entry for pattern in OURS for entry in path.glob(pattern)])
+        if any(path.iterdir()) and not _only_started(path):
+            check_overwritten(path, config)
+        _set_aside(path, [entry for pattern in OURS for entry in path.glob(pattern)])
         tempfile.TemporaryFile(dir=path).close()  # it may be there and not be ours to write into
     except OSError as error:
+        let_go(path)
         raise UserError(f"run.dir: cannot write into {path}: {error.strerror}; name another directory") from error
+    except UserError:
+        let_go(path)
+        raise
     return path
+
+
+def check_overwritten(path: Path, config: RunConfig) -> None:
+    """Raise UserError where what is in a directory is not to be moved."""
+    if not config.overwrite:
+        raise UserError(
+            f"run.dir: {path} exists and is not empty; name another directory, or pass --run.overwrite true "
+            "to move what an earlier run wrote there into a subdirectory"
+        )
+    if not _is_run(path):
+        found = f"run.dir: {path} is not the directory of a run (neither {' nor '.join(RUN)} is in it)"
+        raise UserError(f"{found}, so that run.overwrite moves nothing there; name another one")
 
 
 def rewind_run_dir(path: Path, step: int, config: str) -> None:
@@ -102,7 +111,7 @@ def _new(path: Path) -> Path:
 def _only_started(path: Path) -> bool:
     """Whether all there is is what a run has before its first evaluation; it has ended, since the directory is held."""
     found = {entry.name for entry in path.iterdir() if not re.fullmatch(r"previous-\d+|\..*\.partial", entry.name)}
-    started = {"config.toml", "data.json", "status.json", "report.html", "tensorboard", "wandb"}
+    started = {*RUN, "config.toml", "report.html", "tensorboard", "wandb"}
     return found <= started and (not found or _is_run(path))
 
 
@@ -145,7 +154,7 @@ def hold(path: Path) -> None:
 
 
 def let_go(path: Path) -> None:
-    """The opposite of `hold`."""
+    """The opposite of `hold`, where this process holds it."""
     if (opened := _held.pop(path.resolve(), None)) is not None:
         os.close(opened)
 

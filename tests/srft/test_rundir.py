@@ -50,7 +50,7 @@ def test_overwriting_moves_the_earlier_run_aside_and_touches_nothing_else(tmp_pa
     (tmp_path / "mine.txt").write_text("precious")
     for number in (1, 2):
         (tmp_path / "metrics.jsonl").write_text(f"run {number}")
-        (tmp_path / "config.toml").write_text("")
+        write_status(tmp_path, "finished", 1, 1)
         (tmp_path / "final").mkdir()
         (tmp_path / "interrupted-3").mkdir()
         create_run_dir(config)
@@ -147,12 +147,12 @@ def test_a_run_that_was_stopped_before_it_had_anything_does_not_block_the_next(t
 
 
 def test_a_directory_that_is_no_run_is_not_moved(tmp_path):
-    for name in ("train.jsonl", "metrics.jsonl"):
+    for name in ("train.jsonl", "metrics.jsonl", "config.toml"):
         (tmp_path / name).write_text("mine")
     (tmp_path / "final").mkdir()
-    with pytest.raises(UserError, match=r"run\.dir: .* is not the directory of a run \(config.toml and status.json"):
+    with pytest.raises(UserError, match=r"run\.dir: .* is not the directory of a run \(neither status.json"):
         create_run_dir(RunConfig(dir=str(tmp_path), overwrite=True))
-    (tmp_path / "config.toml").write_text("")
+    write_status(tmp_path, "finished", 1, 1)
     create_run_dir(RunConfig(dir=str(tmp_path), overwrite=True))
     assert (tmp_path / "train.jsonl").read_text() == "mine"  # no run writes a file of this name
     with pytest.raises(UserError, match=r"run\.dir: expected the name of a directory, found none"):
