@@ -71,9 +71,11 @@ def check_data(directory: Path, config: DataConfig, now: dict[str, Any]) -> None
     if before["train"] != now["train"]:
         counts = [f"{each} examples" for each in (count, now["train"]["examples"])]
         others = ", others (rows, their order, or the file's name, which rewards get as the task)"
-        where = f" (data.train_file {config.train_file!r})" if config.train_file else ""
+        where, advice = f" (data.train_file {config.train_file!r})", "put back the files as they were"
+        if not config.train_file:
+            others, where, advice = ", others", "", "take a task of data.tasks that makes the same each time"
         raise UserError(
             f"--resume: the training data have changed: the run began with {counts[0]}{where}, now there are "
-            f"{counts[1]}{others * (counts[0] == counts[1])}; put back the files as they were, or start a new run from "
-            "a checkpoint with --model.path"
+            f"{counts[1]}{others * (counts[0] == counts[1])}; {advice}, or start a new run from a checkpoint with "
+            "--model.path"
         )

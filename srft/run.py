@@ -88,18 +88,13 @@ def run(config: Config, ranks: Ranks | None = None, resumed: Path | None = None)
         ranks.check(config.model)
         done = checkpoint.step_of(resumed) if resumed else 0
         job = prepared(config, ranks, resumed, done)
-        under_way = Run(job, ranks, opened(job, ranks, resumed, done), resumed, done)
+        directory = opened(job, ranks, resumed, done)
         try:
-            under_way.begin()
-            under_way.train()
-            page = under_way.finish()
-        except BaseException as error:
-            under_way.stop(error)
-            raise
+            under_way = Run(job, ranks, directory, resumed, done)
+            page = under_way.whole()
         finally:
-            under_way.log.close()
-            let_go(under_way.directory)
-        result = RunResult(under_way.directory, *under_way.before_and_after(), time.perf_counter() - started, page)
+            let_go(directory)
+        result = RunResult(directory, *under_way.before_and_after(), time.perf_counter() - started, page)
     print(result)
     return result
 
@@ -124,6 +119,18 @@ class Run:
         ranks.last_words = f"; what was written is in {directory}, no checkpoint yet"
         if resumed:
             self.can_go_on_from(resumed)
+
+    def whole(self) -> Path:
+        """Begin, train and finish; what stops that is told, and what was learned until then is saved. The report."""
+        try:
+            self.begin()
+            self.train()
+            return self.finish()
+        except BaseException as error:
+            self.stop(error)
+            raise
+        finally:
+            self.log.close()
 
     def begin(self) -> None:
         """Say what is run and where, open trackers, evaluate where the run begins."""
@@ -324,7 +331,10 @@ def prepared(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> J
         examples = [each for each in examples if each.demonstration is not None]
     data = resume.fingerprint(examples, held_out)
     if any(each != data for each in ranks.gather(data)):
-        raise UserError("torchrun: the ranks have not the same examples; give all of them the same files")
+        given = (
+            "give all of them the same files" if config.data.train_file else "data.tasks makes others in each process"
+        )
+        raise UserError(f"torchrun: the ranks have not the same examples; {given}")
     if resumed:
         resume.check_data(resumed.parent, began.data, data)
     model = dataclasses.replace(config.model, path=str(resumed)) if resumed else config.model
@@ -353,9 +363,13 @@ def opened(job: Job, ranks: Ranks, resumed: Path | None, done: int) -> Path:
         broadcast(ranks, lambda: rewind_run_dir(directory, done, settings))
     else:
         directory = broadcast(ranks, lambda: create_run_dir(config.run))
-    if ranks.main:
-        write_whole(directory / "config.toml", settings)
-        write_whole(directory / resume.DATA, json.dumps(job.data, indent=1))
+    try:
+        if ranks.main:
+            write_whole(directory / resume.DATA, json.dumps(job.data, indent=1))
+            write_whole(directory / "config.toml", settings)
+    except BaseException:
+        let_go(directory)
+        raise
     return directory
 
 

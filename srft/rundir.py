@@ -50,27 +50,22 @@ def create_run_dir(config: RunConfig) -> Path:
         if "{time}" in config.dir:
             path = _new(path)
         path.mkdir(parents=True, exist_ok=True)
-        hold(path)
-        if any(path.iterdir()) and not _only_started(path):
-            check_overwritten(path, config)
-        _set_aside(path, [entry for pattern in OURS for entry in path.glob(pattern)])
-        tempfile.TemporaryFile(dir=path).close()  # it may be there and not be ours to write into
+        with holding(path):
+            if any(path.iterdir()) and not _only_started(path):
+                check_overwritten(path, config)
+            _set_aside(path, [entry for pattern in OURS for entry in path.glob(pattern)])
+            tempfile.TemporaryFile(dir=path).close()  # it may be there and not be ours to write into
     except OSError as error:
-        let_go(path)
         raise UserError(f"run.dir: cannot write into {path}: {error.strerror}; name another directory") from error
-    except UserError:
-        let_go(path)
-        raise
     return path
 
 
 def check_overwritten(path: Path, config: RunConfig) -> None:
     """Raise UserError where what is in a directory is not to be moved."""
     if not config.overwrite:
-        raise UserError(
-            f"run.dir: {path} exists and is not empty; name another directory, or pass --run.overwrite true "
-            "to move what an earlier run wrote there into a subdirectory"
-        )
+        advice = ", or pass --run.overwrite true to move what an earlier run wrote there into a subdirectory"
+        found = f"run.dir: {path} exists and is not empty; name another directory"
+        raise UserError(f"{found}{advice * _is_run(path)}")
     if not _is_run(path):
         found = f"run.dir: {path} is not the directory of a run (neither {' nor '.join(RUN)} is in it)"
         raise UserError(f"{found}, so that run.overwrite moves nothing there; name another one")
@@ -81,21 +76,21 @@ def rewind_run_dir(path: Path, step: int, config: str) -> None:
 
     What was written later moves to `previous-N`; config.toml is copied there if it is to become another one, `config`.
     """
-    hold(path)
-    later = [*path.glob("interrupted-*"), *path.glob("final")]
-    later += [each for each in path.glob("checkpoint-*") if (n := each.name[11:]).isdecimal() and int(n) > step]
-    anew = {}
-    for name in ("metrics.jsonl", "samples.jsonl", "evaluation.jsonl"):
-        rows = read_jsonl(path / name)
-        up_to = [row for row in rows if row["step"] <= step]
-        whole = not (path / name).exists() or (path / name).read_bytes().endswith(b"\n")
-        if len(up_to) < len(rows) or not whole:
-            anew[path / name] = "".join(map(_line, up_to))
-    changed = [file for file in path.glob("config.toml") if file.read_text(encoding="utf-8") != config]
-    if later or anew or changed:
-        _set_aside(path, later, [*anew, *changed, *path.glob("status.json")])
-    for file, text in anew.items():
-        write_whole(file, text)
+    with holding(path):
+        later = [*path.glob("interrupted-*"), *path.glob("final")]
+        later += [each for each in path.glob("checkpoint-*") if (n := each.name[11:]).isdecimal() and int(n) > step]
+        anew = {}
+        for name in ("metrics.jsonl", "samples.jsonl", "evaluation.jsonl"):
+            rows = read_jsonl(path / name)
+            up_to = [row for row in rows if row["step"] <= step]
+            whole = not (path / name).exists() or (path / name).read_bytes().endswith(b"\n")
+            if len(up_to) < len(rows) or not whole:
+                anew[path / name] = "".join(map(_line, up_to))
+        changed = [file for file in path.glob("config.toml") if file.read_text(encoding="utf-8") != config]
+        if later or anew or changed:
+            _set_aside(path, later, [*anew, *changed, *path.glob("status.json")])
+        for file, text in anew.items():
+            write_whole(file, text)
 
 
 def _new(path: Path) -> Path:
@@ -136,12 +131,12 @@ _held: dict[Path, int] = {}  # the directories that this process writes into, wi
 
 
 def hold(path: Path) -> None:
-    """Keep other processes from writing into a run's directory, until `let_go` or the end of this one.
+    """Keep other runs from writing into a run's directory, until `let_go` or the end of this process.
 
-    Raises UserError where another one does. Where a file system knows no locks, none is kept out.
+    Raises UserError where another one does. Where a file system knows no locks, only this process is kept out.
     """
     if (where := path.resolve()) in _held:
-        return
+        raise UserError(f"{path}: this process is writing a run there already; wait for its end")
     opened = os.open(where, os.O_RDONLY)
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -153,10 +148,33 @@ def hold(path: Path) -> None:
     _held[where] = opened
 
 
+@contextlib.contextmanager
+def holding(path: Path) -> Iterator[None]:
+    """`hold`, and `let_go` where an error comes; what is done within is the beginning of a run."""
+    hold(path)
+    try:
+        yield
+    except BaseException:
+        let_go(path)
+        raise
+
+
 def let_go(path: Path) -> None:
     """The opposite of `hold`, where this process holds it."""
     if (opened := _held.pop(path.resolve(), None)) is not None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(opened, fcntl.LOCK_UN)  # a process that was forked may have the file open too
         os.close(opened)
+
+
+def _forget() -> None:
+    """A process that was forked from a run's, for its rewards say, does not hold what the run holds."""
+    for opened in _held.values():
+        os.close(opened)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 def write_status(path: Path, state: str, step: int, steps: int, reason: str = "", resume: str = "") -> None:

@@ -13,9 +13,13 @@ from srft.data.examples import Turn
 from srft.errors import UserError
 
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
-ROLES |= {"prompter": "user", "observation": "tool", "function": "tool", "function_call": "assistant"}
+ROLES |= {"ai": "assistant", "bing": "assistant", "bard": "assistant", "prompter": "user"}
+ROLES |= {"observation": "tool", "tool_response": "tool", "function": "tool", "function_call": "assistant"}
 KNOWN = ("system", "developer", "user", "assistant", "tool", "ipython")  # the last is Llama's for what a tool says
-CHAT = re.compile(r"""\s*(\[\s*)?\{\s*['"](role|from|content|value)['"]\s*:""")  # a text that is meant to be one
+# A text that is meant to be a chat: a list of turns, or one, with a role and something said.
+CHAT = re.compile(
+    r"""\s*(\[\s*)?\{(?=[^{}]*['"](role|from)['"]\s*:)(?=.*['"](content|value|tool_calls)['"]\s*:)""", re.DOTALL
+)
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # under which templates look for a turn's reasoning
 
 
@@ -25,7 +29,7 @@ def to_chat(value: Any, where: str, role: str = "user", padded: bool = False) ->
     where: "file:line: column", with which messages start.   padded: nulls inside of turns stand for what is not there.
     """
     value = unpacked(value)
-    if isinstance(value, str) and CHAT.match(value):
+    if isinstance(value, str) and value.lstrip().startswith(("[{", "[\n", "[ ")) and CHAT.match(value):
         raise UserError(f"{where}: expected a chat as JSON, found {shown(value)}, which cannot be read")
     if isinstance(value, str) and value.strip():
         return [{"role": role, "content": value}]
@@ -45,7 +49,14 @@ def unpacked(value: Any) -> Any:
         with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             chat = ast.literal_eval(value.strip())  # what pandas writes into a CSV
     turns = chat if isinstance(chat, list) else [chat]
-    return turns if all(isinstance(each, dict) and ("role" in each or "from" in each) for each in turns) else value
+    return turns if all(map(is_turn, turns)) else value
+
+
+def is_turn(value: Any) -> bool:
+    """Whether a table is a turn, and not other data that has a role, or is from somewhere."""
+    if not isinstance(value, dict) or not {"content", "value", "tool_calls"} & value.keys():
+        return False
+    return role_of(value.get("role", value.get("from"))) in KNOWN
 
 
 def to_turn(value: Any, where: str, padded: bool = False) -> Turn:
@@ -65,6 +76,8 @@ def to_turn(value: Any, where: str, padded: bool = False) -> Turn:
         given.pop("tool_calls", None)
     if isinstance(content, list):
         content = joined(content, where)
+    if content is None and (role == "tool" or "tool_calls" in value) and "tool_calls" not in given:
+        content = ""  # a tool that says nothing, or a turn with an empty list of calls
     more = role == "assistant" and ("tool_calls" in given or any(key in given for key in THOUGHTS))
     if not isinstance(role, str) or not (isinstance(content, str) or (content is None and more)):
         raise UserError(f'{where}: a turn is {{"role": text, "content": text}}, found {shown(value)}')

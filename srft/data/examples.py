@@ -57,7 +57,12 @@ def digest(parts: Iterable[Any]) -> str:
 
 def prompt_hash(example: Example) -> int:
     """The same for prompts that a chat template writes alike: what else a turn has, an id or a date, does not count."""
-    told = [{key: turn[key] for key in SEEN if key in turn} for turn in example.messages]
+    told: list[Any] = [{key: turn[key] for key in SEEN if key in turn} for turn in example.messages]
+    for turn in told:
+        if turn["content"] is None:
+            turn["content"] = ""
+        if "tool_calls" in turn:  # without their ids, which are drawn by lot
+            turn["tool_calls"] = [call["function"] for call in turn["tool_calls"]]
     told += [example.tools] if example.tools else []
     text = json.dumps(told, sort_keys=True, ensure_ascii=False, default=str)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

@@ -40,22 +40,26 @@ def fit(
     data.broken is, and where nothing is left.
     """
     limits = dict(sorted((limits or {}).items(), key=lambda each: each[1]))
+    limit = min(limits.values(), default=math.inf)
+    if config.overlong == "cut" and generated >= limit:
+        raise UserError(
+            f"rollout.max_new_tokens {generated}: a sequence may have {limit} tokens, none is left for a prompt"
+        )
     problems: list[Problem] = []
     too_long: list[Excess] = []
     broken: list[UserError] = []
     for example in examples:
         try:
             problem: Problem | None = prompter.problem(example, with_demonstration)
+            if excess := excess_of(problem, config.max_prompt_tokens, limits, generated):
+                too_long.append(excess)
+                cuts = config.overlong == "cut"
+                problem = cut(problem, prompter, config.max_prompt_tokens, limit, generated) if cuts else None
         except UserError as error:
             if config.broken == "error":
                 raise
             broken.append(error)
             continue
-        if excess := excess_of(problem, config.max_prompt_tokens, limits, generated):
-            too_long.append(excess)
-            limit = min(limits.values(), default=math.inf)
-            cuts = config.overlong == "cut"
-            problem = cut(problem, prompter, config.max_prompt_tokens, limit, generated) if cuts else None
         problems += [problem] if problem else []
     if too_long:
         tell(too_long, len(examples), len(examples) - len(broken) - len(problems), config.overlong)
@@ -90,10 +94,6 @@ def cut(problem: Problem, prompter: Prompter, most: int, limit: float, generated
     demonstration = problem.demonstration
     follows = max(generated, min(len(demonstration or ()), limit // 2 if limit < math.inf else math.inf))
     room = min(most, limit - follows)
-    if room < 1:
-        raise UserError(
-            f"rollout.max_new_tokens {generated}: a sequence may have {limit} tokens, none is left for a prompt"
-        )
     if len(problem.prompt) > room:
         problem = with_shorter_prompt(problem, prompter, int(room))
     if problem and demonstration and len(problem.prompt) + len(demonstration) > limit:

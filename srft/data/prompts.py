@@ -49,15 +49,14 @@ class Prompter:
         if self.template:
             return self.ids(text)
         ids = self.tokenizer.encode(text, add_special_tokens=True)
-        return ids[:-1] if ids[-1] == self.end_id else ids  # a tokenizer that closes its input would end the text
+        return ids[:-1] if ids[-1:] == [self.end_id] else ids  # a tokenizer that closes its input would end the text
 
     def prompt_text(self, example: Example) -> str:
         if self.template:
             return self.template.prompt(self.chat(example), example.tools, example.where)
         self.check_plain(example)
         text = "\n\n".join(turn["content"] or "" for turn in self.chat(example))
-        apart = text[-1:].isspace() or (example.demonstration or "")[:1].isspace()
-        return text if apart else text + "\n"
+        return text if not text or text[-1].isspace() else text + "\n"
 
     def encode_demonstration(self, example: Example) -> list[int]:
         """Token ids of the demonstration and of the end of the turn; the demonstration must not be None."""
@@ -67,7 +66,9 @@ class Prompter:
             text, ended = self.template.continuation(prompt, self.chat(example), example.tools, turn, example.where)
         ids = self.ids_behind(prompt, text)
         # A turn that the template ends by a token of its own, as some do after a call, has its end.
-        return [*ids, self.end_id] if ended or not is_special(self.tokenizer, ids[-1]) else ids
+        own = not ended and is_special(self.tokenizer, ids[-1])
+        own &= not self.tokenizer.decode(ids[-1:]).startswith("</")  # that closes the call
+        return ids if own else [*ids, self.end_id]
 
     def problem(self, example: Example, with_demonstration: bool = True) -> Problem:
         """Raises UserError for a prompt that is empty, and for what the chat template does not take."""

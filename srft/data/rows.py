@@ -20,8 +20,8 @@ from typing import Any, BinaryIO
 
 from srft.errors import UserError, first_line, missing
 
-TRAINED = ("train", "training")  # splits, as datasets name them
-HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval", "heldout")
+TRAINED = ("train", "training", "trainset")  # splits, as datasets name them
+HELD_OUT = ("test", "testing", "testset", "validation", "valid", "val", "dev", "eval", "evaluation", "heldout")
 CARDS = ("dataset_info.json", "dataset_infos.json")  # tell about a dataset and hold no rows
 
 Numbered = Iterator[tuple[int, Any]]  # of a line, or of a row counted from 1; and its value, or a UserError
@@ -110,15 +110,19 @@ def card(file: Path, key: str) -> Any:
 
 
 def check_splits(path: str, found: list[str], directory: Path | None = None) -> None:
-    """Raise UserError where files are of several splits, by the words of their names."""
-    splits: dict[str, str] = {}
+    """Raise UserError where files are the training and the held-out split of one dataset, by their names."""
+    sides: dict[str, dict[bool, str]] = {}
     for each in found:
         name = Path(each).relative_to(directory).as_posix() if directory else Path(each).name
-        word = next((word for word in re.findall("[a-z]+", name.lower()) if word in TRAINED + HELD_OUT), None)
-        splits |= {"train" if word in TRAINED else word: each} if word else {}
-    if len(splits) > 1:
-        advice = f"name those of one, such as {next(reversed(splits.values()))}"
-        raise UserError(f"{path}: holds files of {' and '.join(splits)}; {advice}")
+        words = re.findall("[a-z]+", re.sub("(held|hold)[-_ ]?out", "heldout", name.lower()))
+        side = next((word for word in words if word in TRAINED + HELD_OUT), None)
+        if side:
+            rest = " ".join(word for word in words if word != side)
+            sides.setdefault(rest, {})[side in TRAINED] = each
+    for files in sides.values():
+        if len(files) > 1:
+            advice = f"name those to train on, such as {files[True]}, or all of them, file by file"
+            raise UserError(f"{path}: holds {files[True]} and {files[False]}, which is to be held out; {advice}")
 
 
 def kind(path: str) -> str:

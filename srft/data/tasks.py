@@ -18,9 +18,10 @@ from srft.data.examples import HELD_OUT, Example, Split, prompt_hash
 from srft.errors import UserError, missing, nearest
 
 SYSTEM_PROMPT = "Work step by step; answer after ####."
-# Tasks of reasoning-gym whose items follow from Python's hash seed, or from where objects lie in memory.
+# Tasks of reasoning-gym whose items follow from Python's hash seed, or from where objects lie in memory and numbers
+# that are drawn without the task's own generator.
 BY_HASH = ("isomorphic_strings", "polynomial_multiplication", "ransom_note", "word_ladder")
-BY_ADDRESS = ("knight_swap",)
+BY_CHANCE = ("codeio", "knight_swap", "list_functions")
 DEFAULT_SIZE = 4096  # train prompts, where no size is given
 
 
@@ -63,7 +64,7 @@ def stream(task: str, task_args: dict[str, Any], seed: int, size: int) -> Iterat
 def check_repeatable(tasks: Iterable[str]) -> None:
     """Raise UserError for a task that another process, a rank or one that resumes, would make in another way."""
     for task in tasks:
-        if task in BY_ADDRESS:
+        if task in BY_CHANCE:
             raise UserError(f"data.tasks: {task!r} is made in another way each time: no run could go on with it")
         if task in BY_HASH and sys.flags.hash_randomization and not os.environ.get("PYTHONHASHSEED", "").isdecimal():
             found = f"data.tasks: {task!r} is made in another way in each process (it walks through sets)"

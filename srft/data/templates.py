@@ -33,7 +33,7 @@ THOUGHT = re.compile(
     r"(?P<opening><(?P<name>(?:\w+:)?(?:think|thinking|thought|reasoning))>|\[THINK\])(?P<space>\s*)"
     r"(?P<closed>(?:</(?P=name)>|\[/THINK\])\s*)?\Z"
 )
-OTHER = "a0z"  # what no chat says, no template changes and no tokenizer merges with a special token
+OTHER = "a0z7q"  # what no chat says, no template changes and no tokenizer merges with a special token
 PLAIN = 32  # so many characters are not in a text by chance
 REFUSALS = (TemplateError, TypeError, KeyError, ValueError, AttributeError)  # of templates that expect another chat
 
@@ -45,6 +45,7 @@ class Template:
     tokenizer: "PreTrainedTokenizerBase"
     end: str
     args: dict[str, Any] = field(default_factory=dict)
+    shown: set[Any] = field(default_factory=set, compare=False)  # kinds of turns that the template was seen to write
 
     def __post_init__(self) -> None:
         """Raises UserError for an argument that the template does not know: it would pass over it in silence."""
@@ -113,20 +114,28 @@ class Template:
         text = self.tokenizer.apply_chat_template(chat, **{"tokenize": False, "tools": tools, **args, **self.args})
         if "None" in text and any(turn["content"] is None for turn in chat):
             raise ValueError("content that is null is printed")
-        in_lists = any(isinstance(turn["content"], list) for turn in chat)
-        if in_lists and re.search(r"""['"]type['"]: ['"]text['"]""", text):
+        parts = [part["text"] for turn in chat if isinstance(turn["content"], list) for part in turn["content"]]
+        printed = any(parts) and not any("'type'" in part or '"type"' in part for part in parts)
+        if printed and re.search(r"""['"]type['"]: ['"]text['"]""", text):
             raise ValueError("content that is in parts is printed as a list")
         return text
 
     def passed_over(self, text: str, chat: list[Turn], tools: Tools, **args: Any) -> str:
         """What the template does not show of a chat that it wrote as `text`, or ""."""
-        for index, tool in enumerate(tools or ()):
-            other = {**tool, "function": {**tool["function"], "name": OTHER}}
-            if self.same(text, chat, [*tools[:index], other, *tools[index + 1 :]], **args):
+        if tools:
+            others = [{**tool, "function": {**tool["function"], "name": OTHER}} for tool in tools]
+            told = all(tool["function"]["name"] in text for tool in tools)
+            if not told or (len(tools) not in self.shown and self.same(text, chat, others, **args)):
                 advice = 'take a model that knows tools, or leave them out: data.columns = {tools = ""}'
                 return f"tools: the chat template of the tokenizer does not show them; {advice}"
-        unseen = (self.unseen(text, chat, index, tools, **args) for index in range(len(chat)))
-        return next(filter(None, unseen), "")
+            self.shown.add(len(tools))
+        for index in range(len(chat)):
+            if (kind := kind_of(chat, index)) in self.shown:
+                continue
+            if unseen := self.unseen(text, chat, index, tools, **args):
+                return unseen
+            self.shown.add(kind)
+        return ""
 
     def unseen(self, text: str, chat: list[Turn], index: int, tools: Tools, **args: Any) -> str:
         """The same of one turn: what might be another, and the text the same."""
@@ -146,12 +155,20 @@ class Template:
             return False
 
 
+def kind_of(chat: list[Turn], index: int) -> tuple:
+    """What turns have in common of which a template writes the same parts: who speaks, after whom, before whom, and
+    how. A long chat, and a file of many, is not looked at turn by turn."""
+    turn, roles = chat[index], [None, *(turn["role"] for turn in chat), None]
+    content = turn["content"]
+    return (*roles[index : index + 3], type(content).__name__, bool(content), len(turn.get("tool_calls", ())))
+
+
 def forms(messages: list[Turn]) -> Iterator[list[Turn]]:
     """A chat as it is, then with what some templates want instead: no null, arguments as text, other roles, parts."""
     made: list[list[Turn]] = []
     for change in (as_it_is, developer_as_system, system_in_user, in_parts):
         changed = change(messages)
-        blank = [{**turn, "content": turn["content"] or ""} for turn in changed]
+        blank = [{**turn, "content": "" if turn["content"] is None else turn["content"]} for turn in changed]
         for chat in (changed, [as_text(turn) for turn in changed], blank, [as_text(turn) for turn in blank]):
             if chat not in made:
                 made.append(chat)
@@ -177,7 +194,8 @@ def system_in_user(chat: list[Turn]) -> list[Turn]:
 def in_parts(chat: list[Turn]) -> list[Turn]:
     """As templates of models that see images want text."""
     return [
-        {**turn, "content": [{"type": "text", "text": turn["content"]}]} if turn["content"] else turn for turn in chat
+        turn if turn["content"] is None else {**turn, "content": [{"type": "text", "text": turn["content"]}]}
+        for turn in chat
     ]
 
 

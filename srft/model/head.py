@@ -64,7 +64,8 @@ def hidden_states(
     backbone = model.get_decoder()
     if backbone is model:  # transformers does not find that of Llama 4
         backbone = model.model
-    return backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions).last_hidden_state
+    output = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
+    return output.last_hidden_state.to(model.get_output_embeddings().weight.dtype)  # Mamba's are in fp32
 
 
 @contextlib.contextmanager

@@ -12,15 +12,22 @@ from typing import Any
 DIGITS = r"(?:(?:\d{1,3}(?:,\d{2,3})*,\d{3}|\d+)(?:\.\d+)?|\.\d+)"  # thousands may be parted by commas
 PLAIN = re.compile(rf"[-+]?{DIGITS}(?:[eE][-+]?\d+)?")
 WRITTEN = re.compile(r"(?<![\w.])[-+]?\d[\d,./:^]*")  # a number in a text, with what makes another one of it
-# What stands behind a mark and is a number: it alone, or x = it, and a unit. A second number, or a sign of arithmetic,
-# makes something else of it.
-ALONE = re.compile(rf"(?:[^\W\d]\w*\s*=)?[\s$€£¥(]*(?P<number>[-+]?{DIGITS})(?P<unit>.*)", re.DOTALL)
-UNIT = re.compile(r"(?:[\s%°$€£¥.,;:'\")]|[^\W\d_]{2,}|(?<=[\s°])[^\W\d_])*")
-LATEX = (
-    (r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}", r" \1"),
+LEADS = re.compile(r"(?:[^\W\d]|[\s\\'’])*(?:=|≈|:|\\approx|\bis\b)\s*")  # "x =", "The answer is", "Answer:"
+SIGNED = re.compile(rf"([-+]?)\s*[$€£¥]?\s*([-+]?{DIGITS})(?!\d|\.\d)")
+# Words that make another number of the one before them.
+COUNTS = {
+    *("dozen", "hundred", "thousand", "million", "billion", "trillion", "half", "halves", "third", "thirds", "quarter"),
+    *("quarters", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "or", "and", "to"),
+    *("plus", "minus", "times", "squared", "cubed"),
+}
+UNIT = re.compile(r"(?:[%°$€£¥]|per\b|\b(?:[^\W\d_]{2,}|[mglshLKCFV])(?:\^?[23]|[²³])?\b|/)+")
+LATEX = (  # what is written around a number, or instead of a sign, without meaning
+    (r"\\boxed\{(.*)\}", r"\1"),
+    (r"\\(?:text|textrm|textbf|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}", r" \1"),
+    (r"\\(?:displaystyle|left|right|quad|qquad|,|;|:|!| )", " "),
     (r"\\([%$])", r"\1"),
-    (r"\{,\}", ","),
-    (r"\\[,;! ]", " "),
+    (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree", "°"),
+    (r"</?s>|<\|[^|<>]*\|>|\*\*|`|~|\\\(|\\\)|\\\[|\\\]", " "),
 )
 HASHES, BOXED = "####", "\\boxed{"
 ASKS_FOR_BOX = re.compile(r"\\boxed|\bboxed\b")
@@ -89,15 +96,30 @@ def final_answer(completion: str, numeric: bool = False) -> str:
     return numbers[-1] if numbers and number(numbers[-1]) is not None else ""
 
 
-def alone(text: str) -> str:
-    """The number that `text` is, with a unit or without; "" for anything else."""
+def unwritten(text: str) -> str:
+    """A text without what LaTeX, Markdown and chat templates write around an answer."""
+    text = re.sub(r"(?<=\d)\s*(?:\{,\}|,\\!|\\!,|\\,)\s*(?=\d{3})", ",", text)  # LaTeX's thousands
     for pattern, plain in LATEX:
         text = re.sub(pattern, plain, text)
-    text = text.strip().rstrip(".")
-    found = ALONE.fullmatch(text)
-    if number(text) is not None or not found:
-        return text if found else ""
-    return found["number"] if UNIT.fullmatch(found["unit"]) else ""
+    return text.strip().strip("$").strip()
+
+
+def alone(text: str) -> str:
+    """The number that `text` is, with a unit and with a name or without; "" for anything else."""
+    text = unwritten(text)
+    if number(text) is not None:
+        return text
+    if lead := LEADS.match(text):
+        text = text[lead.end() :].strip().strip("$").strip()
+    found = SIGNED.match(text)
+    if not found:
+        return ""
+    rest = text[found.end() :]
+    parts = re.split(r"[\s.,;()\"'$]+", rest)
+    glued = rest[:1].isalpha() and len(parts[0]) < 2 and parts[0] not in tuple("mgLhs")  # 3x is no three
+    if glued or any(part.casefold() in COUNTS or not UNIT.fullmatch(part) for part in parts if part):
+        return ""
+    return found[1] + found[2] if not (found[1] and found[2][0] in "+-") else ""
 
 
 def inside_braces(text: str) -> str:
@@ -122,7 +144,10 @@ def is_answer(reference: str | None) -> bool:
 
 def same(completion: str, answer: str) -> bool:
     """The completion's answer is `answer`, as a number where that is one, else as text regardless of space and case."""
-    wanted = number(final_answer(answer))  # a reference solution may carry its own "####"
+    reference = final_answer(answer)  # a solution may carry its own "####"
+    wanted = number(reference)
+    if wanted is None and not any(map(str.isalpha, unwritten(reference))):  # 3 PM is not 3, though $3 is
+        wanted = number(alone(reference))
     if wanted is not None:
         return number(final_answer(completion, numeric=True)) == wanted
     return as_text(completion) == as_text(answer)

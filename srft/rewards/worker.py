@@ -6,13 +6,11 @@ came of it.
 """
 
 import contextlib
-import ctypes
 import math
 import os
 import pickle
 import signal
 import sys
-import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -24,7 +22,6 @@ from srft.errors import UserError
 
 START = "import sys; sys.path[:] = sys.argv[2:]; from srft.rewards.worker import serve; serve(int(sys.argv[1]))"
 LOADED = "loaded"
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h: the signal that a process gets when its parent is gone
 
 Part = tuple[float | None, dict[str, float]]  # a completion's reward, None: not scored; and further numbers about it
 
@@ -96,9 +93,7 @@ def serve(descriptor: int) -> None:
     """Answer jobs until the other side is gone."""
     os.set_inheritable(descriptor, False)  # a program that a reward starts must not hold it open
     connection, process = Connection(descriptor), os.getpid()
-    with contextlib.suppress(AttributeError, OSError):  # Linux: also while a reward lets no thread run
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
+    guard(os.getppid(), descriptor)
     try:
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")  # where memory runs out, this process goes, and not the one that trains
@@ -133,8 +128,25 @@ def serve(descriptor: int) -> None:
         connection.send((job, answer))
 
 
-def end_with_parent(parent: int) -> None:
-    """A reward that hangs must not outlive a run that was killed; it goes with all that it started."""
-    while os.getppid() == parent:
+def guard(parent: int, descriptor: int) -> None:
+    """A reward that hangs must not outlive a run that was killed; it goes with all that it started.
+
+    A process of its own sees to that, since a reward may let no thread of this one run.
+    """
+    worker = os.getpid()
+    if os.fork():
+        return
+    os.close(descriptor)
+    while os.getppid() == worker and alive(parent):
         time.sleep(1)
     os.killpg(0, signal.SIGKILL)
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -1,10 +1,13 @@
 import contextlib
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -13,20 +16,31 @@ from srft.errors import UserError
 from srft.rundir import RunLog, create_run_dir, hold, let_go, read_jsonl, read_status, rewind_run_dir, write_status
 
 
+def create(config) -> Path:
+    path = create_run_dir(config)
+    let_go(path)
+    return path
+
+
+def rewind(path, *arguments) -> None:
+    rewind_run_dir(path, *arguments)
+    let_go(path)
+
+
 def test_time_in_the_name_makes_a_new_directory_every_time(tmp_path):
     config = RunConfig(dir=str(tmp_path / "runs" / "{time}"))
-    made = {create_run_dir(config) for _ in range(3)}
+    made = {create(config) for _ in range(3)}
     assert len(made) == 3 and all(path.is_dir() and path.parent == tmp_path / "runs" for path in made)
 
 
 def test_a_directory_with_something_in_it_is_refused(tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(UserError, match=r"run\.dir.*not empty"):
-        create_run_dir(RunConfig(dir=str(tmp_path)))
+        create(RunConfig(dir=str(tmp_path)))
     (tmp_path / "empty").mkdir()
-    assert create_run_dir(RunConfig(dir=str(tmp_path / "empty"))) == tmp_path / "empty"
+    assert create(RunConfig(dir=str(tmp_path / "empty"))) == tmp_path / "empty"
     with pytest.raises(UserError, match="is a file"):
-        create_run_dir(RunConfig(dir=str(tmp_path / "mine.txt")))
+        create(RunConfig(dir=str(tmp_path / "mine.txt")))
 
 
 def test_a_directory_that_cannot_be_written_into_is_refused(tmp_path, monkeypatch):
@@ -35,13 +49,13 @@ def test_a_directory_that_cannot_be_written_into_is_refused(tmp_path, monkeypatc
 
     monkeypatch.setattr("tempfile.TemporaryFile", read_only)  # as chmod would, were the tests not run by root
     with pytest.raises(UserError, match=r"run\.dir: cannot write into .*: Permission denied; name another directory"):
-        create_run_dir(RunConfig(dir=str(tmp_path)))
+        create(RunConfig(dir=str(tmp_path)))
 
 
 def test_the_home_directory_may_be_written_as_a_tilde(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert create_run_dir(RunConfig(dir="~/runs/one")) == tmp_path / "runs" / "one"
+    assert create(RunConfig(dir="~/runs/one")) == tmp_path / "runs" / "one"
     assert [each.name for each in tmp_path.iterdir()] == ["runs"]
 
 
@@ -53,7 +67,7 @@ def test_overwriting_moves_the_earlier_run_aside_and_touches_nothing_else(tmp_pa
         write_status(tmp_path, "finished", 1, 1)
         (tmp_path / "final").mkdir()
         (tmp_path / "interrupted-3").mkdir()
-        create_run_dir(config)
+        create(config)
         assert (tmp_path / f"previous-{number}" / "metrics.jsonl").read_text() == f"run {number}"
         assert (tmp_path / f"previous-{number}" / "final").is_dir()
     assert (tmp_path / "mine.txt").read_text() == "precious"
@@ -70,7 +84,7 @@ def test_a_run_directory_goes_back_to_a_step_and_loses_nothing(tmp_path):
     (tmp_path / "final").mkdir(), (tmp_path / "checkpoint-best").mkdir()
     everything = {each.name: each.read_bytes() for each in tmp_path.glob("*.jsonl")}
     (tmp_path / "config.toml").write_text("old")
-    rewind_run_dir(tmp_path, 2, "new")
+    rewind(tmp_path, 2, "new")
     for name, per_step in (("metrics.jsonl", 1), ("samples.jsonl", 2)):
         assert (tmp_path / name).read_bytes() == b"".join(everything[name].splitlines(keepends=True)[: 2 * per_step])
         assert (tmp_path / "previous-1" / name).read_bytes() == everything[name]
@@ -79,11 +93,11 @@ def test_a_run_directory_goes_back_to_a_step_and_loses_nothing(tmp_path):
     moved = {"config.toml", "metrics.jsonl", "samples.jsonl", "checkpoint-3", "final"}
     assert {each.name for each in (tmp_path / "previous-1").iterdir()} == moved
     (tmp_path / "config.toml").write_text("new")
-    rewind_run_dir(tmp_path, 2, "new")
+    rewind(tmp_path, 2, "new")
     assert not (tmp_path / "previous-2").exists()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')  # cut off as its process was killed
-    rewind_run_dir(tmp_path, 2, "new")
+    rewind(tmp_path, 2, "new")
     assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
     assert (tmp_path / "metrics.jsonl").read_bytes().endswith(b"\n") and (tmp_path / "previous-2").is_dir()
 
@@ -134,16 +148,16 @@ def test_the_status_is_the_last_one(tmp_path):
 def test_a_run_that_was_stopped_before_it_had_anything_does_not_block_the_next(tmp_path):
     config = RunConfig(dir=str(tmp_path / "run"))
     for number, state in enumerate(("failed", "running"), start=1):  # the second was killed, else it would hold it
-        path = create_run_dir(config)
+        path = create(config)
         (path / "config.toml").write_text("")
         write_status(path, state, 0, 5)
-        create_run_dir(config)
+        create(config)
         assert read_status(path / f"previous-{number}")["state"] == state
     (path / "config.toml").write_text("")
     write_status(path, "failed", 0, 5)
     (path / "evaluation.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match=r"run\.dir.*not empty"):
-        create_run_dir(config)
+        create(config)
 
 
 def test_a_directory_that_is_no_run_is_not_moved(tmp_path):
@@ -151,33 +165,62 @@ def test_a_directory_that_is_no_run_is_not_moved(tmp_path):
         (tmp_path / name).write_text("mine")
     (tmp_path / "final").mkdir()
     with pytest.raises(UserError, match=r"run\.dir: .* is not the directory of a run \(neither status.json"):
-        create_run_dir(RunConfig(dir=str(tmp_path), overwrite=True))
+        create(RunConfig(dir=str(tmp_path), overwrite=True))
     write_status(tmp_path, "finished", 1, 1)
-    create_run_dir(RunConfig(dir=str(tmp_path), overwrite=True))
+    create(RunConfig(dir=str(tmp_path), overwrite=True))
     assert (tmp_path / "train.jsonl").read_text() == "mine"  # no run writes a file of this name
     with pytest.raises(UserError, match=r"run\.dir: expected the name of a directory, found none"):
-        create_run_dir(RunConfig(dir=""))
+        create(RunConfig(dir=""))
 
 
 def test_one_process_at_a_time_writes_into_a_directory(tmp_path):
+    config = RunConfig(dir=str(tmp_path / "run"))
     program = (
-        "import sys, time; from srft.config import RunConfig; from srft.rundir import create_run_dir\n"
-        f"create_run_dir(RunConfig(dir={str(tmp_path / 'run')!r})); print('there', flush=True); time.sleep(60)"
+        "import os, time; from srft.config import RunConfig; from srft.rundir import create_run_dir\n"
+        f"create_run_dir(RunConfig(dir={config.dir!r}))\n"
+        "if not os.fork():\n"  # as a reward may, in a process that lives on
+        "    print(os.getpid(), flush=True)\n"
+        "time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as other:
-        other.stdout.readline()
-        for attempt in (lambda: create_run_dir(RunConfig(dir=str(tmp_path / "run"))), lambda: hold(tmp_path / "run")):
+        child = int(other.stdout.readline())
+        for attempt in (lambda: create_run_dir(config), lambda: rewind_run_dir(tmp_path / "run", 0, "")):
             with pytest.raises(UserError, match="another process is writing its run there"):
                 attempt()
         other.kill()
-    create_run_dir(RunConfig(dir=str(tmp_path / "run")))
+        other.wait()
+        create_run_dir(config)
+        os.kill(child, 9)
+    with pytest.raises(UserError, match="this process is writing a run there already"):
+        create_run_dir(config)
     let_go(tmp_path / "run")
+
+
+def test_a_lock_that_a_forked_process_has_too_is_let_go(tmp_path):
+    hold(tmp_path)
+    if not (child := os.fork()):
+        time.sleep(60)
+        os._exit(0)
+    let_go(tmp_path)
+    program = f"from pathlib import Path; from srft.rundir import hold; hold(Path({str(tmp_path)!r}))"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+
+
+def test_a_directory_that_was_refused_is_not_held(tmp_path):
+    (tmp_path / "mine.txt").write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"run\.dir"):
+            create_run_dir(RunConfig(dir=str(tmp_path), overwrite=overwrite))
+    hold(tmp_path)
+    let_go(tmp_path)
 
 
 def test_two_runs_that_start_together_have_two_directories(tmp_path):
     config = RunConfig(dir=str(tmp_path / "{time}"))
     with ThreadPoolExecutor(8) as threads:
-        made = list(threads.map(lambda _: create_run_dir(config), range(40)))
+        made = list(threads.map(lambda _: create(config), range(40)))
     assert len(set(made)) == 40
 
 
@@ -203,8 +246,8 @@ def test_a_rewind_that_is_broken_off_loses_nothing(tmp_path, monkeypatch, point)
 
         with monkeypatch.context() as patch, contextlib.suppress(Killed):
             patch.setattr(owner, point, failing)
-            rewind_run_dir(tmp_path, 2, "new")
-    rewind_run_dir(tmp_path, 2, "new")
+            rewind(tmp_path, 2, "new")
+    rewind(tmp_path, 2, "new")
     assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
     assert (tmp_path / "config.toml").read_text() == "old" and not (tmp_path / "final").exists()
     kept = [read_jsonl(each) for each in sorted(tmp_path.glob("previous-*/metrics.jsonl"))]

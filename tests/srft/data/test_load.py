@@ -5,7 +5,8 @@ import json
 import pytest
 
 from srft.config import DataConfig
-from srft.data import load_examples, load_sides
+from srft.data import Example, load_examples, load_sides
+from srft.data.examples import prompt_hash
 from srft.errors import UserError
 
 from .test_files import load, rows, write
@@ -100,3 +101,10 @@ def test_an_empty_name_of_a_file_is_not_taken_for_none(given):
     for option in ("train_file", "eval_file"):
         with pytest.raises(UserError, match=f"data.{option}: expected the name of a file, found"):
             load_examples(DataConfig(**{option: given}), "train")
+
+
+def test_ids_of_calls_make_no_other_prompt():
+    calls = [[{"id": id, "function": {"name": "add", "arguments": {}}}] for id in ("a1", "b2")]
+    turns = [{"role": "assistant", "content": content, "tool_calls": each} for content, each in zip((None, ""), calls)]
+    one, other = (prompt_hash(Example([turn], None, None, "t")) for turn in turns)
+    assert one == other != prompt_hash(Example([{**turns[0], "tool_calls": []}], None, None, "t"))

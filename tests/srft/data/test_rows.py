@@ -87,7 +87,33 @@ def test_directories_globs_and_their_order(tmp_path):
 def test_a_directory_of_several_splits_is_not_mixed(tmp_path):
     for split in ("train", "test"):
         (tmp_path / f"{split}-00000-of-00001.jsonl").write_text(jsonl())
-    assert "holds files of test and train; name those of one, such as" in refusal(tmp_path)
+    told = refusal(tmp_path)
+    assert (
+        f"test-00000-of-00001.jsonl, which is to be held out; name those to train on, such as {tmp_path}/train-" in told
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "refused"),
+    [
+        (["gsm8k_train", "gsm8k_test"], True),
+        (["train", "held_out"], True),
+        (["trainset", "testset"], True),
+        (["data/training", "data/evaluation"], True),
+        (["train_math", "unit_test_generation"], False),
+        (["math/train", "code/test_writing"], False),
+        (["gsm8k_train", "valid_parentheses"], False),
+        (["val", "valid"], False),
+    ],
+)
+def test_splits_of_one_dataset(tmp_path, names, refused):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.jsonl").write_text(jsonl())
+    if refused:
+        assert "is to be held out" in refusal(tmp_path)
+    else:
+        assert len(values(tmp_path)) == 2 * len(LINES)
 
 
 @pytest.fixture

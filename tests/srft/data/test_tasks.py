@@ -13,7 +13,7 @@ from srft.errors import UserError
 from srft.rewards import build_reward
 
 pytest.importorskip("reasoning_gym")
-from srft.data.tasks import BY_ADDRESS, BY_HASH, gym, worked_sum
+from srft.data.tasks import BY_CHANCE, BY_HASH, gym, worked_sum
 
 
 def prompts(examples):
@@ -114,7 +114,8 @@ def test_tasks_that_another_process_would_make_in_another_way_are_refused(monkey
         made.append(
             json.loads(subprocess.run([sys.executable, "-c", program, *names], **given).stdout.splitlines()[-1])
         )
-    assert {task for task in names if made[0][task] != made[1][task]} == {*BY_HASH, *BY_ADDRESS}
+    differ = {task for task in names if made[0][task] != made[1][task]}
+    assert {*BY_HASH} <= differ <= {*BY_HASH, *BY_CHANCE}  # a few items of the latter may be alike
     monkeypatch.delenv("PYTHONHASHSEED", raising=False)
     for task, advice in (("ransom_note", "start with PYTHONHASHSEED=0"), ("knight_swap", "no run could go on with it")):
         with pytest.raises(UserError, match=rf"data.tasks: '{task}' is made in another way .*{advice}"):

@@ -1,5 +1,7 @@
 """Chats as chat templates write them: thoughts that a template opens, tools and calls, arguments of the template."""
 
+import dataclasses
+
 import pytest
 
 from srft.config import DataConfig
@@ -273,7 +275,22 @@ def test_a_demonstration_begins_as_a_rollout_does_and_not_as_a_text(template):
 
 def test_plain_text_is_joined_by_a_new_line_where_nothing_else_parts_it():
     prompter = build_prompter(byte_tokenizer(None), DataConfig(train_file="x"))
-    for prompt, demonstration in (("def f(a):\n    return", " a"), ("Q: ", "7"), ("3 + 4?", "7")):
+    for prompt, demonstration in (("3 + 4?", " 7"), ("Q: ", "7"), ("3 + 4?", "7")):
         problem = prompter.problem(Example([{"role": "user", "content": prompt}], demonstration, None, "t"))
         whole = prompter.tokenizer.decode(problem.prompt + problem.demonstration)
         assert whole == prompt + "\n" * (prompt == "3 + 4?") + demonstration + "<|end|>"
+        assert problem.prompt == prompter.encode_prompt(dataclasses.replace(problem.example, demonstration=None))
+    with pytest.raises(UserError, match="the prompt is empty"):
+        prompter.problem(Example([{"role": "user", "content": ""}], "7", None, "t"))
+
+
+def test_a_long_chat_is_not_written_once_for_each_turn(monkeypatch):
+    prompter = build_prompter(byte_tokenizer(TEMPLATE), DataConfig(train_file="x"))
+    turns = [{"role": role, "content": str(i)} for i in range(50) for role in ("user", "assistant")][:-1]
+    written = []
+    original = type(prompter.template).write
+    monkeypatch.setattr("srft.data.templates.Template.write", lambda *a, **k: (written.append(1), original(*a, **k))[1])
+    prompter.encode_prompt(Example(turns, "7", None, "t"))
+    assert len(written) < 8
+    prompter.encode_prompt(Example(turns[:-2], "7", None, "t"))
+    assert len(written) < 10

@@ -1,5 +1,7 @@
 """Where the answer of a text stands, and when a mark has to be before it."""
 
+import time
+
 import pytest
 
 from srft.rewards.answers import MarkRule, final_answer, is_answer, same
@@ -71,6 +73,55 @@ def test_same(completion, answer, expected):
 def test_a_reference_that_says_nothing_is_no_answer(reference):
     assert not is_answer(reference)
     assert is_answer("0") and is_answer("#### 5")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("#### 18.", "**#### 18**", "#### **18**", "#### `18`", r"#### \boxed{18}", r"#### \(18\)", "#### $x = 18$"),
+        *("#### Answer: 18", "#### The answer is 18", "#### = 18", "#### ≈ 18", "#### 18m", "#### 18 km/h", "#### $18"),
+        *("#### 18 cm^2", "#### 18 (dollars)", "#### 18</s>", "#### 18\nand 3 more", "#### 18%", r"\boxed{18\%}"),
+        *(r"\boxed{18^\circ}", r"\boxed{18^{\circ}}", r"\boxed{\alpha=18^\circ}", r"\boxed{18 \text{ cm}^2}"),
+        *(r"\boxed{18~\text{cm}}", r"\boxed{18\mathrm{~cm}}", r"\boxed{18\text{ km/h}}", r"\boxed{18\:\text{units}}"),
+        *(r"\boxed{\displaystyle 18}", r"\boxed{\theta = 18}", r"\boxed{\$18}", r"\boxed{18\text{ dollars}}"),
+    ],
+)
+def test_a_number_in_what_people_and_models_write_around_it(text):
+    assert final_answer(text, numeric=True) == "18" and same(text, "18")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("#### 18 or 5", "#### 18-20", "#### 18 + 2", "#### 18, 19", "#### 18 million", "#### 18 dozen"),
+        *("#### 18 or four", "#### 18 plus two", "#### 18 squared", r"\boxed{(18, x)}", r"\boxed{18\text{ or }x}"),
+        *(r"\boxed{18 n}", r"\boxed{18 i}", r"\boxed{18_{10}}", r"\boxed{-\frac{1}{18}}", r"\boxed{18\pi}"),
+    ],
+)
+def test_a_number_that_is_a_part_of_the_answer(text):
+    assert final_answer(text, numeric=True) == "" and not same(text, "18")
+
+
+def test_references_as_mathematicians_write_them():
+    for completion, reference in (
+        (r"\boxed{10,\!080}", "10080"),
+        ("#### 10080", r"10,\!080"),
+        (r"\boxed{18}", r"\$18"),
+        (r"\boxed{90}", r"90^\circ"),
+        ("#### -$5.50", "-5.5"),
+    ):
+        assert same(completion, reference)
+    assert not same("#### 3 AM", "3 PM") and same("#### 3 pm.", "3 PM")
+
+
+def test_no_line_takes_long_to_read():
+    words = "18 dollars every day at the farmers market because she keeps some eggs for friends and bakes, that is "
+    start = time.monotonic()
+    for tail in ("9 x 2", "(19+23)", "- done", "a" * 2000 + "1", "，" * 2000, "{" * 2000, r"\text{" * 500, "1," * 2000):
+        final_answer(f"#### {words * 20}{tail}", numeric=True)
+        final_answer(f"{words * 20}{tail}", numeric=True)
+        final_answer(r"\boxed{" + words * 20 + tail + "}", numeric=True)
+    assert time.monotonic() - start < 2
 
 
 @pytest.mark.parametrize(

@@ -320,3 +320,20 @@ def test_a_set_has_no_order_and_is_no_list_of_rewards(write):
     scorer = write("def reward(completions):\n    return {1.0, 2.0}\n", workers=1)
     with pytest.raises(UserError, match="returned set, expected a list with one reward per completion"):
         scorer([example()] * 2, ["a", "b"])
+
+
+def test_what_a_reward_started_ends_with_a_run_that_is_killed(write, tmp_path):
+    write(SOURCE, workers=1)
+    program = (
+        "from tests.srft.rewards.conftest import FILE, example\n"
+        "from srft.config import RewardConfig; from srft.rewards import build_reward\n"
+        f"build_reward(RewardConfig('module_{tmp_path.name}:parent', workers=1), FILE)([example()], ['a'])\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen([sys.executable, "-c", program], env=environment) as run:
+        deadline = time.monotonic() + 20
+        while not Path("child").exists() or not Path("child").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        run.kill()
+    assert gone(int(Path("child").read_text()))
