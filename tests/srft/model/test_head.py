@@ -115,3 +115,12 @@ def test_a_soft_cap_by_any_name_shows_before_the_model_is_trained(monkeypatch):
     monkeypatch.setattr("srft.model.head.head_of", lambda model: head_of(model) | {"softcap": None})
     with pytest.raises(UserError, match="its output layer works in a way"):
         check_head(model)
+
+
+def test_hidden_states_have_the_type_of_the_head():
+    """Mamba's final norm gives fp32, whatever the model's type."""
+    size = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4}
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(**size)).bfloat16()
+    check_head(model)
+    ids = torch.arange(4)[None]
+    assert hidden_states(model, ids, torch.ones_like(ids)).dtype == torch.bfloat16
