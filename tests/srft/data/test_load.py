@@ -108,3 +108,12 @@ def test_ids_of_calls_make_no_other_prompt():
     turns = [{"role": "assistant", "content": content, "tool_calls": each} for content, each in zip((None, ""), calls)]
     one, other = (prompt_hash(Example([turn], None, None, "t")) for turn in turns)
     assert one == other != prompt_hash(Example([{**turns[0], "tool_calls": []}], None, None, "t"))
+
+
+def test_the_hash_of_a_prompt_stays_what_it_is():
+    """Which prompts are held out follows from it, and with that every number that was ever measured."""
+    plain = Example([{"role": "user", "content": "2 + 2?"}], None, None, "t")
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "π"}]
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    assert prompt_hash(plain) == 5621354116171583489
+    assert prompt_hash(Example(chat, "a demonstration", "an answer", "t", tools=tools)) == 18329291312382112838
