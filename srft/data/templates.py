@@ -104,7 +104,7 @@ class Template:
                 break
         else:
             if calls:
-                found = "the chat template of the tokenizer does not show them as what follows the prompt"
+                found = "the chat template of the tokenizer does not show them, and what is said beside them, there"
                 raise UserError(f"{where}: tool_calls of the demonstration: {found}")
             written, end = text_of(turn), self.end
         return written if thought is None else after_thought(thought, written, where), bool(end)
