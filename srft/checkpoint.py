@@ -113,12 +113,16 @@ def resumable(directory: str) -> Path:
         raise UserError(f"{where}; there is no such directory")
     if newest := newest_with_state(path.parent):
         raise UserError(f"{where}; only its newest checkpoint keeps a {STATE} to go on from: --resume {newest}")
-    models = [each.parent for each in (*path.glob("config.json"), *path.glob("[!.]*/config.json"))]
     advice = ""
-    if models:
-        model = max(models, key=lambda each: each.stat().st_mtime)
+    if model := newest_model(path):
         advice = f"; {model} holds the model only: a new run starts from it with --model.path {model}"
     raise UserError(f"{where}; found no checkpoint-N with a {STATE} in it{advice}")
+
+
+def newest_model(directory: Path) -> Path | None:
+    """The last saved model that the directory is, or that lies in it."""
+    models = [each.parent for each in (*directory.glob("config.json"), *directory.glob("[!.]*/config.json"))]
+    return max(models, key=lambda each: each.stat().st_mtime, default=None)
 
 
 def newest_with_state(run: Path) -> Path | None:

@@ -199,10 +199,10 @@ def model_of_run(directory: Path) -> Path:
     """The final model of a run; UserError, with what there is instead, where it did not come to its end."""
     if (directory / "final").is_dir():
         return directory / "final"
-    models = [each.parent for each in directory.glob("[!.]*/config.json")]
-    advice = "it was stopped before it saved one"
-    if models:
-        advice = f"it was stopped; evaluate {max(models, key=lambda each: each.stat().st_mtime)}"
+    from srft.checkpoint import newest_model
+
+    model = newest_model(directory)
+    advice = f"it was stopped; evaluate {model}" if model else "it was stopped before it saved one"
     raise UserError(f"--checkpoint {directory}: the run has no final model; {advice}")
 
 

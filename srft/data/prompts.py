@@ -45,7 +45,9 @@ class Prompter:
 
     def encode_prompt(self, example: Example) -> list[int]:
         """Token ids of the prompt."""
-        text = self.prompt_text(example)
+        return self.prompt_ids(self.prompt_text(example))
+
+    def prompt_ids(self, text: str) -> list[int]:
         if self.template:
             return self.ids(text)
         ids = self.tokenizer.encode(text, add_special_tokens=True)
@@ -60,7 +62,10 @@ class Prompter:
 
     def encode_demonstration(self, example: Example) -> list[int]:
         """Token ids of the demonstration and of the end of the turn; the demonstration must not be None."""
-        text, ended, prompt = example.demonstration, True, self.prompt_text(example)
+        return self.demonstration_ids(example, self.prompt_text(example))
+
+    def demonstration_ids(self, example: Example, prompt: str) -> list[int]:
+        text, ended = example.demonstration, True
         if self.template:
             turn = example.turn or {"role": "assistant", "content": text}
             text, ended = self.template.continuation(prompt, self.chat(example), example.tools, turn, example.where)
@@ -72,12 +77,13 @@ class Prompter:
 
     def problem(self, example: Example, with_demonstration: bool = True) -> Problem:
         """Raises UserError for a prompt that is empty, and for what the chat template does not take."""
-        prompt = self.encode_prompt(example)
+        text = self.prompt_text(example)
+        prompt = self.prompt_ids(text)
         if not prompt:
             raise UserError(f"{example.where}: the prompt is empty; there is nothing to continue")
         if not with_demonstration or example.demonstration is None:
             return Problem(example, prompt, None)
-        demonstration = self.encode_demonstration(example)
+        demonstration = self.demonstration_ids(example, text)
         if example.turn:  # what is scored is what a rollout would have been
             example = dataclasses.replace(example, demonstration=self.decode(demonstration))
         return Problem(example, prompt, demonstration)

@@ -90,15 +90,13 @@ def load_tokenizer(config: ModelConfig, option: str = "model.path") -> tuple["Pr
         raise UserError(f"{where}: no tokenizer could be loaded from it ({first_line(error)}); {advice}") from error
     try:
         model = AutoConfig.from_pretrained(path, **settings, **given)
-        check_kind(model, where)
-        return tokenizer, positions(model)
-    except UserError:
-        raise
     except Exception as error:
         check_trust(error, where)
         if settings:
             raise unreadable_gguf(where, error) from error
         raise UserError(f"{where}: no causal LM could be loaded from it: {first_line(error)}") from error
+    check_kind(model, where)
+    return tokenizer, positions(model)
 
 
 def check_kind(model: "PreTrainedConfig", where: str) -> None:

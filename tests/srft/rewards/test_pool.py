@@ -154,20 +154,26 @@ def test_what_a_process_started_ends_with_it(write):
     assert gone(int(Path("child").read_text()))
 
 
-def test_processes_end_with_a_run_that_is_killed(write, tmp_path):
-    write(SOURCE, workers=1)
+def worker_of_a_killed_run(tmp_path, completion: str, seconds: float = 0.0) -> int:
+    """The process that has `completion` to score, `seconds` after a run that is killed then gave it out."""
     program = (
         "import sys; from tests.srft.rewards.conftest import FILE, example\n"
         "from srft.config import RewardConfig; from srft.rewards import build_reward\n"
         f"scorer = build_reward(RewardConfig('module_{tmp_path.name}:reward', workers=1), FILE)\n"
         "scorer([example()], ['a']); print(scorer.pool.started[0].process.pid, flush=True)\n"
-        "scorer([example()], ['busy'])\n"
+        f"scorer([example()], [{completion!r}])\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment) as run:
         worker = int(run.stdout.readline())
+        time.sleep(seconds)
         run.kill()
-    assert gone(worker)
+    return worker
+
+
+def test_processes_end_with_a_run_that_is_killed(write, tmp_path):
+    write(SOURCE, workers=1)
+    assert gone(worker_of_a_killed_run(tmp_path, "busy"))
 
 
 def test_a_long_list_may_take_as_long_as_its_completions(write, capfd):
@@ -291,19 +297,7 @@ def test_a_reward_that_lets_no_thread_run_ends_with_a_run_that_is_killed(write, 
         'import re\ndef reward(completions):\n    return [bool(re.match(r"(a+)+$", each)) for each in completions]\n'
     )
     write(source, workers=1)
-    program = (
-        "import sys; from tests.srft.rewards.conftest import FILE, example\n"
-        "from srft.config import RewardConfig; from srft.rewards import build_reward\n"
-        f"scorer = build_reward(RewardConfig('module_{tmp_path.name}:reward', workers=1), FILE)\n"
-        "scorer([example()], ['a']); print(scorer.pool.started[0].process.pid, flush=True)\n"
-        "scorer([example()], ['a' * 60 + 'b'])\n"
-    )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment) as run:
-        worker = int(run.stdout.readline())
-        time.sleep(1)
-        run.kill()
-    assert gone(worker)
+    assert gone(worker_of_a_killed_run(tmp_path, "a" * 60 + "b", seconds=1))
 
 
 def test_a_closed_screen_costs_no_reward(write):
