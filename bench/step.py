@@ -94,6 +94,7 @@ def trainers(device: str) -> tuple[Callable[..., Any], Any]:
     """(what makes a trainer from model, loss function, engine and token budget; the model as all of them start)."""
     from srft.config import Config, DataConfig, RolloutConfig, TrainConfig
     from srft.data import Example, build_prompter
+    from srft.learn.stages import whole
     from srft.model import LoadedModel
     from srft.rewards import Scorer
     from srft.rollout import build_engine
@@ -120,7 +121,7 @@ def trainers(device: str) -> tuple[Callable[..., Any], Any]:
         engine = engine or Recorded(build_engine(rollout.engine, loaded), device)
         scorer = Scorer("bench", reward)
         problems = [prompter.problem(each) for each in examples]
-        return Trainer(config, loaded, prompter, scorer, problems, engine=engine, loss_function=loss_function)
+        return Trainer(whole(config, problems), loaded, prompter, scorer, engine=engine, loss_function=loss_function)
 
     model = tiny_model(**MODELS[kind]).to(device, default_dtype(device)).train()
     return trainer, model

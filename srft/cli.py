@@ -13,12 +13,12 @@ from pathlib import Path
 from srft.data.columns import known_names
 from srft.errors import UserError, disk_full, nearest
 from srft.ranks import Ranks, join
-from srft.settings import help_text, load
+from srft.settings import help_text, load, recipes
 
 HELP = """\
 srft: single-stage supervised + reinforcement fine-tuning of language models
 
-  srft train [CONFIG.toml] [--section.key value …]      train, measured before and after on held-out prompts
+  srft train [CONFIG.toml] [--recipe NAME] [--section.key value …]  train, measured before and after on held-out prompts
   srft train --resume RUN_DIR [--section.key value …]   go on from the last checkpoint of a run that was stopped
   srft eval  [CONFIG.toml] [--checkpoint DIR] [--section.key value …]      avg@k and pass@k on held-out prompts
   srft data check FILE… [--section.key value …]         what is in data files, and what is wrong with them
@@ -28,6 +28,7 @@ srft: single-stage supervised + reinforcement fine-tuning of language models
 Examples
   srft train                                            the embedded SmolLM2-135M learns to add and subtract
   srft train my.toml --train.lr 1e-5 --train.steps 200  a file, and settings that differ from it
+  srft train --recipe sft_grpo                          a baseline: first SFT, then GRPO
   srft train --data.tasks chain_sum gsm_symbolic --rollout.max_new_tokens 200
   srft train --data.train_file train.jsonl --model.path ./my-model
   srft eval --checkpoint runs/2026-01-31-12-00-00/final --eval.samples 16
@@ -37,14 +38,15 @@ Examples
 """
 
 TRAIN_HELP = """\
-srft train [CONFIG.toml] [--section.key value …]
+srft train [CONFIG.toml] [--recipe NAME] [--section.key value …]
 srft train --resume RUN_DIR [--section.key value …]
 
 Samples prompts, generates rollouts, scores them and the demonstrations with a verifiable reward, takes one optimizer
 step on both; evaluates on held-out prompts before and after. Everything is written into run.dir: config.toml,
 metrics.jsonl, samples.jsonl, status.json, checkpoints and report.html.
 
-Settings come from the defaults below, then CONFIG.toml, then the command line:
+Settings come from the defaults below, then CONFIG.toml, then recipes (--recipe may be there several times), then the
+command line:
   [train]                                   in CONFIG.toml is the same as
   lr = 1e-5                                 --train.lr 1e-5
 Lists take several values (--data.tasks chain_sum gsm_symbolic), tables take dotted keys
@@ -63,6 +65,9 @@ demonstration (a worked solution) and/or answer (what rewards compare with); oth
 A reward function of your own is --reward.name my_module:my_function or my_file.py:my_function, with the signature
   def my_function(prompts, completions, **columns) -> list[float | None]
 or that of a reward of TRL or verl (docs/training.md).
+
+Recipes
+{recipes}
 
 Settings
 """
@@ -131,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def dispatch(arguments: list[str], ranks: Ranks) -> int:
     commands = {
-        "train": (train, TRAIN_HELP + help_text()),
+        "train": (train, TRAIN_HELP.replace("{recipes}", listed(recipes())) + help_text()),
         "eval": (evaluate, EVAL_HELP),
         "data": (check_data, DATA_HELP + known_names()),
         "report": (report, REPORT_HELP),
@@ -160,14 +165,16 @@ def dispatch(arguments: list[str], ranks: Ranks) -> int:
 def train(arguments: list[str], ranks: Ranks) -> None:
     path, overrides = config_file(arguments)
     overrides, resumed = take_option(overrides, "--resume")
+    overrides, names = take_options(overrides, "--recipe")
     if resumed:
         from srft.checkpoint import resumable
 
-        if path:
-            raise UserError(f"--resume takes the settings from the run, found {path} too; leave one of them out")
+        if path or names:
+            found = path or f"--recipe {names[0]}"
+            raise UserError(f"--resume takes the settings from the run, found {found} too; leave one of them out")
         resumed = resumable(resumed)
         path = str(resumed.parent / "config.toml")
-    config = load(path, overrides)
+    config = load(path, overrides, names)
     from srft.run import run
 
     run(config, ranks, resumed)
@@ -176,6 +183,7 @@ def train(arguments: list[str], ranks: Ranks) -> None:
 def evaluate(arguments: list[str]) -> None:
     path, overrides = config_file(arguments)
     overrides, checkpoint = take_option(overrides, "--checkpoint")
+    overrides, names = take_options(overrides, "--recipe")
     if checkpoint and Path(checkpoint).is_dir():
         directory = Path(checkpoint)
         if not path:
@@ -189,7 +197,7 @@ def evaluate(arguments: list[str]) -> None:
             )
         if not (directory / "config.json").is_file() and (directory / "config.toml").is_file():
             checkpoint = str(model_of_run(directory))
-    config = load(path, overrides)
+    config = load(path, overrides, names)
     from srft.evaluate import main_eval
 
     main_eval(config, checkpoint)
@@ -250,14 +258,34 @@ def config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
     return path, rest
 
 
+EXPECTED = {
+    "--checkpoint": "a directory or a model's name",
+    "--resume": "the directory of a run",
+    "--recipe": f"the name of a recipe, one of {', '.join(recipes())}",
+}
+
+
 def take_option(arguments: list[str], name: str) -> tuple[list[str], str | None]:
-    """The arguments without `NAME DIR` or `NAME=DIR`, and DIR."""
+    """The arguments without `NAME VALUE` or `NAME=VALUE`, and the value."""
     for index, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")
         if option == name:
             given = [value] if equals else arguments[index + 1 : index + 2]
             if not given or not given[0] or given[0].startswith("--"):
-                expected = "a directory or a model's name" if name == "--checkpoint" else "the directory of a run"
-                raise UserError(f"{name}: expected {expected}")
+                raise UserError(f"{name}: expected {EXPECTED[name]}")
             return arguments[:index] + arguments[index + (1 if equals else 2) :], given[0]
     return arguments, None
+
+
+def take_options(arguments: list[str], name: str) -> tuple[list[str], list[str]]:
+    """The same for an option that may be there several times."""
+    found = []
+    arguments, value = take_option(arguments, name)
+    while value is not None:
+        found.append(value)
+        arguments, value = take_option(arguments, name)
+    return arguments, found
+
+
+def listed(names: dict[str, str]) -> str:
+    return "\n".join(f"  {name:<16} {said}" for name, said in names.items())

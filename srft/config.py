@@ -162,6 +162,14 @@ class TrainConfig(Section):
     epochs: float = option(
         0.0, "instead of train.steps: so many times over the training prompts; 0: train.steps", low=0
     )
+    stages: list[str | dict[str, Any]] = option(  # noqa: RUF009
+        [],
+        "parts of the run, one after the other, that share its steps: names of recipes, or tables of loss, rollout and "
+        "train settings",
+    )
+    stage_moments: Literal["fresh", "kept"] = option(
+        "fresh", "AdamW's moments when a later stage begins: fresh, or kept from the one before"
+    )
     prompts_per_step: int = option(24, "prompts sampled in each step", low=1)
     updates_per_rollout: int = option(1, "optimizer steps on the same rollouts", low=1)
     lr: float = option(5e-5, "learning rate after warm-up", low=0)

@@ -14,6 +14,7 @@ from srft.data import Example, Problem, Prompter, build_prompter, digest, fit, l
 from srft.errors import UserError
 from srft.evaluation import Evaluation, Scores, scores_of, table
 from srft.learn.objective import build_objective
+from srft.learn.stages import parts_of
 from srft.likelihood import demonstration_loss
 from srft.model import EMBEDDED, POSITIONS, load_model, load_tokenizer
 from srft.rewards import FAILED, Scorer, build_reward, check_answers
@@ -115,10 +116,11 @@ def held_out_problems(
 ) -> list[Problem]:
     """Held-out examples as token ids, of a model of so many positions.
 
-    With their demonstrations where the loss of them tells something: where the objective learns from demonstrations,
-    and where nothing else can be measured.
+    With their demonstrations where the loss of them tells something: where a stage of the run learns from
+    demonstrations, and where nothing else can be measured.
     """
-    learned = scorer is None or "demonstrations" in build_objective(config.loss).learns_from
+    objectives = [build_objective(part.config.loss) for part in parts_of(config)]
+    learned = scorer is None or any("demonstrations" in each.learns_from for each in objectives)
     generated = config.rollout.max_new_tokens if scorer else 0
     return fit(prompter, examples, config.data, learned, {POSITIONS: positions}, generated)
 

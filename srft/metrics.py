@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 DESCRIPTIONS = {
     "step": "step, from 1",
+    "stage": "stage of train.stages, from 1",
     "loss": "the step's loss: Σ token weight · token loss",
     "demo_sft_loss": "SFT term, mean over demonstration tokens",
     "demo_rl_loss": "RL term of the demonstrations, mean over their tokens",

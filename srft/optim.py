@@ -58,6 +58,14 @@ class Optimizer:
         weight.register_post_accumulate_grad_hook(move_gradient)
         return master
 
+    def begin(self, config: TrainConfig) -> None:
+        """Go on with the settings of another stage. The weights stay; the moments where train.stage_moments is kept."""
+        self.config = config
+        for group, decay in zip(self.adamw.param_groups, (config.weight_decay, 0.0)):
+            group |= {"betas": (config.beta1, config.beta2), "eps": config.eps, "weight_decay": decay}
+        if config.stage_moments == "fresh":
+            self.adamw.state.clear()
+
     def state(self) -> dict[str, Tensor]:
         """fp32 weights and AdamW's moments by name, the very tensors: what is loaded into them is what goes on.
 

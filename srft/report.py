@@ -5,7 +5,9 @@ Curves are SVG drawn by matplotlib, written into the page; nothing is fetched wh
 
 import importlib.util
 import io
+import itertools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from srft.errors import UserError, missing
 from srft.evaluation import Evaluation
 from srft.metrics import DESCRIPTIONS
 from srft.rundir import read_jsonl, read_status, write_whole
+from srft.settings import toml_loads
 
 # Title, the keys drawn in it, and what the y axis shows. Keys that a run does not have are left out.
 CURVES = [
@@ -40,6 +43,7 @@ def build(run_dir: Path) -> Path:
     require_packages()
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
+    config = (run_dir / "config.toml").read_text(encoding="utf-8")
     steps = read_jsonl(run_dir / "metrics.jsonl")
     evaluations = [{"loss": None, **each} for each in read_jsonl(run_dir / "evaluation.jsonl")]
     evaluations = [e for e in evaluations if Evaluation.of(e).comparable(Evaluation.of(evaluations[-1]))]
@@ -57,6 +61,7 @@ def build(run_dir: Path) -> Path:
         steps=steps,
         first=evaluations[0] if evaluations else None,
         last=evaluations[-1] if len(evaluations) > 1 else None,
+        stages=stages(config, steps, evaluations),
         curves=curves(steps, evaluations),
         pairs=pairs(evaluations),
         stopped=stopped(read_status(run_dir), len(steps)),
@@ -64,7 +69,7 @@ def build(run_dir: Path) -> Path:
         totals=totals(steps),
         descriptions=DESCRIPTIONS,
         samples=read_jsonl(run_dir / "samples.jsonl")[-12:],
-        config=(run_dir / "config.toml").read_text(encoding="utf-8"),
+        config=config,
     )
     write_whole(run_dir / "report.html", page)
     return run_dir / "report.html"
@@ -92,6 +97,25 @@ def stopped(status: dict[str, Any] | None, logged: int) -> str:
 def number(value: float | None, digits: int = 3) -> str:
     """A number for people; a dash for what is not known."""
     return "–" if value is None else f"{value:.{digits}f}"
+
+
+def stages(config: str, steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of a run of several stages those that began: name, first and last step, and what they took and came to."""
+    names = [each["name"] for each in toml_loads(config).get("train", {}).get("stages", [])]
+    measured = {each["step"]: each for each in evaluations}
+    rows = []
+    for number, name in enumerate(names, 1):
+        own = [each for each in steps if each.get("stage") == number]
+        if own:
+            first, last = own[0]["step"], own[-1]["step"]
+            before, after = measured.get(first - 1), measured.get(last)
+            rows.append(totals(own) | {"name": name, "first": first, "last": last, "before": before, "after": after})
+    return rows
+
+
+def changes_of_stage(steps: list[dict[str, Any]]) -> list[float]:
+    """Where curves show that another stage begins."""
+    return [b["step"] - 0.5 for a, b in itertools.pairwise(steps) if a.get("stage") != b.get("stage")]
 
 
 def totals(steps: list[dict[str, Any]]) -> dict[str, str]:
@@ -126,7 +150,7 @@ def pairs(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def curves(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> list[dict[str, str]]:
     """[{title, svg}]; a figure with nothing in it is left out."""
-    figures = []
+    figures, changes = [], changes_of_stage(steps)
     if len(evaluations) > 1:
         for title, key, unit in (("Held-out reward", "reward", ""), ("Held-out loss", "loss", "nats per token")):
             points = [(each["step"], each[key]) for each in evaluations if each[key] is not None]
@@ -137,11 +161,14 @@ def curves(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> li
             for key in keys
         }
         figures.append((title, {name: points for name, points in lines.items() if points}, unit))
-    return [{"title": title, "svg": svg(title, lines, unit)} for title, lines, unit in figures if lines]
+    return [{"title": title, "svg": svg(title, lines, unit, changes)} for title, lines, unit in figures if lines]
 
 
-def svg(title: str, lines: dict[str, list[tuple[float, float]]], unit: str) -> str:
-    """One small figure as an <svg> element whose text takes the colour and the font of the page."""
+def svg(title: str, lines: dict[str, list[tuple[float, float]]], unit: str, changes: Sequence[float] = ()) -> str:
+    """One small figure as an <svg> element whose text takes the colour and the font of the page.
+
+    changes: where upright lines are.
+    """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -154,6 +181,8 @@ def svg(title: str, lines: dict[str, list[tuple[float, float]]], unit: str) -> s
         for color, (name, points) in zip(COLORS, lines.items()):
             x, y = zip(*points)
             axes.plot(x, y, color=color, linewidth=1.6, marker="o" if len(x) < 40 else "", markersize=2.6, label=name)
+        for x in changes:
+            axes.axvline(x, color=INK, alpha=0.45, linewidth=0.9, linestyle=(0, (3, 3)))
         axes.grid(color=INK, alpha=0.12, linewidth=0.6)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)

@@ -1,6 +1,7 @@
 """What a run that goes on may change, and what would make it another run."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,20 @@ def check_settings(before: Config, now: Config) -> None:
         raise UserError(
             f"--resume: that would be another run: {said}. What may change: {may}, eval.*, run.* but run.dir, and "
             "where and how fast it runs; a new run starts from a checkpoint with --model.path"
+        )
+
+
+def check_stages(checkpoint: Path, before: Sequence[int], now: Sequence[int], done: int) -> None:
+    """Raise UserError where steps that are done would be those of another stage. before, now: steps of each stage."""
+    if done > sum(now):
+        raise UserError(f"--resume {checkpoint}: {done} steps are done; train.steps {sum(now)} is fewer")
+    ends, other_ends = (set(itertools.accumulate(each)) for each in (before, now))
+    if any(step < done for step in ends ^ other_ends):
+        stages = " + ".join(map(str, before)), " + ".join(map(str, now))
+        raise UserError(
+            f"--resume {checkpoint}: the run has stages of {stages[0]} steps, of which {done} are done; with "
+            f"train.steps {sum(now)} they would have {stages[1]}, and it would be another run: leave the number as it "
+            "was; a new run starts from a checkpoint with --model.path"
         )
 
 

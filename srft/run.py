@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import shlex
 import sys
 import threading
@@ -14,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from tqdm import tqdm
 
 from srft import checkpoint, report, resume, signals, tracker
@@ -25,8 +23,10 @@ from srft.evaluate import Unscored, evaluate, held_out_problems, measured_on, sc
 from srft.evaluation import Evaluation, table
 from srft.learn import job as jobs
 from srft.learn.objective import build_objective
+from srft.learn.stages import parts_of, resolved, stages_of, steps_of
 from srft.likelihood import demonstration_loss
 from srft.model import LoadedModel, load_model, load_tokenizer
+from srft.progress import steps_with_bar
 from srft.ranks import Ranks, broadcast
 from srft.rewards import build_reward, check_answers
 from srft.rundir import RunLog, create_run_dir, let_go, rewind_run_dir, write_status, write_whole
@@ -111,7 +111,7 @@ class Run:
     def __init__(self, job: "Job", ranks: Ranks, directory: Path, resumed: Path | None, done: int):
         self.trainer, self.held_out = job.trainer, job.held_out
         self.scorer = job.trainer.scorer if job.verified else None
-        self.config, self.loaded, self.ranks = job.trainer.config, job.trainer.loaded, ranks
+        self.config, self.loaded, self.ranks = job.config, job.trainer.loaded, ranks
         self.directory, self.done, self.newest = directory, done, resumed
         self.log = RunLog(directory, [], silent=not ranks.main)
         self.evaluations = {row["step"]: Evaluation.of(row) for row in broadcast(ranks, lambda: self.log.evaluations())}
@@ -188,14 +188,15 @@ class Run:
         """
         trainer, config = self.trainer, self.config
         step, steps, every = self.done, config.train.steps, config.eval.every
-        due = step in (0, steps) or (every and step % every == 0)
+        due = step in (0, *(stage.last for stage in trainer.stages)) or (every and step % every == 0)
         longest = config.rollout.max_new_tokens
         known = self.evaluations.get(step)
         if not self.held_out or not due or (known and known.on == measured_on(self.held_out, config.eval, longest)):
             return
         if step == 0:
             why = "; no answer is known of them, so that the loss of their demonstrations is measured"
-            samples = f" × {config.eval.samples} samples" if self.scorer else why * trainer.learns_from_rollouts
+            rolled_out = any("rollouts" in stage.objective.learns_from for stage in trainer.stages)
+            samples = f" × {config.eval.samples} samples" if self.scorer else why * rolled_out
             print(f"evaluating {len(self.held_out)} held-out prompts{samples} …", flush=True)
         if self.scorer:
             trainer.refresh_engine()
@@ -289,12 +290,15 @@ class Run:
 class Job(NamedTuple):
     """What a run works with.
 
-    trainer    its config says how many steps
+    config     the run's, with the steps of all its stages
+    written    the same as config.toml has it, from which a resumed run makes the same stages
     held_out   what is measured on
     verified   whether their completions can be scored; else the loss of their demonstrations is all there is
     data       what tells the examples from others (resume.py)
     """
 
+    config: Config
+    written: Config
     trainer: Trainer
     held_out: list[Problem]
     verified: bool
@@ -306,29 +310,35 @@ def prepared(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> J
 
     Raises UserError for all that is wrong with the settings: what can be known without the model before it is loaded.
     """
+    config = resolved(config)
     if resumed:
-        began = load(str(resumed.parent / "config.toml"))
+        began = resolved(load(str(resumed.parent / "config.toml")))
         resume.check_settings(began, config)
     report.require_packages()  # a run of hours must not fail on its last page
     tracker.require_packages(config.run)
-    objective = build_objective(config.loss)
+    parts = parts_of(config)
+    objectives = [build_objective(part.config.loss) for part in parts]
+    jobs.tell_without_effect(objectives, config)
     scorer = build_reward(config.reward, config.data)
     if config.eval.prompts:
         examples, held_out = load_sides(config.data, config.data.size, config.eval.prompts)
     else:
         examples, held_out = load_examples(config.data, "train", config.data.size), []
-    if done > config.train.steps and not config.train.epochs:
-        raise UserError(f"--resume {resumed}: {done} steps are done; train.steps {config.train.steps} is fewer")
-    supervised = "rollouts" not in objective.learns_from
-    drawn = examples if config.train.steps or config.train.epochs else []
+    supervised = not any("rollouts" in objective.learns_from for objective in objectives)
+    drawn = examples if config.train.steps or config.train.epochs or config.train.stages else []
+
+    def check() -> None:
+        for objective, part in zip(objectives, parts):
+            jobs.check(objective, part.config, drawn)
+
     if supervised:  # what it learns from comes before what it is measured by
-        jobs.check(objective, config, drawn)
+        check()
     held_out_scorer = scorer_for(scorer, config, held_out)
     if not supervised:
         check_answers(scorer, config.data, [], examples)
-        jobs.check(objective, config, drawn)
-    if supervised and any(each.demonstration is not None for each in examples):
-        examples = [each for each in examples if each.demonstration is not None]
+        check()
+    if supervised:
+        examples = jobs.with_demonstrations(examples)
     data = resume.fingerprint(examples, held_out)
     if any(each != data for each in ranks.gather(data)):
         given = (
@@ -340,24 +350,31 @@ def prepared(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> J
     model = dataclasses.replace(config.model, path=str(resumed)) if resumed else config.model
     tokenizer, positions = load_tokenizer(model)
     prompter = build_prompter(tokenizer, config.data)
-    problems = jobs.training_problems(config, prompter, examples, objective, positions)
+    problems = [
+        jobs.training_problems(part.config, prompter, examples, objective, positions)
+        for part, objective in zip(parts, objectives)
+    ]
+    stages = stages_of(config, parts, problems)
+    for stage in stages:
+        jobs.check_amounts(stage.config, len(stage.problems))
+    if resumed:
+        before = steps_of(began, parts_of(began), list(map(len, problems)))
+        resume.check_stages(resumed, before, [stage.config.train.steps for stage in stages], done)
     measured = held_out_problems(config, prompter, held_out, held_out_scorer, positions)
     loaded = load_model(model, tokenizer=tokenizer)
-    trainer = Trainer(config, loaded, prompter, ranks.scorer(scorer), problems, objective, ranks=ranks)
-    jobs.check_amounts(trainer.config, len(problems))
-    if done > trainer.config.train.steps:
-        raise UserError(f"--resume {resumed}: {done} steps are done; train.epochs makes {trainer.config.train.steps}")
+    trainer = Trainer(stages, loaded, prompter, ranks.scorer(scorer), done=done, ranks=ranks)
     if resumed:
         checkpoint.read_state(trainer.optimizer.state(), resumed / checkpoint.STATE, ranks)
         trainer.optimizer.write_back()
         trainer.stale = True
-    return Job(trainer, measured, held_out_scorer is not None, data)
+    total = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=stages[-1].last, epochs=0.0))
+    written = config if config.train.stages and config.train.epochs else total
+    return Job(total, written, trainer, measured, held_out_scorer is not None, data)
 
 
 def opened(job: Job, ranks: Ranks, resumed: Path | None, done: int) -> Path:
     """The run's directory with its settings: a new one, or that of `resumed` as it was after `done` steps."""
-    config = job.trainer.config
-    settings = to_toml(config)
+    config, settings = job.config, to_toml(job.written)
     if resumed:
         directory = resumed.parent
         broadcast(ranks, lambda: rewind_run_dir(directory, done, settings))
@@ -376,47 +393,6 @@ def opened(job: Job, ranks: Ranks, resumed: Path | None, done: int) -> Path:
 def described(error: BaseException) -> str:
     """What stopped the run, in a line."""
     return first_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
-
-
-def steps_with_bar(
-    trainer: Trainer, config: Config, done: int = 0
-) -> Iterator[tuple[int, dict[str, float], list[dict[str, Any]]]]:
-    """Do the steps after `done` and show the bar; yields how many steps are done, and what the trainer tells of each.
-
-    UserError where no update can be taken.
-    """
-    steps = config.train.steps
-    skipped, idle, patience = 0, 0, min(5, steps)
-    with tqdm(total=steps, initial=done, unit="step", **width(), disable=not steps) as bar:
-        for number in range(done + 1, steps + 1):
-            metrics, samples = trainer.step(number)
-            shown = {"reward": "reward_mean", "entropy": "rollout_entropy", "loss": "loss"}
-            known = {name: metrics.get(key, math.nan) for name, key in shown.items()}
-            words = [f"{name} {value:.3f}" for name, value in known.items() if math.isfinite(value)]
-            bar.set_postfix_str(", ".join([*words, f"{metrics['tokens_per_second']:.0f} tokens/s"]), refresh=False)
-            bar.update()
-            yield number, metrics, samples
-            idle = 0 if metrics["demo_tokens"] + metrics["rollout_tokens"] else idle + 1
-            if idle == patience:
-                tqdm.write(
-                    f"warning: in {idle} steps in a row there was nothing to learn from: no token is in the loss "
-                    "(rollout.resample, loss.mask_truncated and rewards of None leave rollouts out)"
-                )
-            skipped = skipped + 1 if metrics["skipped_updates"] == 1 else 0
-            if skipped == patience:
-                wider = "" if trainer.loaded.dtype == torch.float32 else ", or take model.dtype float32"
-                raise UserError(
-                    f"training diverged: in {skipped} steps in a row no gradient was finite, so no update was taken; "
-                    f"lower train.lr{wider}"
-                )
-
-
-def width() -> dict[str, Any]:
-    """Of the bar: that of the terminal. One that does not know its own says 0, at which tqdm would show nothing."""
-    with contextlib.suppress(OSError, ValueError):  # it is no terminal
-        if os.get_terminal_size(sys.stderr.fileno()).columns == 0:
-            return {"ncols": 100}
-    return {"dynamic_ncols": True}
 
 
 def parameters(loaded: LoadedModel) -> str:

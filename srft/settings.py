@@ -3,6 +3,7 @@
     config = load("my.toml", ["--train.lr", "1e-5", "--data.tasks", "chain_sum", "gsm_symbolic"])
     config.train.lr                    # 1e-05
     to_toml(config)                    # the resolved configuration, which `load` reads again
+    load("my.toml", recipes=["grpo"])  # a recipe that comes with srft, over the file
 
 Which settings there are is in config.py. `load` needs jsonargparse.
 """
@@ -12,7 +13,7 @@ import itertools
 import json
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,17 +22,36 @@ from srft.errors import UserError, missing, nearest
 from srft.words import meant
 
 SECTIONS: dict[str, type[Section]] = {each.name: each.default_factory for each in dataclasses.fields(Config)}
+RECIPES = Path(__file__).parent / "recipes"
 
 
-def load(path: str | None = None, overrides: list[str] | None = None) -> Config:
-    """The defaults, changed by a TOML file, changed by `--section.key value` arguments.
+def load(path: str | None = None, overrides: list[str] | None = None, recipes: Sequence[str] = ()) -> Config:
+    """The defaults, changed by a TOML file, changed by recipes, changed by `--section.key value` arguments.
 
     Lists take several values (`--data.tasks chain_sum gsm_symbolic`), tables take dotted keys
     (`--data.task_args.chain_sum.max_terms 4`), a flag alone is true. Raises UserError for a file that cannot be
-    read, an unknown section or key (naming the nearest known one), and a value of the wrong type or out of bounds.
+    read, an unknown recipe, section or key (naming the nearest known one), and a value of the wrong type or out of
+    bounds.
     """
     tree = read_toml(path) if path else {}
-    where, of_file = f"{path}: ", set()
+    where = f"{path}: "
+    of_file = set(check_keys(tree, where))
+    for name in recipes:
+        changes = read_recipe(name)
+        tree = over(tree, changes)
+        of_file.difference_update(check_keys(changes, f"recipe {name}: "))
+    for key, values in pairs(overrides or []):
+        override(tree, key, values)
+        of_file.discard(".".join(key.split(".")[:2]))
+    try:
+        return build(tree)
+    except UserError as error:
+        key = str(error).partition(":")[0]
+        raise UserError(f"{where if key in of_file else ''}{error}") from error
+
+
+def check_keys(tree: dict[str, Any], where: str) -> Iterator[str]:
+    """The keys of a nested dictionary, section.name; raises UserError, beginning with `where`, for an unknown one."""
     for section, values in tree.items():
         if section not in SECTIONS and not isinstance(values, dict):
             check_key(section, where)
@@ -43,15 +63,29 @@ def load(path: str | None = None, overrides: list[str] | None = None) -> Config:
             raise UserError(f"{where}{section}: expected a table [{section}], found {values!r}")
         for key in values:
             check_key(f"{section}.{key}", where)
-            of_file.add(f"{section}.{key}")
-    for key, values in pairs(overrides or []):
-        override(tree, key, values)
-        of_file.discard(".".join(key.split(".")[:2]))
-    try:
-        return build(tree)
-    except UserError as error:
-        key = str(error).partition(":")[0]
-        raise UserError(f"{where if key in of_file else ''}{error}") from error
+            yield f"{section}.{key}"
+
+
+def over(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A nested dictionary of settings with those of another one in place of its own."""
+    return tree | {section: tree.get(section, {}) | values for section, values in changes.items()}
+
+
+def recipes() -> dict[str, str]:
+    """The recipes that come with srft, and what the first line of each says of it."""
+    return {
+        path.stem: path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+        for path in sorted(RECIPES.glob("*.toml"))
+    }
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The settings of a recipe; raises UserError for an unknown one."""
+    known = recipes()
+    if name not in known:
+        hint = "; a file is the first argument, without --recipe" if name.endswith(".toml") else nearest(name, known)
+        raise UserError(f"recipe {name!r} is not known{hint} (recipes: {', '.join(known)})")
+    return read_toml(str(RECIPES / f"{name}.toml"))
 
 
 def toml_loads(text: str) -> dict[str, Any]:
@@ -124,7 +158,8 @@ def override(tree: dict[str, Any], key: str, values: list[str]) -> None:
     if kind is bool and not values:
         values = ["true"]
     if typing.get_origin(kind) is list or (len(values) > 1 and list in map(typing.get_origin, typing.get_args(kind))):
-        table[name] = values[0] if values[:1] and values[0].startswith("[") else values
+        listed = values[:1] and values[0].startswith("[")
+        table[name] = literal(values[0]) if listed else [literal(v) if v.startswith("{") else v for v in values]
         return
     if len(values) != 1:
         raise UserError(f"--{key}: expected one value, found {' '.join(values) or 'none'}")
@@ -176,7 +211,8 @@ def words(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(typing.get_args(kind))
     if typing.get_origin(kind) is list:
-        return "a list of numbers" if float in typing.get_args(kind) else "a list of texts"
+        (item,) = typing.get_args(kind)
+        return "a list of numbers" if item is float else f"a list of texts{' or tables' * (item is not str)}"
     if list in map(typing.get_origin, typing.get_args(kind)):
         return "text or a list of texts"
     names = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}

@@ -35,55 +35,57 @@ import torch
 from torch import Tensor
 
 import srft_kernels as sk
-from srft.config import Config
 from srft.data import Problem, Prompter
 from srft.learn.credit import Group, advantages_of, informative, reward_metrics, scored, sequences_of, switched
-from srft.learn.job import with_steps
-from srft.learn.objective import build_objective
 from srft.learn.packing import Microbatch, Sequence, pack
 from srft.learn.sharing import sharing_limit
+from srft.learn.stages import Stage, stage_at
 from srft.metrics import mean, peak_memory_mb
 from srft.model import LoadedModel, head_of, hidden_states
 from srft.optim import Optimizer
 from srft.ranks import Ranks
 from srft.rewards import Scorer
 from srft.rollout import Engine, Rollout, build_engine
-from srft_kernels.objectives.formula import objective_of
 
 
 class Trainer:
-    """Model, optimizer and the problems of a run. `loss_function` has the signature of `srft_kernels.linear_loss`."""
+    """Model and optimizer of a run, and its stages. `loss_function` has the signature of `srft_kernels.linear_loss`.
+
+    done: steps that the run has done, where it goes on; what they have left is loaded into the optimizer's state.
+    """
 
     def __init__(
         self,
-        config: Config,
+        stages: list[Stage],
         loaded: LoadedModel,
         prompter: Prompter,
         scorer: Scorer,
-        problems: list[Problem],
-        objective: Any = None,
         *,
+        done: int = 0,
         engine: Engine | None = None,
         loss_function: Callable[..., sk.LossOutput] = sk.linear_loss,
         ranks: Ranks | None = None,
     ):
-        self.config, self.loaded, self.prompter, self.scorer = config, loaded, prompter, scorer
+        self.stages, self.loaded, self.prompter, self.scorer = stages, loaded, prompter, scorer
         self.ranks = ranks or Ranks()
-        self.objective = build_objective(config.loss) if objective is None else objective_of(objective)
-        self.learns_from_rollouts = "rollouts" in self.objective.learns_from
-        self.learns_from_demos = "demonstrations" in self.objective.learns_from
-        self.engine = self.ranks.engine(engine or build_engine(config.rollout.engine, loaded))
+        self._enter(stage_at(stages, done))
+        self.engine = self.ranks.engine(engine or build_engine(self.config.rollout.engine, loaded))
         self.stale = False  # whether the model has weights that the engine was not told of
         self.loss_function = loss_function
-        self.share_up_to = sharing_limit(loaded.model) if config.train.share_prompts else 0
+        self.share_up_to = sharing_limit(loaded.model) if self.config.train.share_prompts else 0
         self.ranks.shard(loaded)  # after the trial, which may fail within a forward, and before the optimizer
-        self.pool = problems
-        self.config = with_steps(config, len(problems))
         self.optimizer = Optimizer(loaded.model, self.config.train)
+
+    def _enter(self, stage: Stage) -> None:
+        self.stage, self.config, self.objective, self.pool = stage, stage.config, stage.objective, stage.problems
+        self.learns_from_rollouts = "rollouts" in stage.objective.learns_from
 
     def step(self, number: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Step `number`, from 1. Returns the line for metrics.jsonl and some generations."""
         started = time.perf_counter()
+        if (stage := stage_at(self.stages, number)) is not self.stage:
+            self._enter(stage)
+            self.optimizer.begin(self.config.train)
         # Dropout follows from the step and the rank alone, so that a resumed run goes on as if it had not stopped.
         torch.manual_seed(random.Random(f"{self.config.train.seed}/{number}/{self.ranks.rank}").getrandbits(63))
         problems = self._draw(number)
@@ -96,6 +98,8 @@ class Trainer:
         metrics = reward_metrics(rolled_out) | self._learn(microbatches, number)
         if self.config.rollout.resample:
             metrics["resampled"] = float(len(rolled_out) - len(problems))
+        if len(self.stages) > 1:
+            metrics["stage"] = stage.number
         ended = time.perf_counter()
         lengths = {kind: sum(len(s.completion) for s in sequences if s.is_demo == kind) for kind in (True, False)}
         padded = sum(m.input_ids.numel() for m in microbatches)
@@ -114,16 +118,16 @@ class Trainer:
         return {"step": number, **metrics}, self._samples(groups, advantages, number)
 
     def _draw(self, number: int) -> list[Problem]:
-        """The prompts of a step: every one once, then all of them again in another order.
+        """The prompts of a step: every one once, then all of them again in another order, anew in each stage.
 
         The order follows from train.seed and the data alone: a run of more steps begins as one of fewer.
         """
-        count, size = self.config.train.prompts_per_step, len(self.pool)
+        count, size, number = self.config.train.prompts_per_step, len(self.pool), number - self.stage.before
         drawn = []
         for position in range((number - 1) * count, number * count):
             epoch, index = divmod(position, size)
             if not drawn or not index:
-                order = random.Random(f"{self.config.train.seed}/{epoch}").sample(range(size), size)
+                order = random.Random(f"{self.stage.order}/{epoch}").sample(range(size), size)
             drawn.append(self.pool[order[index]])
         return drawn
 
@@ -226,7 +230,7 @@ class Trainer:
     def _update(self, microbatches: list[Microbatch], number: int, known: dict[str, Tensor]) -> dict[str, float]:
         """One update. known: annotations (N,) of the step's tokens that the microbatches do not have."""
         if not microbatches:  # nothing was scored, and there are no demonstrations
-            return {"loss": 0.0, **self.optimizer.step(number - 1)}
+            return {"loss": 0.0, **self.optimizer.step(number - self.stage.before - 1)}
         if "weight_entropy" in self.objective.needs_of_step(microbatches[0].annotations):
             # The mean entropy of the whole step has to be known before its first microbatch.
             stats, tokens = self._step_tokens(microbatches, *self._statistics(microbatches), known)
@@ -240,7 +244,7 @@ class Trainer:
             loss += part.detach()
             outputs.append(statistics)
         metrics = {"loss": float(self.ranks.add(loss)), **self._token_metrics(microbatches, outputs, known)}
-        return metrics | self.optimizer.step(number - 1)
+        return metrics | self.optimizer.step(number - self.stage.before - 1)
 
     def _token_metrics(
         self, microbatches: list[Microbatch], outputs: list[tuple[Tensor, Tensor]], known: dict[str, Tensor]

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from srft.config import Config, TrainConfig
 from srft.data import Example, Problem, Prompter, fit
@@ -12,10 +13,14 @@ from srft.model import POSITIONS
 from srft_kernels.objectives import Objective
 
 
+def tell_without_effect(objectives: Sequence[Objective], config: Config) -> None:
+    """Warn of options that were set though another makes them mean nothing. objectives: of all stages of the run."""
+    for option, reason in without_effect(objectives, config):
+        print(f"warning: {option} has no effect: {reason}", file=sys.stderr)
+
+
 def check(objective: Objective, config: Config, examples: Sequence[Example]) -> None:
     """Raise UserError for a job that cannot learn what it is meant to; warn where only part of the data can."""
-    for option, reason in without_effect(objective, config):
-        print(f"warning: {option} has no effect: {reason}", file=sys.stderr)
     if not examples:
         return
     check_demonstrations(objective, config, examples)
@@ -34,8 +39,8 @@ def check(objective: Objective, config: Config, examples: Sequence[Example]) -> 
         )
 
 
-def without_effect(objective: Objective, config: Config) -> Iterator[tuple[str, str]]:
-    """Options that were set though another one makes them mean nothing, and why."""
+def without_effect(objectives: Sequence[Objective], config: Config) -> Iterator[tuple[str, str]]:
+    """Options, and why they mean nothing."""
     if config.run.keep_checkpoints and not config.run.checkpoint_every:
         yield "run.keep_checkpoints", "without run.checkpoint_every there is the final one alone"
     if config.eval.every and not config.eval.prompts:
@@ -49,16 +54,25 @@ def without_effect(objective: Objective, config: Config) -> Iterator[tuple[str, 
                 yield f"data.{name}", "examples are from data.train_file"
     elif data.columns:
         yield "data.columns", "tasks have none; it is for data.train_file"
-    preset = f"loss.preset {config.loss.preset!r}"
-    if "rollouts" not in objective.learns_from:
+    preset = f"loss.preset {config.loss.preset!r}" if not train.stages else "train.stages"
+    if not any("rollouts" in objective.learns_from for objective in objectives):
         for section, name in (
             *(("rollout", name) for name in ("per_prompt", "temperature", "top_p", "resample")),
             *(("loss", name) for name in ("mask_truncated", "advantage_std", "advantage_eps")),
         ):
             if getattr(getattr(config, section), name) != getattr(getattr(usual, section), name):
                 yield f"{section}.{name}", f"{preset} learns from no rollouts"
-    if config.loss.hpt_threshold and not objective.switches:
+    in_each = set.intersection(*(keys_of(stage) for stage in train.stages)) if train.stages else set()
+    for section, name in sorted(in_each - {("train", "steps")}):
+        if getattr(getattr(config, section), name) != getattr(getattr(usual, section), name):
+            yield f"{section}.{name}", "each of train.stages has its own"
+    if config.loss.hpt_threshold and not any(objective.switches for objective in objectives):
         yield "loss.hpt_threshold", f"{preset} switches between no losses"
+
+
+def keys_of(stage: dict[str, Any]) -> set[tuple[str, str]]:
+    """Which settings a table of train.stages has."""
+    return {(section, name) for section, values in stage.items() if section != "name" for name in values}
 
 
 def check_demonstrations(objective: Objective, config: Config, examples: Sequence[Example]) -> None:
@@ -80,13 +94,22 @@ def check_demonstrations(objective: Objective, config: Config, examples: Sequenc
 def training_problems(
     config: Config, prompter: Prompter, examples: list[Example], objective: Objective, positions: float
 ) -> list[Problem]:
-    """All examples as token ids: what is too long is found before any time is spent, whatever the steps."""
+    """All examples as token ids: what is too long is found before any time is spent, whatever the steps.
+
+    Without a demonstration there is nothing to learn from where no rollouts are: such examples are left out.
+    """
     demonstrations, rollouts = (kind in objective.learns_from for kind in ("demonstrations", "rollouts"))
+    examples = examples if rollouts else with_demonstrations(examples)
     most = {"train.token_budget": config.train.token_budget, POSITIONS: positions}
     problems = fit(prompter, examples, config.data, demonstrations, most, config.rollout.max_new_tokens * rollouts)
     if problems and not rollouts and not any(each.demonstration for each in problems):
         raise UserError(f"loss.preset {config.loss.preset!r} learns from demonstrations, but no example has one")
     return problems
+
+
+def with_demonstrations(examples: list[Example]) -> list[Example]:
+    """Those that have one; all of them where none has, for others to refuse."""
+    return [each for each in examples if each.demonstration is not None] or examples
 
 
 def check_amounts(config: Config, prompts: int) -> None:

@@ -14,6 +14,7 @@ from srft.learn.credit import advantages_of, reward_metrics
 from srft.learn.job import training_problems
 from srft.learn.objective import build_objective
 from srft.learn.packing import Sequence, pack
+from srft.learn.stages import whole
 from srft.metrics import DESCRIPTIONS
 from srft.model import LoadedModel
 from srft.model.head import positions
@@ -44,7 +45,7 @@ def make(loaded: LoadedModel, *overrides: str, data=None, reward=length_reward, 
     prompter = build_prompter(loaded.tokenizer, DataConfig(system_prompt=""))
     objective, limit = build_objective(config.loss), positions(loaded.model.config)
     problems = training_problems(config, prompter, examples() if data is None else data, objective, limit)
-    return Trainer(config, loaded, prompter, Scorer("test", reward), problems, **options)
+    return Trainer(whole(config, problems), loaded, prompter, Scorer("test", reward), **options)
 
 
 def fresh(dtype: torch.dtype = torch.float32, **changes) -> LoadedModel:

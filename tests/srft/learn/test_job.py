@@ -18,7 +18,9 @@ def examples(demonstrations: int, count: int = 8, **columns) -> list[Example]:
 
 def check(*overrides: str, data: list[Example]) -> None:
     config = load(None, list(overrides))
-    job.check(build_objective(config.loss), config, data)
+    objective = build_objective(config.loss)
+    job.tell_without_effect([objective], config)
+    job.check(objective, config, data)
 
 
 @pytest.mark.parametrize("preset", ["srft_paper", "srft_official", "luffy", "chord", "hpt", "sft", "dft"])
@@ -97,6 +99,10 @@ def test_options_with_effect_are_not_told(capsys):
         ),
         (["--data.columns.prompt", "q"], "data.columns has no effect: tasks have none"),
         (["--loss.preset", "sft", "--rollout.per_prompt", "8"], "rollout.per_prompt has no effect: loss.preset 'sft'"),
+        (
+            ["--train.stages", "{loss={average='token'}}", "{loss={average='token'}}", "--loss.average", "sequence"],
+            "loss.average has no effect: each of train.stages has its own",
+        ),
     ],
 )
 def test_what_another_option_overrules_is_told(overrides, told, capsys):
