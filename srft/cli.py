@@ -20,7 +20,7 @@ srft: single-stage supervised + reinforcement fine-tuning of language models
 
   srft train [CONFIG.toml] [--recipe NAME] [--section.key value …]  train, measured before and after on held-out prompts
   srft train --resume RUN_DIR [--section.key value …]   go on from the last checkpoint of a run that was stopped
-  srft eval  [CONFIG.toml] [--checkpoint DIR] [--section.key value …]      avg@k and pass@k on held-out prompts
+  srft eval  [CONFIG.toml] [--checkpoint DIR] [--section.key value …]    avg@k, pass@k: held-out prompts or benchmarks
   srft data check FILE… [--section.key value …]         what is in data files, and what is wrong with them
   srft report RUN_DIR                                   write RUN_DIR/report.html again from the run's files
   srft COMMAND --help                                   more on one command; `srft train --help` lists every setting
@@ -32,6 +32,7 @@ Examples
   srft train --data.tasks chain_sum gsm_symbolic --rollout.max_new_tokens 200
   srft train --data.train_file train.jsonl --model.path ./my-model
   srft eval --checkpoint runs/2026-01-31-12-00-00/final --eval.samples 16
+  srft eval --recipe benchmarks --checkpoint runs/2026-01-31-12-00-00      the paper's table, from files in benchmarks/
   torchrun --nproc_per_node=8 -m srft train my.toml     the same run on the 8 GPUs of a node
 
 --debug shows the traceback of an error.
@@ -73,14 +74,26 @@ Settings
 """
 
 EVAL_HELP = """\
-srft eval [CONFIG.toml] [--checkpoint DIR] [--section.key value …]
+srft eval [CONFIG.toml] [--recipe NAME] [--checkpoint DIR] [--section.key value …]
 
-Generates eval.samples completions of eval.prompts held-out prompts and prints avg@k (mean reward) and pass@k.
+Generates eval.samples completions of eval.prompts held-out prompts, or of the benchmarks that eval.sets names, and
+tells avg@k (mean reward) and pass@k (unbiased) with intervals of 95 %: a table, printed, and written to eval.dir with
+all completions. Benchmarks are graded by math-verify, and multiple-choice questions by the letter.
 --checkpoint is a checkpoint, a run directory (its final checkpoint) or any model; without it model.path is evaluated.
 Where no CONFIG.toml is given and the checkpoint lies in a run, the settings are those of the run.
 
 Settings are those of `srft train --help`; for example
   srft eval --checkpoint runs/2026-01-31-12-00-00 --eval.samples 16 --eval.prompts 200
+  srft eval --checkpoint runs/2026-01-31-12-00-00 --eval.sets aime24.jsonl gpqa_diamond.csv --eval.samples 8
+  srft eval --checkpoint runs/2026-01-31-12-00-00 --recipe benchmarks      # the SRFT paper's table, from benchmarks/
+
+A set may be a table, in CONFIG.toml:
+  [[eval.sets]]
+  file = "aime24.jsonl"
+  name = "AIME 24"            # of its row; else that of the file
+  group = "maths"             # sets of one group have a mean; else how they are graded
+  samples = 32                # else eval.samples
+  columns = {answer = "key"}  # where `srft data check FILE` does not find them itself
 """
 
 DATA_HELP = """\
@@ -198,7 +211,7 @@ def evaluate(arguments: list[str]) -> None:
         if not (directory / "config.json").is_file() and (directory / "config.toml").is_file():
             checkpoint = str(model_of_run(directory))
     config = load(path, overrides, names)
-    from srft.evaluate import main_eval
+    from srft.benchmarks import main_eval
 
     main_eval(config, checkpoint)
 

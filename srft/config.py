@@ -89,6 +89,11 @@ class DataConfig(Section):
     turns: Literal["last", "all"] = option(
         "last", "of a chat with several assistant turns, the last is learned from, or all"
     )
+    choice_seed: int = option(
+        17,
+        "seed of the order that the options of a multiple-choice question are shown in; -1: that of the file",
+        low=-1,
+    )
     broken: Literal["error", "drop"] = option("error", "a row that cannot be used: error, or drop with a warning")
     size: int = option(0, "train prompts to draw; 0: the whole file, or 4096 from tasks", low=0)
     seed: int = option(0, "seed of the train prompts", low=0)
@@ -197,6 +202,11 @@ class EvalConfig(Section):
     seed: int = option(17, "seed of sampling", low=0)
     every: int = option(0, "evaluate every so many steps too; 0: only before and after", low=0)
     batch_size: int = option(64, "sequences per call of generate", low=1)
+    sets: list[str | dict[str, Any]] = option(  # noqa: RUF009
+        [], "benchmarks for srft eval, a row of its table each: files, or tables with file, name, group, samples, …"
+    )
+    set_prompts: int = option(0, "at most so many prompts of each set; 0: all", low=0)
+    dir: str = option("evals/{time}", "where srft eval writes; {time} becomes its start")
 
 
 @dataclass

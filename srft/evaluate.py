@@ -4,22 +4,19 @@ The prompts and the sampling seed are fixed, so that two models are compared on 
 verify an answer, as in most chats, the loss of the demonstrations is the evaluation, and nothing is generated.
 """
 
-import dataclasses
-import json
 import math
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 from srft.config import Config, EvalConfig
-from srft.data import Example, Problem, Prompter, build_prompter, digest, fit, load_examples
+from srft.data import Example, Problem, Prompter, digest, fit
 from srft.errors import UserError
-from srft.evaluation import Evaluation, Scores, scores_of, table
+from srft.evaluation import Evaluation, Scores, scores_of
 from srft.learn.objective import build_objective
 from srft.learn.stages import parts_of
-from srft.likelihood import demonstration_loss
-from srft.model import EMBEDDED, POSITIONS, load_model, load_tokenizer
-from srft.rewards import FAILED, Scorer, build_reward, check_answers
-from srft.rollout import Engine, build_engine
-from srft.rundir import finite
+from srft.model import POSITIONS
+from srft.rewards import FAILED, Scorer, check_answers
+from srft.rollout import Engine
 
 
 class Unscored(UserError):
@@ -46,11 +43,25 @@ def evaluate(
     loss: what likelihood.py says of their demonstrations.
     Raises Unscored when nothing was.
     """
-    examples = [problem.example for problem in problems]
     on = measured_on(problems, config, max_new_tokens)
     if scorer is None:
-        none = Scores(len(examples), math.nan, {}, math.nan, math.nan, 1.0)
+        none = Scores(len(problems), math.nan, {}, math.nan, math.nan, 1.0)
         return Evaluation(**vars(none), samples=0, seed=config.seed, loss=loss[0], loss_tokens=loss[1], on=on)
+    generations = sampled(engine, problems, prompter, scorer, config, max_new_tokens)
+    return evaluation_of(generations, scorer, config, on, loss)
+
+
+def sampled(
+    engine: Engine,
+    problems: Sequence[Problem],
+    prompter: Prompter,
+    scorer: Scorer,
+    config: EvalConfig,
+    max_new_tokens: int,
+    **settings: Any,
+) -> list[dict[str, Any]]:
+    """`config.samples` completions of every problem, with rewards. settings: of Engine.generate."""
+    examples = [problem.example for problem in problems]
     groups = engine.generate(
         [problem.prompt for problem in problems],
         config.samples,
@@ -59,6 +70,7 @@ def evaluate(
         top_p=config.top_p,
         seed=config.seed,
         batch_size=config.batch_size,
+        **settings,
     )
     engine.release()
     rollouts = [rollout for group in groups for rollout in group]
@@ -69,7 +81,7 @@ def evaluate(
         finished=[rollout.finished for rollout in rollouts],
         completion_ids=[rollout.tokens for rollout in rollouts],
     )
-    rewards = iter(scored)
+    rewards, details = iter(scored), iter(scored.details)
     generations = []
     for example, group, start in zip(examples, groups, range(0, len(texts), config.samples)):
         generations.append(
@@ -79,19 +91,28 @@ def evaluate(
                 "answer": example.answer,
                 "completions": texts[start : start + config.samples],
                 "rewards": [next(rewards) for _ in group],
+                "failed": sum(FAILED in next(details) for _ in group),
                 "finished": [rollout.finished for rollout in group],
                 "tokens": [len(rollout.tokens) for rollout in group],
             }
         )
-    tasks = sorted({example.task for example in examples})
+    return generations
+
+
+def evaluation_of(
+    generations: list[dict[str, Any]], scorer: Scorer, config: EvalConfig, on: str, loss: tuple[float, int]
+) -> Evaluation:
+    """What was found with these completions. Raises Unscored where none has a reward."""
+    tasks = sorted({each["task"] for each in generations})
     per_task = {task: scores_of([g for g in generations if g["task"] == task], config.samples) for task in tasks}
     overall = scores_of(generations, config.samples)
     if math.isnan(overall.reward):
-        failed = sum(FAILED in each for each in scored.details)
+        failed = sum(each["failed"] for each in generations)
         why = "every reward is None); give the data what the reward compares with, or take another reward"
         if failed:
             why = f"{failed} calls of it failed, as told above); mend it, or what it asks"
-        none = f"none of {len(texts)} completions of {len(examples)} held-out prompts was scored"
+        count = sum(len(each["completions"]) for each in generations)
+        none = f"none of {count} completions of {len(generations)} held-out prompts was scored"
         raise Unscored(f"reward.name {scorer.name!r}: {none} ({why}")
     return Evaluation(
         **vars(overall), samples=config.samples, seed=config.seed, loss=loss[0], loss_tokens=loss[1], on=on,
@@ -123,29 +144,3 @@ def held_out_problems(
     learned = scorer is None or any("demonstrations" in each.learns_from for each in objectives)
     generated = config.rollout.max_new_tokens if scorer else 0
     return fit(prompter, examples, config.data, learned, {POSITIONS: positions}, generated)
-
-
-def main_eval(config: Config, checkpoint: str | None = None) -> Evaluation:
-    """`srft eval`: evaluate `checkpoint` (a model's directory or name; default `model.path`), print table and JSON."""
-    model = dataclasses.replace(config.model, path=checkpoint) if checkpoint else config.model
-    if checkpoint not in (None, EMBEDDED) and Path(checkpoint).parent.is_dir() and not Path(checkpoint).exists():
-        # A slip of the pen in a path; asked for it, a hub's client would retry for half a minute.
-        by_name = checkpoint.count("/") < 2 and not checkpoint.startswith((".", "/", "~"))
-        advice = f"give one; a model of a hub is --model.path {checkpoint}" if by_name else "give one"
-        raise UserError(f"--checkpoint {checkpoint!r}: there is no such directory; {advice}")
-    examples = load_examples(config.data, "eval", config.eval.prompts) if config.eval.prompts else []
-    if not examples:
-        raise UserError("eval.prompts: there is no held-out prompt to evaluate on")
-    scorer = scorer_for(build_reward(config.reward, config.data), config, examples)
-    option = "--checkpoint" if checkpoint else "model.path"
-    tokenizer, positions = load_tokenizer(model, option)
-    prompter = build_prompter(tokenizer, config.data)
-    problems = held_out_problems(config, prompter, examples, scorer, positions)
-    loaded = load_model(model, option, tokenizer)
-    engine = build_engine(config.rollout.engine, loaded)
-    loss = demonstration_loss(loaded, problems, config.train.token_budget)
-    evaluation = evaluate(engine, problems, prompter, scorer, config.eval, config.rollout.max_new_tokens, loss)
-    print(table(evaluation))
-    scores = {name: value for name, value in evaluation.as_dict().items() if name != "generations"}
-    print(json.dumps(finite({"model": model.path, **scores})))
-    return evaluation

@@ -1,12 +1,21 @@
-"""What an evaluation found: avg@k and pass@k over all prompts and per task, and the loss of the demonstrations."""
+"""What an evaluation found: avg@k and pass@k over all prompts and per task, and the loss of the demonstrations.
+
+Intervals are of 95 % and say how far other prompts of the same kind may move a mean; the k samples of one prompt are
+not taken for k prompts (arXiv 2411.00640).
+"""
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import NormalDist, variance
 from typing import Any
 
 from srft.metrics import mean
 
+Interval = tuple[float, float]
+UNKNOWN: Interval = (math.nan, math.nan)
+Z = NormalDist().inv_cdf(0.975)
 SOLVED = 1 - 1e-6  # a completion is correct from this reward on: scorers give parts of a point for parts of an answer
 
 
@@ -20,9 +29,11 @@ class Scores:
     finished: float  # share of samples that ended by themselves
     tokens: float  # mean length
     scored: float  # share of samples that were scored; the others are left out
+    interval: Interval = UNKNOWN  # of reward
+    pass_intervals: dict[int, Interval] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluation(Scores):
     samples: int  # k; 0: nothing was generated
     seed: int
@@ -55,7 +66,12 @@ class Evaluation(Scores):
         def numbers(scores: dict[str, Any]) -> dict[str, Any]:
             scores = {key: math.nan if value is None else value for key, value in scores.items()}
             levels = {int(k): math.nan if v is None else v for k, v in scores["pass_at"].items()}
-            return {"scored": 1.0, **scores, "pass_at": levels}
+            intervals = {int(k): interval(each) for k, each in scores.get("pass_intervals", {}).items()}
+            of_reward = interval(scores.get("interval", UNKNOWN))
+            return {"scored": 1.0, **scores, "pass_at": levels, "pass_intervals": intervals, "interval": of_reward}
+
+        def interval(ends: list[float | None]) -> Interval:
+            return tuple(math.nan if end is None else end for end in ends)
 
         tasks = {task: Scores(**numbers(scores)) for task, scores in row["tasks"].items()}
         return cls(**numbers({key: value for key, value in row.items() if key != "step"}) | {"tasks": tasks})
@@ -66,19 +82,48 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
+def interval_of(values: Sequence[float]) -> Interval:
+    """95 % interval of the mean over prompts, of one value for each; unknown of a single one beyond [0, 1].
+
+    Of values in [0, 1] it is Wilson's, for as many independent yes-or-no prompts as would have the variance of these.
+    That is measured with one wrong and one right prompt more, without which a few that are alike would be sure.
+    """
+    n, center = len(values), mean(list(values))
+    if not values or math.isnan(center):
+        return UNKNOWN
+    if min(values) < 0 or max(values) > 1:
+        half = Z * math.sqrt(variance(values) / n) if n > 1 else math.nan
+        return center - half, center + half
+    more = [*values, 0.0, 1.0]
+    effective = n * mean(more) * (1 - mean(more)) / variance(more)
+    middle = (center + Z**2 / (2 * effective)) / (1 + Z**2 / effective)
+    half = Z * math.sqrt(center * (1 - center) / effective + Z**2 / (4 * effective**2)) / (1 + Z**2 / effective)
+    return (max(0.0, middle - half) if center else 0.0), (min(1.0, middle + half) if center < 1 else 1.0)
+
+
+def interval_of_mean(means: Sequence[float], intervals: Sequence[Interval]) -> Interval:
+    """Of the mean of independent means: the distances of their ends add up as deviations do."""
+    lower = math.hypot(*(each - low for each, (low, _) in zip(means, intervals)))
+    upper = math.hypot(*(high - each for each, (_, high) in zip(means, intervals)))
+    return mean(list(means)) - lower / len(means), mean(list(means)) + upper / len(means)
+
+
 def scores_of(generations: list[dict[str, Any]], samples: int) -> Scores:
     """Prompts count alike; completions that were not scored are left out, and prompts without a scored one too."""
     scored = [[r for r in g["rewards"] if r is not None] for g in generations]
     scored = [rewards for rewards in scored if rewards]
     correct = [sum(r >= SOLVED for r in rewards) for rewards in scored]
     levels = sorted({2**i for i in range(samples.bit_length()) if 2**i <= samples} | {samples})
+    means = [mean(rewards) for rewards in scored]
+    passed = {
+        k: [pass_at_k(len(rewards), c, k) for rewards, c in zip(scored, correct) if len(rewards) >= k] for k in levels
+    }
     return Scores(
         prompts=len(generations),
-        reward=mean([mean(rewards) for rewards in scored]),
-        pass_at={
-            k: mean([pass_at_k(len(rewards), c, k) for rewards, c in zip(scored, correct) if len(rewards) >= k])
-            for k in levels
-        },
+        reward=mean(means),
+        interval=interval_of(means),
+        pass_at={k: mean(values) for k, values in passed.items()},
+        pass_intervals={k: interval_of(values) for k, values in passed.items()},
         finished=mean([float(f) for g in generations for f in g["finished"]]),
         tokens=mean([float(t) for g in generations for t in g["tokens"]]),
         scored=mean([float(r is not None) for g in generations for r in g["rewards"]]),
@@ -87,28 +132,48 @@ def scores_of(generations: list[dict[str, Any]], samples: int) -> Scores:
 
 def table(evaluation: Evaluation) -> str:
     """The scores as lines of text, one per task and one for all, and the loss of the demonstrations."""
-    lines = [] if math.isnan(evaluation.reward) else score_lines(evaluation)
+    return "\n".join([*aligned(rows_of_tasks(evaluation)), *notes(evaluation)])
+
+
+def notes(evaluation: Evaluation, unscored: str = "are left out") -> list[str]:
+    """What is said below the table. unscored: what became of completions that were not scored."""
+    lines = []
     if evaluation.scored < 1:
-        lines.append(f"{1 - evaluation.scored:.0%} of the completions were not scored and are left out")
+        lines.append(f"{1 - evaluation.scored:.2%} of the completions were not scored and {unscored}")
     if evaluation.loss_tokens:
         lines.append(
             f"demonstrations: loss {evaluation.loss:.3f} nats per token, perplexity {evaluation.perplexity:.2f} "
             f"({evaluation.loss_tokens} tokens)"
         )
-    return "\n".join(lines)
+    return lines
 
 
-def score_lines(evaluation: Evaluation) -> list[str]:
+def rows_of_tasks(evaluation: Evaluation) -> list[list[str]]:
+    """The cells of the table; none where nothing was scored."""
+    if math.isnan(evaluation.reward):
+        return []
     levels = list(evaluation.pass_at)
-    header = ["task", "prompts", f"avg@{evaluation.samples}", *(f"pass@{k}" for k in levels), "finished", "tokens"]
+    passed = [f"pass@{k}" for k in levels]
+    header = ["task", "prompts", f"avg@{evaluation.samples}", "95 %", *passed, "finished", "tokens"]
     rows = [header]
     for name, scores in [*evaluation.tasks.items(), ("all", evaluation)]:
         if name == "all" and len(evaluation.tasks) == 1:
             continue
-        numbers = [scores.reward, *scores.pass_at.values(), scores.finished]
-        rows.append([name, str(scores.prompts), *(f"{n:.3f}" for n in numbers), f"{scores.tokens:.1f}"])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        numbers = [f"{n:.3f}" for n in (*scores.pass_at.values(), scores.finished)]
+        reward = [f"{scores.reward:.3f}", shown(scores.interval)]
+        rows.append([name, str(scores.prompts), *reward, *numbers, f"{scores.tokens:.1f}"])
+    return rows
+
+
+def shown(interval: Interval) -> str:
+    """Nothing of one that is unknown."""
+    return "" if any(map(math.isnan, interval)) else f"{interval[0]:.3f} – {interval[1]:.3f}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines of text, the first column to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
     return [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip()
         for row in rows
     ]

@@ -60,6 +60,22 @@ def create_run_dir(config: RunConfig) -> Path:
     return path
 
 
+def create_eval_dir(name: str) -> Path:
+    """Make `eval.dir` and return it; {time} becomes the time now. One with something in it is refused."""
+    if not name.strip():
+        raise UserError("eval.dir: expected the name of a directory, found none")
+    path = Path(name.replace("{time}", time.strftime("%Y-%m-%dT%H-%M-%S"))).expanduser()
+    try:
+        if "{time}" in name:
+            return _new(path)
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            raise UserError(f"eval.dir: {path} exists and is not empty; name another directory")
+    except OSError as error:
+        raise UserError(f"eval.dir: cannot write into {path}: {error.strerror}; name another directory") from error
+    return path
+
+
 def check_overwritten(path: Path, config: RunConfig) -> None:
     """Raise UserError where what is in a directory is not to be moved."""
     if not config.overwrite:
@@ -229,8 +245,7 @@ class RunLog:
     def _append(self, name: str, row: dict[str, Any]) -> None:
         if self.silent:
             return
-        with naming(self.directory / name), (self.directory / name).open("a", encoding="utf-8") as file:
-            file.write(_line(row))
+        append_line(self.directory / name, row)
 
     def close(self) -> None:
         for tracker in self.trackers:
@@ -258,6 +273,11 @@ def write_whole(path: Path, text: str) -> None:
         partial.rename(path)
 
 
+def append_line(path: Path, row: dict[str, Any]) -> None:
+    with naming(path), path.open("a", encoding="utf-8") as file:
+        file.write(_line(row))
+
+
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(finite(row), ensure_ascii=False) + "\n"
 
@@ -281,4 +301,4 @@ def finite(value: Any) -> Any:
         return None
     if isinstance(value, dict):
         return {key: finite(each) for key, each in value.items()}
-    return value
+    return [finite(each) for each in value] if isinstance(value, (list, tuple)) else value

@@ -45,6 +45,7 @@ WORDS = {
     "eval.every": "eval_steps test_freq evals_per_epoch eval_interval eval_strategy evaluation_strategy",
     "eval.samples": "val_kwargs.n num_eval_samples eval.n",
     "eval.prompts": "val_size eval_size max_eval_samples val_max_samples",
+    "eval.sets": "benchmarks test_files eval_tasks",
     "eval.batch_size": "per_device_eval_batch_size eval_batch_size val_batch_size",
     "run.overwrite": "overwrite_output_dir",
     "run.dir": "run.name run_name output_dir default_local_dir save_dir out_dir",

@@ -1,8 +1,19 @@
 """From files and generated tasks to examples, and from examples to token ids."""
 
 from srft.data.examples import Example, digest
+from srft.data.files import read_examples
 from srft.data.load import load_examples, load_sides
 from srft.data.overlong import fit
 from srft.data.prompts import Problem, Prompter, build_prompter
 
-__all__ = ["Example", "Problem", "Prompter", "build_prompter", "digest", "fit", "load_examples", "load_sides"]
+__all__ = [
+    "Example",
+    "Problem",
+    "Prompter",
+    "build_prompter",
+    "digest",
+    "fit",
+    "load_examples",
+    "load_sides",
+    "read_examples",
+]

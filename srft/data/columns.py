@@ -10,13 +10,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from srft.data.chats import is_more_than_text, role_of, shown, text_of, to_chat, to_tools, unpacked
+from srft.data.choices import Choices, are_choices, choices_from_columns, choices_in_columns, choices_of, from_cell
 from srft.data.examples import RESERVED, Example, Turn
+from srft.data.marks import HASHES, boxed
 from srft.data.rows import Row
 from srft.errors import UserError, nearest
 
 ALIASES: dict[str, list[tuple[str, ...]]] = {
     "messages": [("messages",), ("conversations", "conversation")],  # OpenAI, ShareGPT
-    "prompt": [("prompt",), ("question", "problem", "instruction", "query"), ("input",)],  # TRL, GSM8K, OpenR1, Alpaca
+    "prompt": [
+        ("prompt",),  # TRL
+        ("question", "problem", "instruction", "query"),  # GSM8K, OpenR1, Alpaca
+        ("input", "question_stem"),  # the latter OpenBookQA's
+    ],
     "demonstration": [
         ("demonstration",),
         ("completion",),  # TRL
@@ -24,7 +30,13 @@ ALIASES: dict[str, list[tuple[str, ...]]] = {
         ("solution", "output", "response", "r1_solution_1", "target"),  # MATH, Alpaca, OpenOrca, DeepMath, LUFFY
         ("extra_info.answer",),  # verl's GSM8K
     ],
-    "answer": [("answer",), ("final_answer", "ground_truth", "reward_model.ground_truth")],  # DeepMath, verl
+    "answer": [
+        ("answer",),
+        ("final_answer", "ground_truth", "reward_model.ground_truth"),  # DeepMath, OlympiadBench, verl
+        ("answerkey", "correct answer", "correct_answer"),  # ARC, GPQA, SciQ
+        ("answer_index",),  # MMLU-Pro, beside answer
+    ],
+    "choices": [("choices", "options")],  # ARC, MMLU, MMLU-Pro; GPQA has a column for each
     "system": [("system", "system_prompt")],
     "tools": [("tools",), ("functions",)],  # the latter in older chats of OpenAI
 }
@@ -34,7 +46,6 @@ MORE = ("input", "context")  # what an instruction is done to, in Alpaca and in 
 UNSAID = ("choices", "options", "context", "passage", "history", "input", "body")
 UNSEEN = ("image", "images", "video", "videos", "audio", "audios")
 VERDICTS = ("correctness_math_verify", "correctness_llama")  # OpenR1's, one for each of its generations
-MARK = "####"  # GSM8K's: a worked solution, the mark, the answer
 
 
 def known_names() -> str:
@@ -45,10 +56,14 @@ def known_names() -> str:
 
 @dataclass(frozen=True)
 class Columns:
-    """named: data.columns, from what is wanted to the column that is it; "" for none.   turns: data.turns."""
+    """named: data.columns, from what is wanted to the column that is it; "" for none.
+
+    turns: data.turns.   choice_seed: data.choice_seed.
+    """
 
     named: dict[str, Any] = field(default_factory=dict)
     turns: str = "last"
+    choice_seed: int = 0
 
     def __post_init__(self) -> None:
         for name, column in self.named.items():
@@ -83,8 +98,12 @@ class Columns:
                 continue
             if name == "messages" and not self.named and spelled(row.value, "problem") and rated(row.value):
                 continue  # OpenR1's chat holds one of its generations, right or wrong
+            if name == "choices" and found.get("prompt") in (None, *OWN) and name not in self.named:
+                continue  # what is called a prompt is the whole of it
             if column := self.pick(row, name, groups):
                 found[name] = column
+        if (apart := choices_in_columns(row)) and not {"choices", "messages"} & {*self.named}:
+            found["answer"], found["choices"] = apart[0], apart[1][0]
         if "prompt" not in found and "messages" not in found:
             raise self.promptless(row)
         if not {"prompt", "messages"} & self.named.keys():
@@ -102,6 +121,9 @@ class Columns:
             found["demonstration"] = found["answer"]
         if "answer" not in self.named and found.get("answer") == found.get("demonstration") and not solved:
             found.pop("answer", None)  # data.columns says that it is a solution, and no mark tells the answer in it
+        solution = found.get("demonstration", "")
+        if "answer" not in {*found, *self.named} and solution.lower() == "solution" and final(row.value[solution]):
+            found["answer"] = solution  # MATH's and Minerva's: in its last \boxed{}
         return found
 
     def promptless(self, row: Row) -> UserError:
@@ -158,9 +180,15 @@ class Columns:
             if text is not None and not text.strip():
                 raise UserError(f"{row.source}: demonstration: expected text or null, found {shown(text)}")
             more = turn if turn and is_more_than_text(turn) else None
-            return Example(messages, text, answer, row.task, columns, row.source, tools, more)
+            options = choices.texts if choices else None
+            return Example(messages, text, answer, row.task, columns, row.source, tools, more, options)
 
         last = chat.pop() if chat[-1]["role"] == "assistant" else None
+        if choices := self.choices(row, taken):
+            question = chat[-1]["content"]
+            choices = choices if last else choices.shuffled(self.choice_seed, question)  # it may name a letter
+            chat[-1] = {**chat[-1], "content": choices.asked(question)}
+            answer = choices.letter
         if not chat or chat[-1]["role"] == "assistant":
             found = "two assistant turns at their end, one after the other" if chat else "no user turn to answer"
             raise UserError(f"{row.source}: messages have {found}")
@@ -173,6 +201,22 @@ class Columns:
             if any(each["role"] == "user" for each in chat[:index]) and chat[index - 1]["role"] != "assistant"
         ]
         return [*earlier, example(chat, last, answer)]
+
+    def choices(self, row: Row, taken: dict[str, str]) -> Choices | None:
+        """The options of a multiple-choice question, in the order of the file."""
+        if "choices" not in taken:
+            return None
+        apart = choices_in_columns(row)
+        if apart and taken["choices"] in apart[1]:
+            return choices_from_columns(row, *apart)
+        key, second = look_up(row.value, taken.get("answer")), spelled(row.value, "answer_index")
+        options = look_up(row.value, taken["choices"])
+        choices = choices_of(row, taken["choices"], options, key, taken.get("answer"))
+        index = row.value.get(second)
+        if isinstance(index, int) and taken.get("answer") != second and index != choices.right:
+            found = f"{taken['answer']} {key!r} and {second} {index} are not the same option"
+            raise UserError(f"{row.source}: {found}; mend the row, or name one: data.columns = {{answer = …}}")
+        return choices
 
 
 def chat_that_answers(row: dict, found: dict[str, str]) -> str | None:
@@ -194,6 +238,7 @@ def check_whole(row: Row, found: dict[str, str]) -> None:
             'imitated: keep the good ones and drop the column, or data.columns = {demonstration = ""}'
         )
     unsaid = () if column in OWN or "messages" in found else UNSAID
+    unsaid = [each for each in unsaid if each != found.get("choices", "").lower()]
     for alias in (*unsaid, *UNSEEN):
         name = spelled(row.value, alias)
         if row.value.get(name) and name != column and not (column.lower() == "instruction" and alias in MORE):
@@ -227,6 +272,8 @@ def whole_chat(row: Row, taken: dict[str, str]) -> tuple[list[Turn], int]:
     value = look_up(row.value, column)
     if spelled(row.value, "generations") == column:
         value = first_right(row.value, value)
+    if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
+        value = value[0]  # OlympiadBench's solutions
     if isinstance(value, str) and not value.strip():  # an empty one is none
         return chat, 0
     if not isinstance(value, (str, list, dict)):
@@ -240,16 +287,23 @@ def whole_chat(row: Row, taken: dict[str, str]) -> tuple[list[Turn], int]:
 def answer_of(row: Row, taken: dict[str, str]) -> str | None:
     """The reference answer as text; None where there is none, or only space."""
     value = look_up(row.value, taken.get("answer"))
-    if isinstance(value, list) and len(value) == 1 and taken["answer"] != "answer":
-        value = value[0]  # OlympiadBench's
+    if is_list_of_answers(value) and taken["answer"] != "answer":
+        value = ", ".join(map(str, from_cell(value)))  # OlympiadBench's
     if value is not None and not isinstance(value, (str, int, float)):
         raise UserError(f"{row.source}: {taken['answer']}: expected text or a number, found {shown(value)}")
     if value is None or value != value:  # a table's NaN
         return None
     text = str(value)
-    if taken["answer"] == taken.get("demonstration") and worked(value):
-        text = text.rpartition(MARK)[2].strip()
+    if taken["answer"] == taken.get("demonstration"):
+        text = final(value) or text
     return text if text.strip() else None
+
+
+def is_list_of_answers(value: Any) -> bool:
+    """A list of numbers or texts; in a cell of texts alone, since [0, 1] is an interval."""
+    found = from_cell(value)
+    kinds = (str, int, float) if isinstance(value, list) else str
+    return isinstance(found, list) and bool(found) and all(isinstance(each, kinds) for each in found)
 
 
 def fits(name: str, row: dict, column: str | None) -> bool:
@@ -262,7 +316,9 @@ def fits(name: str, row: dict, column: str | None) -> bool:
     if column in OWN or name == "tools" or column.lower() == "completion":
         return True
     if name == "answer":
-        return isinstance(value, (str, int, float)) or (isinstance(value, list) and len(value) == 1)
+        return isinstance(value, (str, int, float)) or is_list_of_answers(value)
+    if name == "choices":
+        return are_choices(value)
     if name == "system":
         return bool(value.strip() if isinstance(value, str) else value)
     if column.lower() == "generations":
@@ -290,8 +346,17 @@ def first_right(row: dict, generations: Any) -> str | None:
 
 def worked(answer: Any) -> bool:
     """Whether an answer is a worked solution, as GSM8K's: text, the mark, and the answer behind it."""
-    steps, mark, final = answer.rpartition(MARK) if isinstance(answer, str) else ("", "", "")
+    steps, mark, final = answer.rpartition(HASHES) if isinstance(answer, str) else ("", "", "")
     return bool(steps.strip() and mark and final.strip())
+
+
+def final(solution: Any) -> str:
+    """The answer that a worked solution ends in: behind ####, or in its last \\boxed{}; "" where neither is there."""
+    if isinstance(solution, list) and solution:
+        solution = solution[0]
+    if not isinstance(solution, str):
+        return ""
+    return solution.rpartition(HASHES)[2].strip() if worked(solution) else boxed(solution)
 
 
 def is_learned(turn: Turn) -> bool:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import string
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,6 +12,7 @@ Turn = dict[str, Any]
 HELD_OUT = 8  # one prompt in so many is for evaluation
 # What chat templates see of a turn.
 SEEN = ("role", "content", "tool_calls", "name", "reasoning_content", "reasoning", "thinking")
+LETTERS = string.ascii_uppercase  # of the options of a multiple-choice question
 RESERVED = ("prompts", "completions", "task")  # what a reward function gets by these names is not a column
 
 
@@ -24,6 +26,7 @@ class Example:
     source: where it comes from ("train.jsonl:12"), for messages to the user.
     tools: functions that the chat template shows, or None.
     turn: the demonstration as an assistant turn, where it is more than a text: tool_calls, reasoning_content.
+    choices: the options of a multiple-choice question in the order of its letters, of which the answer is one, or None.
     """
 
     messages: list[Turn]
@@ -34,6 +37,7 @@ class Example:
     source: str = ""
     tools: list[dict[str, Any]] | None = None
     turn: Turn | None = None
+    choices: list[str] | None = None
 
     @property
     def prompt(self) -> str | list[Turn]:
@@ -55,9 +59,20 @@ def digest(parts: Iterable[Any]) -> str:
     return found.hexdigest()
 
 
+def listed(choices: list[str]) -> str:
+    """The options of a question as its prompt has them."""
+    return "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, choices))
+
+
 def prompt_hash(example: Example) -> int:
-    """The same for prompts that a chat template writes alike: what else a turn has, an id or a date, does not count."""
+    """The same for prompts that a chat template writes alike, and for a question in whatever order its options are.
+
+    What else a turn has, an id or a date, does not count.
+    """
     told: list[Any] = [{key: turn[key] for key in SEEN if key in turn} for turn in example.messages]
+    if example.choices:
+        alike = listed(example.choices), listed(sorted(example.choices))
+        told[-1]["content"] = told[-1]["content"].replace(*alike)
     for turn in told:
         if turn["content"] is None:
             turn["content"] = ""

@@ -49,7 +49,7 @@ def rows_of(files: str | list[str], option: str = "data.train_file") -> Iterator
 
 def read_all(files: str | list[str], config: DataConfig, option: str = "data.train_file") -> Reading:
     """Every row of the files, broken ones collected; raises UserError for a file that cannot be read."""
-    columns, reading = Columns(config.columns, config.turns), Reading()
+    columns, reading = Columns(config.columns, config.turns, config.choice_seed), Reading()
     for row in rows_of(files, option):
         try:
             taken = columns.taken(row)
@@ -81,7 +81,7 @@ def read_examples(files: str | list[str], config: DataConfig, option: str = "dat
         found = f"{len(reading.broken)} of {len(reading.examples) + len(reading.broken)} rows are broken and left out"
         print(f"warning: {shown}: {found}, the first: {reading.broken[0]}", file=sys.stderr)
     for name, column in config.columns.items():
-        if column and option == "data.train_file" and not reading.columns[column]:
+        if column and option != "data.eval_file" and not reading.columns[column]:
             there = ", ".join(reading.columns)
             raise UserError(
                 f"{shown}: data.columns.{name}: no row has a column {column!r}{nearest(column, reading.columns)}; "

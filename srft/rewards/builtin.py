@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from srft.data.tasks import gym, make
 from srft.errors import missing
-from srft.rewards.answers import MarkRule, final_answer, is_answer, number, same
+from srft.rewards.answers import MarkRule, chosen, final_answer, is_answer, number, same, written_out
 
 
 class BuiltIn:
@@ -38,21 +38,31 @@ class BuiltIn:
 
 @dataclass
 class Exact(BuiltIn):
-    """1 where the completion's answer equals the reference, else 0; None without a reference."""
+    """1 where the completion's answer equals the reference, else 0; None without a reference.
+
+    Of a multiple-choice question it is the letter that the completion chooses.
+    """
 
     rule: MarkRule = field(default_factory=MarkRule)
 
     name = "exact"
     confined = False  # nothing in it can hang
-    takes = frozenset({"prompts", "completions", "answer", "finished"})
+    takes = frozenset({"prompts", "completions", "answer", "finished", "choices"})
 
-    def __call__(self, prompts: list, completions: list, answer: list, finished: list) -> list[float | None]:
-        return [self.one(*row) for row in zip(prompts, completions, answer, finished)]
+    def __call__(
+        self, prompts: list, completions: list, answer: list, finished: list, choices: list | None = None
+    ) -> list[float | None]:
+        options = choices or [None] * len(prompts)
+        return [self.one(*row) for row in zip(prompts, completions, answer, finished, options)]
 
-    def one(self, prompt: Any, completion: str, answer: str | None, finished: bool) -> float | None:
+    def one(
+        self, prompt: Any, completion: str, answer: str | None, finished: bool, choices: list[str] | None = None
+    ) -> float | None:
         if not is_answer(answer):
             return None
         counted = self.rule.counted(prompt, completion, finished)
+        if choices is not None:
+            return float(counted is not None and chosen(counted, choices) == answer)
         return float(counted is not None and self.equal(counted, answer))
 
     def equal(self, completion: str, answer: str) -> bool:
@@ -78,7 +88,9 @@ class MathVerify(Exact):
             return True
         from math_verify import parse, verify
 
-        gold, given = final_answer(answer), final_answer(completion)
+        gold, given, completion = (
+            written_out(each) for each in (final_answer(answer), final_answer(completion), completion)
+        )
         # Its extractors look for $…$ around LaTeX; a bare formula is tried both ways.
         return any(verify(parse(f"${gold}$"), parse(text)) for text in (f"${given}$", completion))
 

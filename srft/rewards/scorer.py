@@ -194,5 +194,6 @@ def columns_of(examples: list[Example]) -> dict[str, list[Any]]:
     """What a reward function gets by name: one list per column, None where an example has no such column."""
     names = {name for each in examples for name in each.columns}
     columns = {name: [each.columns.get(name) for each in examples] for name in sorted(names)}
-    own = {name: [getattr(each, name) for each in examples] for name in ("answer", "demonstration", "task")}
+    names = ["answer", "demonstration", "task", *["choices"] * any(each.choices is not None for each in examples)]
+    own = {name: [getattr(each, name) for each in examples] for name in names}
     return columns | own

@@ -37,7 +37,7 @@ def test_threads_spin_shorter_where_nobody_has_said(before, environment, expecte
 def rooms(monkeypatch):
     """What the commands would call, recorded."""
     calls = []
-    for module, name in [("run", "run"), ("evaluate", "main_eval"), ("report", "build")]:
+    for module, name in [("run", "run"), ("benchmarks", "main_eval"), ("report", "build")]:
         called = type("module", (), {name: staticmethod(lambda *given, name=name: calls.append((name, *given)))})
         monkeypatch.setitem(sys.modules, f"srft.{module}", called)
     return calls
@@ -89,6 +89,32 @@ def test_eval_of_a_run_takes_its_settings_and_final_checkpoint(rooms, tmp_path):
         assert main(["eval", "--checkpoint", str(checkpoint), "--eval.samples", "2"]) == 0
         name, config, given = rooms.pop()
         assert (name, config.eval.prompts, config.eval.samples, given) == ("main_eval", 5, 2, str(tmp_path / "final"))
+
+
+def test_a_recipe_is_over_the_settings_of_a_run(rooms, tmp_path):
+    (tmp_path / "final").mkdir()
+    (tmp_path / "config.toml").write_text("[eval]\nsamples = 5\nsets = []\n[rollout]\nmax_new_tokens = 32\n")
+    assert main(["eval", "--checkpoint", str(tmp_path), "--recipe", "benchmarks", "--rollout.max_new_tokens", "9"]) == 0
+    _, config, _ = rooms.pop()
+    assert len(config.eval.sets) == 8 and (config.eval.samples, config.rollout.max_new_tokens) == (1, 9)
+
+
+def test_recipes_of_training(rooms, tmp_path, capsys):
+    (tmp_path / "c.toml").write_text('[loss]\npreset = "chord"\n')
+    assert (
+        main(["train", str(tmp_path / "c.toml"), "--recipe", "gsm_symbolic", "--recipe=dapo", "--train.lr", "2"]) == 0
+    )
+    _, config, *_ = rooms.pop()
+    assert (config.loss.preset, config.data.tasks, config.train.lr) == ("dapo", ["gsm_symbolic"], 2.0)
+    for arguments, told in (
+        (["--recipe"], "--recipe: expected the name of a recipe, one of benchmarks, chord, dapo"),
+        (["--recipe", "--train.lr", "1"], "--recipe: expected the name of a recipe"),
+        (["--recipe", "dappo"], "recipe 'dappo' is not known; did you mean 'dapo'"),
+        (["--resume", "x", "--recipe", "dapo"], "--resume takes the settings from the run, found --recipe dapo too"),
+    ):
+        assert main(["train", *arguments]) == 2 and told in capsys.readouterr().err
+    assert main(["train", "--help"]) == 0
+    assert "  sft_grpo         SFT → RL: half of the steps on demonstrations" in capsys.readouterr().out
 
 
 def test_eval_without_a_checkpoint(rooms):

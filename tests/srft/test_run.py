@@ -452,7 +452,7 @@ def test_each_recipe_runs(tiny_dir, tmp_path, recipe):
     assert (tmp_path / "run" / "report.html").is_file()
 
 
-STAGED = ("--train.stages", "sft", "grpo", "--train.steps", "6", "--run.checkpoint_every", "1")
+STAGED = ("--train.stages", "sft", "grpo", "--train.steps", "6", "--run.checkpoint_every", "1", "--data.size", "40")
 
 
 def stopped_before(step: int, monkeypatch) -> None:

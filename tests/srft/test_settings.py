@@ -1,12 +1,13 @@
 """Settings: TOML, overrides, and what is said about wrong ones."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from srft.config import Config
 from srft.errors import UserError
-from srft.settings import SECTIONS, fields_of, help_text, load, to_toml
+from srft.settings import SECTIONS, check_keys, fields_of, help_text, load, read_recipe, recipes, to_toml
 from srft.words import ADVICE, WORDS, key_of
 
 pytest.importorskip("jsonargparse")
@@ -183,3 +184,31 @@ def test_a_wrong_value_of_the_command_line_is_not_blamed_on_the_file(tmp_path):
 
 def test_a_file_that_is_not_there():
     assert message(path="none.toml").startswith("none.toml: cannot be read as a configuration: ")
+
+
+def test_recipes_are_over_the_file_and_under_the_command_line(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text('[loss]\npreset = "chord"\noptions = {mu = 0.3}\nadvantage_std = false\n[train]\nlr = 1e-3\n')
+    config = load(str(file), ["--loss.average", "token"], ["grpo"])
+    assert (config.loss.preset, config.loss.options, config.loss.advantage_std) == ("grpo", {}, True)
+    assert config.loss.average == "token" and config.train.lr == 1e-3
+    assert load(None, [], ["grpo", "dapo"]) == load(None, [], ["dapo"])
+    with pytest.raises(UserError, match=r"recipe 'gropo' is not known; did you mean 'grpo'.* \(recipes: bench"):
+        load(None, [], ["gropo"])
+    with pytest.raises(UserError, match=r"recipe 'c.toml' is not known; a file is the first argument"):
+        load(None, [], ["c.toml"])
+
+
+def test_a_recipe_of_a_method_says_all_of_it():
+    """So that none of another method's settings stays, whatever it is put over."""
+    methods = {name: read_recipe(name) for name in recipes() if "loss" in read_recipe(name)}
+    keys = {name: {*check_keys(tree, "")} - {"loss.hpt_threshold"} for name, tree in methods.items()}
+    assert len(methods) == 9 and len(set(map(frozenset, keys.values()))) == 1
+    for name in methods:
+        for other in methods:
+            over_other = load(None, [], [other, name])
+            assert dataclasses.replace(over_other.loss, hpt_threshold=0.0) == load(None, [], [name]).loss
+
+
+def test_recipes_say_in_a_line_what_they_are():
+    assert len(recipes()) == 14 and all(20 < len(said) <= 120 for said in recipes().values())

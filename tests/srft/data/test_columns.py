@@ -171,7 +171,7 @@ def test_systems_of_their_own_column(tmp_path):
         ({"prompt": "a", "prompts": "t"}, "the column 'prompts' has a name that reward functions know"),
         ({"prompt": "a", "completions": "t"}, "the column 'completions' has a name that reward functions know"),
         (
-            {"question": "a", "choices": ["b", "c"], "answer": 1},
+            {"question": "a", "choices": "b or c", "answer": 1},
             "the column 'choices' would not be seen, the prompt is 'question' alone; write the whole prompt into one",
         ),
         (

@@ -103,3 +103,21 @@ def test_a_graded_task_keeps_its_own_scale():
     assert right == 1.0 and 0 <= wrong < 1
     nameless = Example(one.messages, None, " ", one.task, one.columns)
     assert scorer([nameless], ["#### "]) == [None]
+
+
+@pytest.mark.parametrize("name", ["exact", "math_verify"])
+def test_a_question_with_options_is_graded_by_its_letter(name):
+    texts = ["#### B", "\\boxed{\\text{(B)}}", "the Sun", "The answer is B", "#### C", "#### 2", "a mirror", "no idea"]
+    one = Example([{"role": "user", "content": "?"}], None, "B", "t", choices=["the Moon", "the Sun", "a mirror"])
+    scorer = build_reward(RewardConfig(name, workers=0), FILE)
+    assert scorer([one] * len(texts), texts) == [1, 1, 1, 1, 0, 0, 0, 0]
+    cut = scorer([one, one, example("B")], ["#### B", "It is B", "B"], finished=[False, False, True])
+    assert cut == [1, 0, 1]  # beside a question without options
+
+
+@pytest.mark.parametrize(
+    "text", ["\\boxed{4.5 \\times 10^{33}}", "\\boxed{4.5e33}", "#### $45 \\cdot 10^{32}$", "4.5e+33"]
+)
+def test_math_verify_knows_exponents_of_ten(text):
+    assert scored([text], "4.5e33", "math_verify") == [1.0]
+    assert scored([text], "4.5e32", "math_verify") == [0.0]
