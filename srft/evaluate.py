@@ -12,7 +12,6 @@ from srft.config import Config, EvalConfig
 from srft.data import Example, Problem, Prompter, digest, fit
 from srft.errors import UserError
 from srft.evaluation import Evaluation, Scores, scores_of
-from srft.learn.objective import build_objective
 from srft.learn.stages import parts_of
 from srft.model import POSITIONS
 from srft.rewards import FAILED, Scorer, check_answers
@@ -140,7 +139,6 @@ def held_out_problems(
     With their demonstrations where the loss of them tells something: where a stage of the run learns from
     demonstrations, and where nothing else can be measured.
     """
-    objectives = [build_objective(part.config.loss) for part in parts_of(config)]
-    learned = scorer is None or any("demonstrations" in each.learns_from for each in objectives)
+    learned = scorer is None or any("demonstrations" in part.objective.learns_from for part in parts_of(config))
     generated = config.rollout.max_new_tokens if scorer else 0
     return fit(prompter, examples, config.data, learned, {POSITIONS: positions}, generated)

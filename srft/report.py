@@ -54,7 +54,7 @@ def build(run_dir: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = number
+    environment.filters |= {"number": number, "interval": interval}
     older = next((each.name for each in run_dir.glob("interrupted-*")), None)
     page = environment.get_template("report.html").render(
         name=run_dir.resolve().name,
@@ -116,6 +116,11 @@ def stages(config: str, steps: list[dict[str, Any]], evaluations: list[dict[str,
 def changes_of_stage(steps: list[dict[str, Any]]) -> list[float]:
     """Where curves show that another stage begins."""
     return [b["step"] - 0.5 for a, b in itertools.pairwise(steps) if a.get("stage") != b.get("stage")]
+
+
+def interval(ends: list[float | None] | None) -> str:
+    """An interval for people; nothing where it is not known."""
+    return "" if not ends or None in ends else f"{ends[0]:.3f} – {ends[1]:.3f}"
 
 
 def totals(steps: list[dict[str, Any]]) -> dict[str, str]:

@@ -22,7 +22,6 @@ from srft.errors import UserError, disk_full, first_line
 from srft.evaluate import Unscored, evaluate, held_out_problems, measured_on, scorer_for
 from srft.evaluation import Evaluation, table
 from srft.learn import job as jobs
-from srft.learn.objective import build_objective
 from srft.learn.stages import parts_of, resolved, stages_of, steps_of
 from srft.likelihood import demonstration_loss
 from srft.model import LoadedModel, load_model, load_tokenizer
@@ -317,19 +316,18 @@ def prepared(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> J
     report.require_packages()  # a run of hours must not fail on its last page
     tracker.require_packages(config.run)
     parts = parts_of(config)
-    objectives = [build_objective(part.config.loss) for part in parts]
-    jobs.tell_without_effect(objectives, config)
+    jobs.tell_without_effect([part.objective for part in parts], config)
     scorer = build_reward(config.reward, config.data)
     if config.eval.prompts:
         examples, held_out = load_sides(config.data, config.data.size, config.eval.prompts)
     else:
         examples, held_out = load_examples(config.data, "train", config.data.size), []
-    supervised = not any("rollouts" in objective.learns_from for objective in objectives)
-    drawn = examples if config.train.steps or config.train.epochs or config.train.stages else []
+    supervised = not any("rollouts" in part.objective.learns_from for part in parts)
+    drawn = examples if config.train.steps or config.train.epochs else []
 
     def check() -> None:
-        for objective, part in zip(objectives, parts):
-            jobs.check(objective, part.config, drawn)
+        for part in parts:
+            jobs.check(part.objective, part.config, drawn)
 
     if supervised:  # what it learns from comes before what it is measured by
         check()
@@ -350,10 +348,7 @@ def prepared(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> J
     model = dataclasses.replace(config.model, path=str(resumed)) if resumed else config.model
     tokenizer, positions = load_tokenizer(model)
     prompter = build_prompter(tokenizer, config.data)
-    problems = [
-        jobs.training_problems(part.config, prompter, examples, objective, positions)
-        for part, objective in zip(parts, objectives)
-    ]
+    problems = [jobs.training_problems(part.config, prompter, examples, part.objective, positions) for part in parts]
     stages = stages_of(config, parts, problems)
     for stage in stages:
         jobs.check_amounts(stage.config, len(stage.problems))

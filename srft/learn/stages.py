@@ -60,12 +60,13 @@ class Part:
 
     name: str
     config: Config
-    counted: bool
+    objective: Objective
+    counted: bool = False
 
 
 def whole(config: Config, problems: list[Problem]) -> list[Stage]:
     """A run of one stage."""
-    return stages_of(config, [Part("", config, False)], [problems])
+    return stages_of(config, parts_of(config), [problems])
 
 
 def resolved(config: Config) -> Config:
@@ -106,10 +107,11 @@ def parts_of(config: Config) -> list[Part]:
         plain = dataclasses.asdict(config)
         plain["train"] |= {"stages": [], "epochs": 0.0} if counted else {"stages": []}
         try:
-            parts.append(Part(name, build(over(plain, changes)), counted))
+            settings = build(over(plain, changes))
+            parts.append(Part(name, settings, build_objective(settings.loss), counted))
         except UserError as error:
             raise UserError(f"train.stages[{number}]: {error}") from error
-    return parts or [Part("", config, False)]
+    return parts or [Part("", config, build_objective(config.loss))]
 
 
 def steps_of(config: Config, parts: Sequence[Part], prompts: Sequence[int]) -> list[int]:
@@ -150,9 +152,8 @@ def stages_of(config: Config, parts: Sequence[Part], problems: Sequence[list[Pro
         print(f"warning: train.steps {config.train.steps} has no effect: {said}", file=sys.stderr)
     for part, own, steps in zip(parts, problems, counts):
         train = dataclasses.replace(part.config.train, steps=steps, epochs=0.0)
-        objective, before = build_objective(part.config.loss), stages[-1].last if stages else 0
-        settings = dataclasses.replace(part.config, train=train)
-        stages.append(Stage(part.name, settings, objective, own, len(stages) + 1, before))
+        settings, before = dataclasses.replace(part.config, train=train), stages[-1].last if stages else 0
+        stages.append(Stage(part.name, settings, part.objective, own, len(stages) + 1, before))
     return stages
 
 

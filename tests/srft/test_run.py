@@ -440,9 +440,9 @@ def test_each_recipe_runs(tiny_dir, tmp_path, recipe):
     file.write_text("\n".join(map(json.dumps, rows)))
     given = {
         "your_data": ["--data.train_file", str(file)],
-        "gsm_symbolic": ["--data.size", "40", "--data.overlong", "drop"],
+        "gsm_symbolic": ["--data.overlong", "drop"],
     }
-    run(small_run(tiny_dir, tmp_path / "run", *given.get(recipe, []), recipes=[recipe]))
+    run(small_run(tiny_dir, tmp_path / "run", "--data.size", "40", *given.get(recipe, []), recipes=[recipe]))
     metrics = lines_of(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in metrics] == [1, 2]
     learned = [[bool(line["demo_tokens"]), bool(line["rollout_tokens"])] for line in metrics]
