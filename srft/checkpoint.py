@@ -122,7 +122,8 @@ def resumable(directory: str) -> Path:
 def newest_model(directory: Path) -> Path | None:
     """The last saved model that the directory is, or that lies in it."""
     models = [each.parent for each in (*directory.glob("config.json"), *directory.glob("[!.]*/config.json"))]
-    return max(models, key=lambda each: each.stat().st_mtime, default=None)
+    # Not the directory's own time: when a newer one is saved, the state of this one goes.
+    return max(models, key=lambda each: (each / "config.json").stat().st_mtime, default=None)
 
 
 def newest_with_state(run: Path) -> Path | None:

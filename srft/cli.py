@@ -286,7 +286,11 @@ def take_option(arguments: list[str], name: str) -> tuple[list[str], str | None]
             given = [value] if equals else arguments[index + 1 : index + 2]
             if not given or not given[0] or given[0].startswith("--"):
                 raise UserError(f"{name}: expected {EXPECTED[name]}")
-            return arguments[:index] + arguments[index + (1 if equals else 2) :], given[0]
+            rest = arguments[index + (1 if equals else 2) :]
+            if rest and not rest[0].startswith("--"):
+                again = f"; several are {name} {given[0]} {name} {rest[0]}" if name == "--recipe" else ""
+                raise UserError(f"{name}: expected one value, found {given[0]} {rest[0]}{again}")
+            return arguments[:index] + rest, given[0]
     return arguments, None
 
 

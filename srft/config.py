@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from srft.errors import UserError, nearest
 
+Tables = list[str | dict[str, Any]]  # each a table, or a name for one
+
 
 def option(
     default: Any,
@@ -167,7 +169,7 @@ class TrainConfig(Section):
     epochs: float = option(
         0.0, "instead of train.steps: so many times over the training prompts; 0: train.steps", low=0
     )
-    stages: list[str | dict[str, Any]] = option(  # noqa: RUF009
+    stages: Tables = option(  # noqa: RUF009
         [],
         "parts of the run, one after the other, that share its steps: names of recipes, or tables of loss, rollout and "
         "train settings",
@@ -202,7 +204,7 @@ class EvalConfig(Section):
     seed: int = option(17, "seed of sampling", low=0)
     every: int = option(0, "evaluate every so many steps too; 0: only before and after", low=0)
     batch_size: int = option(64, "sequences per call of generate", low=1)
-    sets: list[str | dict[str, Any]] = option(  # noqa: RUF009
+    sets: Tables = option(  # noqa: RUF009
         [], "benchmarks for srft eval, a row of its table each: files, or tables with file, name, group, samples, …"
     )
     set_prompts: int = option(0, "at most so many prompts of each set; 0: all", low=0)

@@ -32,7 +32,7 @@ class Optimizer:
     """AdamW over the trainable weights of `model`. Weight decay leaves vectors (norms, biases) alone."""
 
     def __init__(self, model: nn.Module, config: TrainConfig):
-        self.config = config
+        self.config, self.fresh = config, False  # whether the next step begins with no moments
         self.names, self.weights = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))
         self.masters = [p if p.dtype.itemsize >= 4 else self._master(p) for p in self.weights]
         decayed = [p for p in self.masters if p.ndim >= 2]
@@ -60,11 +60,9 @@ class Optimizer:
 
     def begin(self, config: TrainConfig) -> None:
         """Go on with the settings of another stage. The weights stay; the moments where train.stage_moments is kept."""
-        self.config = config
+        self.config, self.fresh = config, config.stage_moments == "fresh"
         for group, decay in zip(self.adamw.param_groups, (config.weight_decay, 0.0)):
             group |= {"betas": (config.beta1, config.beta2), "eps": config.eps, "weight_decay": decay}
-        if config.stage_moments == "fresh":
-            self.adamw.state.clear()
 
     def state(self) -> dict[str, Tensor]:
         """fp32 weights and AdamW's moments by name, the very tensors: what is loaded into them is what goes on.
@@ -98,6 +96,10 @@ class Optimizer:
         rate = learning_rate(step, self.config)
         for group in self.adamw.param_groups:
             group["lr"] = rate
+        if self.fresh:
+            signals.hold()  # what is saved until the end of the step is still of the stage before
+            self.adamw.state.clear()
+            self.fresh = False
         if math.isfinite(norm):
             signals.hold()  # until the step is over: between steps alone a run can be saved to go on
             self.adamw.step()

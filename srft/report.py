@@ -101,7 +101,11 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def stages(config: str, steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of a run of several stages those that began: name, first and last step, and what they took and came to."""
-    names = [each["name"] for each in toml_loads(config).get("train", {}).get("stages", [])]
+    try:
+        entries = toml_loads(config).get("train", {}).get("stages", [])
+    except ValueError:  # somebody has written into it
+        entries = []
+    names = [each.get("name", "") if isinstance(each, dict) else each for each in entries]
     measured = {each["step"]: each for each in evaluations}
     rows = []
     for number, name in enumerate(names, 1):

@@ -38,12 +38,16 @@ def check_settings(before: Config, now: Config) -> None:
         and (field.name not in MAY_CHANGE.get(section.name, ()) or (field.name == "token_budget" and bounded))
     ]
     if changed:
-        said = "; ".join(f"{key} was {old!r}, is {new!r}" for key, old, new in changed)
+        said = "; ".join(f"{key} was {shortened(old)}, is {shortened(new)}" for key, old, new in changed)
         may = ", ".join(f"train.{name}" for name in sorted(MAY_CHANGE["train"]))
         raise UserError(
             f"--resume: that would be another run: {said}. What may change: {may}, eval.*, run.* but run.dir, and "
             "where and how fast it runs; a new run starts from a checkpoint with --model.path"
         )
+
+
+def shortened(value: Any, length: int = 120) -> str:
+    return text if len(text := repr(value)) <= length else f"{text[:length]}…"
 
 
 def check_stages(checkpoint: Path, before: Sequence[int], now: Sequence[int], done: int) -> None:
@@ -54,9 +58,9 @@ def check_stages(checkpoint: Path, before: Sequence[int], now: Sequence[int], do
     if any(step < done for step in ends ^ other_ends):
         stages = " + ".join(map(str, before)), " + ".join(map(str, now))
         raise UserError(
-            f"--resume {checkpoint}: the run has stages of {stages[0]} steps, of which {done} are done; with "
-            f"train.steps {sum(now)} they would have {stages[1]}, and it would be another run: leave the number as it "
-            "was; a new run starts from a checkpoint with --model.path"
+            f"--resume {checkpoint}: the run has stages of {stages[0]} steps, of which {done} are done; now they would "
+            f"have {stages[1]}, and it would be another run: leave train.steps and train.epochs as they were; a new "
+            "run starts from a checkpoint with --model.path"
         )
 
 

@@ -22,7 +22,8 @@ from srft.errors import UserError, disk_full, first_line
 from srft.evaluate import Unscored, evaluate, held_out_problems, measured_on, scorer_for
 from srft.evaluation import Evaluation, table
 from srft.learn import job as jobs
-from srft.learn.stages import parts_of, resolved, stages_of, steps_of
+from srft.learn.stages import naming, parts_of, stages_of, steps_of
+from srft.learn.unused import tell_unused
 from srft.likelihood import demonstration_loss
 from srft.model import LoadedModel, load_model, load_tokenizer
 from srft.progress import steps_with_bar
@@ -309,14 +310,13 @@ def prepared(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> J
 
     Raises UserError for all that is wrong with the settings: what can be known without the model before it is loaded.
     """
-    config = resolved(config)
     if resumed:
-        began = resolved(load(str(resumed.parent / "config.toml")))
+        began = load(str(resumed.parent / "config.toml"))
         resume.check_settings(began, config)
     report.require_packages()  # a run of hours must not fail on its last page
     tracker.require_packages(config.run)
     parts = parts_of(config)
-    jobs.tell_without_effect([part.objective for part in parts], config)
+    tell_unused(config, parts)
     scorer = build_reward(config.reward, config.data)
     if config.eval.prompts:
         examples, held_out = load_sides(config.data, config.data.size, config.eval.prompts)
@@ -327,7 +327,8 @@ def prepared(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> J
 
     def check() -> None:
         for part in parts:
-            jobs.check(part.objective, part.config, drawn)
+            with naming(part.number):
+                jobs.check(part.objective, part.config, drawn)
 
     if supervised:  # what it learns from comes before what it is measured by
         check()
@@ -348,10 +349,13 @@ def prepared(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> J
     model = dataclasses.replace(config.model, path=str(resumed)) if resumed else config.model
     tokenizer, positions = load_tokenizer(model)
     prompter = build_prompter(tokenizer, config.data)
-    problems = [jobs.training_problems(part.config, prompter, examples, part.objective, positions) for part in parts]
+    problems = []
+    for part in parts:
+        with naming(part.number):
+            problems.append(jobs.training_problems(part.config, prompter, examples, part.objective, positions))
     stages = stages_of(config, parts, problems)
     for stage in stages:
-        jobs.check_amounts(stage.config, len(stage.problems))
+        jobs.check_amounts(stage.config, len(stage.problems), f"stage {stage.number}: " if parts[1:] else "")
     if resumed:
         before = steps_of(began, parts_of(began), list(map(len, problems)))
         resume.check_stages(resumed, before, [stage.config.train.steps for stage in stages], done)
@@ -363,7 +367,7 @@ def prepared(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> J
         trainer.optimizer.write_back()
         trainer.stale = True
     total = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=stages[-1].last, epochs=0.0))
-    written = config if config.train.stages and config.train.epochs else total
+    written = config if config.train.stages else total
     return Job(total, written, trainer, measured, held_out_scorer is not None, data)
 
 

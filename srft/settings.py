@@ -8,6 +8,7 @@
 Which settings there are is in config.py. `load` needs jsonargparse.
 """
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -17,12 +18,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from srft.config import Config, Section
+from srft.config import Config, Section, Tables
 from srft.errors import UserError, missing, nearest
 from srft.words import meant
 
 SECTIONS: dict[str, type[Section]] = {each.name: each.default_factory for each in dataclasses.fields(Config)}
 RECIPES = Path(__file__).parent / "recipes"
+OF_STAGES = ("loss", "rollout", "train")  # what a stage of a run may set, but for what all of the run has in common
+OF_EVALUATION = {"rollout.max_new_tokens", "train.token_budget"}  # the run's, also where each stage has its own
+OF_THE_RUN = ("rollout.engine", "train.stages", "train.seed", "train.optimizer", "train.share_prompts")
 
 
 def load(path: str | None = None, overrides: list[str] | None = None, recipes: Sequence[str] = ()) -> Config:
@@ -44,10 +48,19 @@ def load(path: str | None = None, overrides: list[str] | None = None, recipes: S
         override(tree, key, values)
         of_file.discard(".".join(key.split(".")[:2]))
     try:
-        return build(tree)
+        config = build(tree)
     except UserError as error:
         key = str(error).partition(":")[0]
         raise UserError(f"{where if key in of_file else ''}{error}") from error
+    config.train.stages = [stage_table(entry, number) for number, entry in enumerate(config.train.stages, 1)]
+    for key, _ in pairs(overrides or []):
+        section, name = key.split(".")[:2]
+        in_each = config.train.stages and all(name in stage.get(section, {}) for stage in config.train.stages)
+        if in_each and f"{section}.{name}" not in OF_EVALUATION:
+            of_stages = ", ".join(stage["name"] for stage in config.train.stages)
+            there = f"--train.stages '{{recipe = \"…\", {section} = {{{name} = …}}}}' …"
+            raise UserError(f"--{key}: each of train.stages ({of_stages}) has its own; write it there: {there}")
+    return config
 
 
 def check_keys(tree: dict[str, Any], where: str) -> Iterator[str]:
@@ -69,6 +82,35 @@ def check_keys(tree: dict[str, Any], where: str) -> Iterator[str]:
 def over(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """A nested dictionary of settings with those of another one in place of its own."""
     return tree | {section: tree.get(section, {}) | values for section, values in changes.items()}
+
+
+def stage_table(entry: Any, number: int) -> dict[str, Any]:
+    """The entry of train.stages with that number as tables of sections, and its name: what a recipe says written out.
+
+    So that another version of srft goes on with the same. Raises UserError for what is no stage.
+    """
+    where = f"train.stages[{number}]: "
+    if isinstance(entry, str) and entry.lstrip().startswith("{"):
+        raise UserError(f'{where}not a table in TOML, whose texts are in quotes: {{recipe = "sft"}}; found {entry}')
+    entry = {"recipe": entry} if isinstance(entry, str) else entry
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}expected the name of a recipe or a table of settings, found {entry!r}")
+    for key in ("name", "recipe"):
+        if not isinstance(entry.get(key, ""), str):
+            raise UserError(f"{where}{key}: expected text, found {entry[key]!r}")
+    own = {key: value for key, value in entry.items() if key not in ("name", "recipe")}
+    try:
+        recipe = read_recipe(entry["recipe"]) if "recipe" in entry else {}
+    except UserError as error:
+        raise UserError(f"{where}{error}") from error
+    if recipe.get("train", {}).pop("stages", None):
+        raise UserError(f"{where}recipe {entry['recipe']!r} has stages itself; name those")
+    for key in [*check_keys(own, where), *check_keys(recipe, where)]:
+        if key.partition(".")[0] not in OF_STAGES or key in OF_THE_RUN:
+            raise UserError(f"{where}{key} is the same in all of a run; a stage sets {', '.join(OF_STAGES)}")
+    preset = own.get("loss", {}).get("preset")
+    name = entry.get("name") or entry.get("recipe") or (preset if isinstance(preset, str) else f"stage {number}")
+    return {"name": name, **over(recipe, own)}
 
 
 def recipes() -> dict[str, str]:
@@ -157,6 +199,9 @@ def override(tree: dict[str, Any], key: str, values: list[str]) -> None:
     kind, table = type_of(f"{section}.{name}"), tree.setdefault(section, {})
     if kind is bool and not values:
         values = ["true"]
+    if inner and typing.get_origin(kind) is not dict:
+        what = "a list" if typing.get_origin(kind) is list else "one value"
+        raise UserError(f"--{key}: {section}.{name} is {what} and has no keys of its own")
     if typing.get_origin(kind) is list or (len(values) > 1 and list in map(typing.get_origin, typing.get_args(kind))):
         listed = values[:1] and values[0].startswith("[")
         table[name] = literal(values[0]) if listed else [literal(v) if v.startswith("{") else v for v in values]
@@ -170,8 +215,6 @@ def override(tree: dict[str, Any], key: str, values: list[str]) -> None:
             if not isinstance(table, dict):
                 raise UserError(f"--{key}: {name} already is the value {table!r}, not a table")
         name = inner[-1]
-    elif inner:
-        raise UserError(f"--{key}: {section}.{name} is one value and has no keys of its own")
     table[name] = literal(values[0]) if typing.get_origin(kind) is dict else values[0]
 
 
@@ -196,13 +239,16 @@ def build(tree: dict[str, Any]) -> Config:
         for name, each in fields_of(section).items():
             parser.add_argument(f"--{section}.{name}", type=type_of(f"{section}.{name}"), default=default_of(each))
     try:
-        values = parser.parse_object(tree).as_dict()
+        values = parser.parse_object(copy.deepcopy(tree)).as_dict()  # it writes into what it is given
     except ArgumentError as error:
         key = re.search(r'key "(\w+\.\w+)', str(error))
         if not key:
             raise UserError(str(error)) from error
         section, name = key[1].split(".")
         raise UserError(f"{key[1]}: expected {words(type_of(key[1]))}, found {tree[section][name]!r}") from error
+    for section, given in tree.items():  # jsonargparse reads texts within tables as YAML: "off" would be false
+        holds_tables = [name for name in given if type_of(f"{section}.{name}") in (dict[str, Any], Tables)]
+        values[section] |= {name: given[name] for name in holds_tables if not isinstance(given[name], str)}
     return Config(**{section: SECTIONS[section](**values[section]) for section in SECTIONS})
 
 

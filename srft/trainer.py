@@ -272,7 +272,7 @@ class Trainer:
         """
         inputs = microbatch.input_ids, microbatch.attention_mask, microbatch.position_ids
         hidden = hidden_states(self.loaded.model, *inputs).flatten(0, 1)[microbatch.hidden_index]
-        temperature = self.config.rollout.temperature
+        temperature = self.config.rollout.temperature if self.learns_from_rollouts else 1.0
         return {"input": hidden, "target": microbatch.target, "temperature": temperature, **head_of(self.loaded.model)}
 
     def _token_loss(self, microbatch: Microbatch, annotations: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,20 +3,13 @@
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from srft.config import Config, TrainConfig
 from srft.data import Example, Problem, Prompter, fit
 from srft.errors import UserError
 from srft.model import POSITIONS
 from srft_kernels.objectives import Objective
-
-
-def tell_without_effect(objectives: Sequence[Objective], config: Config) -> None:
-    """Warn of options that were set though another makes them mean nothing. objectives: of all stages of the run."""
-    for option, reason in without_effect(objectives, config):
-        print(f"warning: {option} has no effect: {reason}", file=sys.stderr)
 
 
 def check(objective: Objective, config: Config, examples: Sequence[Example]) -> None:
@@ -37,42 +30,6 @@ def check(objective: Objective, config: Config, examples: Sequence[Example]) -> 
             f"rollout.per_prompt 1: {who} compares the rollouts of a prompt with each other, and one "
             "alone has an advantage of 0, so that nothing would be learned: take 2 at least"
         )
-
-
-def without_effect(objectives: Sequence[Objective], config: Config) -> Iterator[tuple[str, str]]:
-    """Options, and why they mean nothing."""
-    if config.run.keep_checkpoints and not config.run.checkpoint_every:
-        yield "run.keep_checkpoints", "without run.checkpoint_every there is the final one alone"
-    if config.eval.every and not config.eval.prompts:
-        yield "eval.every", "eval.prompts is 0"
-    train, data, usual = config.train, config.data, Config()
-    if train.epochs and train.steps != usual.train.steps:
-        yield "train.steps", f"train.epochs {train.epochs:g} says how many there are"
-    if data.train_file:
-        for name in ("tasks", "task_args"):
-            if getattr(data, name) != getattr(usual.data, name):
-                yield f"data.{name}", "examples are from data.train_file"
-    elif data.columns:
-        yield "data.columns", "tasks have none; it is for data.train_file"
-    preset = f"loss.preset {config.loss.preset!r}" if not train.stages else "train.stages"
-    if not any("rollouts" in objective.learns_from for objective in objectives):
-        for section, name in (
-            *(("rollout", name) for name in ("per_prompt", "temperature", "top_p", "resample")),
-            *(("loss", name) for name in ("mask_truncated", "advantage_std", "advantage_eps")),
-        ):
-            if getattr(getattr(config, section), name) != getattr(getattr(usual, section), name):
-                yield f"{section}.{name}", f"{preset} learns from no rollouts"
-    in_each = set.intersection(*(keys_of(stage) for stage in train.stages)) if train.stages else set()
-    for section, name in sorted(in_each - {("train", "steps")}):
-        if getattr(getattr(config, section), name) != getattr(getattr(usual, section), name):
-            yield f"{section}.{name}", "each of train.stages has its own"
-    if config.loss.hpt_threshold and not any(objective.switches for objective in objectives):
-        yield "loss.hpt_threshold", f"{preset} switches between no losses"
-
-
-def keys_of(stage: dict[str, Any]) -> set[tuple[str, str]]:
-    """Which settings a table of train.stages has."""
-    return {(section, name) for section, values in stage.items() if section != "name" for name in values}
 
 
 def check_demonstrations(objective: Objective, config: Config, examples: Sequence[Example]) -> None:
@@ -112,15 +69,18 @@ def with_demonstrations(examples: list[Example]) -> list[Example]:
     return [each for each in examples if each.demonstration is not None] or examples
 
 
-def check_amounts(config: Config, prompts: int) -> None:
-    """Warn of amounts that are hardly meant: of a configuration with its steps, and so many prompts to train on."""
+def check_amounts(config: Config, prompts: int, where: str = "") -> None:
+    """Warn of amounts that are hardly meant: of a configuration with its steps, and so many prompts to train on.
+
+    where: what warnings begin with.
+    """
     train = config.train
     if train.steps and train.warmup_steps > max(train.steps, TrainConfig.warmup_steps):
         found = f"train.warmup_steps {train.warmup_steps}: there are {train.steps} steps"
-        print(f"warning: {found}, so that the learning rate never comes to train.lr", file=sys.stderr)
+        print(f"warning: {where}{found}, so that the learning rate never comes to train.lr", file=sys.stderr)
     if train.steps and train.prompts_per_step > prompts:
         found = f"train.prompts_per_step {train.prompts_per_step}: there are {prompts} prompts"
-        print(f"warning: {found}, so that each step has some more than once", file=sys.stderr)
+        print(f"warning: {where}{found}, so that each step has some more than once", file=sys.stderr)
 
 
 def with_steps(config: Config, prompts: int) -> Config:

@@ -115,3 +115,11 @@ def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
     assert (tmp_path / "checkpoint-mine").is_dir() and not list(tmp_path.glob(".*"))
     checkpoint.prune(tmp_path, 1, {})
     assert kept(tmp_path) == [1, 6]
+
+
+def test_the_newest_model_is_the_one_that_was_saved_last(tiny, tmp_path):
+    """Not the one whose state went when a newer was saved."""
+    for step in (1, 2):
+        checkpoint.save(tiny, tmp_path / f"checkpoint-{step}", Ranks(), {"x": torch.zeros(1)})
+    assert not (tmp_path / "checkpoint-1" / "state").exists()
+    assert checkpoint.newest_model(tmp_path) == tmp_path / "checkpoint-2"

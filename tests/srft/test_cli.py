@@ -109,6 +109,14 @@ def test_recipes_of_training(rooms, tmp_path, capsys):
     for arguments, told in (
         (["--recipe"], "--recipe: expected the name of a recipe, one of benchmarks, chord, dapo"),
         (["--recipe", "--train.lr", "1"], "--recipe: expected the name of a recipe"),
+        (
+            ["--recipe", "sft", "grpo"],
+            "--recipe: expected one value, found sft grpo; several are --recipe sft --recipe",
+        ),
+        (
+            ["--train.stages.0.train.lr", "1"],
+            "--train.stages.0.train.lr: train.stages is a list and has no keys of its",
+        ),
         (["--recipe", "dappo"], "recipe 'dappo' is not known; did you mean 'dapo'"),
         (["--resume", "x", "--recipe", "dapo"], "--resume takes the settings from the run, found --recipe dapo too"),
     ):

@@ -523,3 +523,40 @@ def test_a_run_of_two_stages_is_measured_between_them_and_its_report_shows_both(
     assert len(rows) == 2 and "1 · sft</td><td>1–2</td>" in rows[0] and "2 · grpo</td><td>3–4</td>" in rows[1]
     assert all(f"{0:.3f} → <b>{0:.3f}</b>" in row for row in rows)
     assert "stage of train.stages, from 1" in page
+
+
+def test_the_report_of_a_stage_that_was_not_measured_has_a_dash(tiny_dir, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        stopped_before(6, patch)
+        with pytest.raises(RuntimeError, match="stopped here"):
+            run(small_run(tiny_dir, tmp_path / "run", *STAGED))
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "0.000 → <b>–</b>" in page.partition("<h2>Stages</h2>")[2].partition("</table>")[0]
+    settings = load(str(tmp_path / "run" / "config.toml"), ["--eval.samples", "3"])
+    run(settings, resumed=resumable(str(tmp_path / "run")))
+    assert "– → <b>0.000</b>" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_supervised_steps_are_at_temperature_1(tiny_dir, tmp_path):
+    losses = {}
+    for temperature in ("1.0", "0.5"):
+        run(small_run(tiny_dir, tmp_path / temperature, *STAGED, "--rollout.temperature", temperature))
+        losses[temperature] = [line["loss"] for line in lines_of(tmp_path / temperature / "metrics.jsonl")][:3]
+    assert losses["1.0"] == losses["0.5"]
+
+
+def test_a_first_step_that_did_not_come_to_its_end_leaves_the_moments(tiny_dir, tmp_path, monkeypatch):
+    """The run may go on with a longer first stage, which needs them."""
+
+    def failing(self, *arguments, learn=Trainer._learn):
+        if self.stage.number == 2:
+            raise RuntimeError("stopped here")
+        return learn(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_learn", failing)
+    options = [*STAGED, "--run.checkpoint_every", "99"]
+    with pytest.raises(RuntimeError, match="stopped here"):
+        run(small_run(tiny_dir, tmp_path / "run", *options))
+    state = {"step.model.norm.weight": torch.zeros(())}
+    read_state(state, tmp_path / "run" / "checkpoint-3" / "state", Ranks())
+    assert int(state["step.model.norm.weight"]) == 3

@@ -212,3 +212,15 @@ def test_a_recipe_of_a_method_says_all_of_it():
 
 def test_recipes_say_in_a_line_what_they_are():
     assert len(recipes()) == 14 and all(20 < len(said) <= 120 for said in recipes().values())
+
+
+def test_texts_in_tables_stay_texts(tmp_path):
+    (tmp_path / "c.toml").write_text(
+        '[data]\ncolumns = {answer = "123", prompt = "off"}\n'
+        'template_args = {a = "true", b = ["1", "no"], c = {d = "~"}}\n'
+        '[eval]\nsets = [{file = "a", name = "2024"}, "off"]\n'
+    )
+    config = load(str(tmp_path / "c.toml"), ["--data.task_args.chain_sum.x", '"5"'])
+    assert config.data.columns == {"answer": "123", "prompt": "off"}
+    assert config.data.template_args == {"a": "true", "b": ["1", "no"], "c": {"d": "~"}}
+    assert config.eval.sets == [{"file": "a", "name": "2024"}, "off"] and config.data.task_args["chain_sum"]["x"] == "5"

@@ -18,9 +18,7 @@ def examples(demonstrations: int, count: int = 8, **columns) -> list[Example]:
 
 def check(*overrides: str, data: list[Example]) -> None:
     config = load(None, list(overrides))
-    objective = build_objective(config.loss)
-    job.tell_without_effect([objective], config)
-    job.check(objective, config, data)
+    job.check(build_objective(config.loss), config, data)
 
 
 @pytest.mark.parametrize("preset", ["srft_paper", "srft_official", "luffy", "chord", "hpt", "sft", "dft"])
@@ -65,50 +63,6 @@ def test_one_rollout_is_no_group(preset):
 
 def test_nothing_to_train_on_is_nothing_to_check():
     check("--rollout.top_p", "0.5", data=[])
-
-
-@pytest.mark.parametrize(
-    ("overrides", "told"),
-    [
-        (["--run.keep_checkpoints", "2"], "run.keep_checkpoints has no effect: without run.checkpoint_every there is"),
-        (["--eval.every", "2", "--eval.prompts", "0"], "eval.every has no effect: eval.prompts is 0"),
-        (["--rollout.resample", "1", "--loss.preset", "sft"], "rollout.resample has no effect: loss.preset 'sft'"),
-        (["--loss.mask_truncated", "true", "--loss.preset", "sft"], "loss.mask_truncated has no effect: loss.preset"),
-        (["--loss.hpt_threshold", "0.5"], "loss.hpt_threshold has no effect: loss.preset 'srft_paper' switches"),
-    ],
-)
-def test_an_option_without_effect_is_told(overrides, told, capsys):
-    check(*overrides, data=examples(8))
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"warning: {told}")
-
-
-def test_options_with_effect_are_not_told(capsys):
-    check("--run.keep_checkpoints", "2", "--run.checkpoint_every", "2", "--rollout.resample", "1", data=examples(8))
-    check("--loss.preset", "hpt", "--loss.hpt_threshold", "0.5", data=examples(8))
-    assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize(
-    ("overrides", "told"),
-    [
-        (["--train.epochs", "2", "--train.steps", "5"], "train.steps has no effect: train.epochs 2 says how many"),
-        (
-            ["--data.train_file", "x", "--data.tasks", "nosuch"],
-            "data.tasks has no effect: examples are from data.",
-        ),
-        (["--data.columns.prompt", "q"], "data.columns has no effect: tasks have none"),
-        (["--loss.preset", "sft", "--rollout.per_prompt", "8"], "rollout.per_prompt has no effect: loss.preset 'sft'"),
-        (
-            ["--train.stages", "{loss={average='token'}}", "{loss={average='token'}}", "--loss.average", "sequence"],
-            "loss.average has no effect: each of train.stages has its own",
-        ),
-    ],
-)
-def test_what_another_option_overrules_is_told(overrides, told, capsys):
-    check(*overrides, data=examples(8))
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"warning: {told}")
 
 
 def test_amounts_that_are_hardly_meant(capsys):

@@ -3,7 +3,7 @@
 import pytest
 
 from srft.errors import UserError
-from srft.learn.stages import parts_of, resolved, stage_at, stages_of, steps_of
+from srft.learn.stages import parts_of, stage_at, stages_of, steps_of
 from srft.settings import load, to_toml
 
 SFT, GRPO = '{loss={preset="sft"}}', '{name="rl", loss={preset="grpo"}, train={lr=1e-6}}'
@@ -27,12 +27,12 @@ def test_a_stage_has_the_runs_settings_and_its_own():
     assert first.config.loss.average == second.config.loss.average == "sequence"
 
 
-def test_recipes_are_stages_and_are_written_out():
-    settings = resolved(config("--train.stages", "sft", "grpo"))
+def test_recipes_are_stages_and_are_written_out(tmp_path):
+    settings = config("--train.stages", "sft", "grpo")
     assert [each["name"] for each in settings.train.stages] == ["sft", "grpo"]
     assert settings.train.stages[1]["loss"]["average"] == "sequence"
-    assert resolved(settings) == settings
-    assert resolved(config(recipes=["sft_grpo"])) == settings
+    (tmp_path / "again.toml").write_text(to_toml(settings))
+    assert load(str(tmp_path / "again.toml")) == settings == config(recipes=["sft_grpo"])
 
 
 def test_a_table_may_begin_with_a_recipe():
@@ -46,8 +46,8 @@ def test_a_file_may_have_tables(tmp_path):
     settings = load(str(file), ["--train.steps", "10"])
     assert [part.name for part in parts_of(settings)] == ["sft", "grpo"]
     assert steps_of(settings, parts_of(settings), [9, 9]) == [3, 7]
-    (tmp_path / "again.toml").write_text(to_toml(resolved(settings)))
-    assert load(str(tmp_path / "again.toml")) == resolved(settings)
+    (tmp_path / "again.toml").write_text(to_toml(settings))
+    assert load(str(tmp_path / "again.toml")) == settings
 
 
 def test_steps_are_shared():
@@ -86,6 +86,12 @@ def test_stages_follow_one_another():
         ("{model={path='x'}}", r"train.stages\[1\]: model.path is the same in all of a run"),
         ("{loss='sft'}", r"train.stages\[1\]: loss: expected a table"),
         ("{name=3, loss={preset='sft'}}", r"train.stages\[1\]: name: expected text, found 3"),
+        ("{recipe=sft}", r"train.stages\[1\]: not a table in TOML, whose texts are in quotes"),
+        ("{loss={preset='sftt'}}", r"train.stages\[1\]: loss.preset: expected one of .*did you mean 'sft'"),
+        ("{loss={preset=3}}", r"train.stages\[1\]: loss.preset: expected text, found 3"),
+        ("{recipe='grpo', loss={options={foo=1}}}", r"train.stages\[1\]: loss.options.foo: unknown option"),
+        ("{train={steps=3, epochs=2}}", r"train.stages\[1\]: train.steps and train.epochs: give one of them"),
+        ("{train={steps='a'}}", r"train.stages\[1\]: train.steps: expected a whole number, found 'a'"),
     ],
 )
 def test_what_is_no_stage_is_refused(entry, message):
@@ -96,8 +102,8 @@ def test_what_is_no_stage_is_refused(entry, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["--train.steps", "1"], "train.steps 1: 1 steps are left for 2 of the 2 stages"),
-        (["--train.stages", "{train={steps=16}}", GRPO], "train.steps 16: 0 steps are left for 1 of the 2 stages"),
+        (["--train.steps", "1"], "train.steps 1 leaves 1 for 2 of the 2 stages"),
+        (["--train.stages", "{train={steps=16}}", GRPO], "train.steps 16 leaves 0 for 1 of the 2 stages"),
         (
             ["--train.stages", "{train={steps=0}}", GRPO],
             r"train.stages\[1\]: train.steps: a stage has one step at least",
@@ -109,9 +115,21 @@ def test_a_stage_without_steps_is_refused(overrides, message):
         steps("--train.stages", SFT, GRPO, *overrides)
 
 
-def test_a_number_of_steps_that_no_stage_takes_is_told(capsys):
-    settings = config("--train.stages", "{train={steps=3}}", "{train={steps=4}}", "--train.steps", "9")
-    assert stages_of(settings, parts_of(settings), [[], []])[-1].last == 7
-    assert (
-        "warning: train.steps 9 has no effect: each of train.stages has its own, together 7" in capsys.readouterr().err
-    )
+@pytest.mark.parametrize("name", ["123", "off", "true", "~", "null", "# c", "a: b", "[x]", "1_000"])
+def test_a_stage_may_have_any_name(name):
+    (part,) = parts_of(config("--train.stages", f'{{recipe = "sft", name = "{name}"}}'))
+    assert part.name == name
+
+
+def test_no_epochs_are_no_number_of_steps():
+    assert steps("--train.stages", "{recipe='sft', train={epochs=0}}", GRPO, "--train.steps", "6") == [3, 3]
+
+
+def test_what_every_stage_sets_is_not_taken_from_the_command_line():
+    with pytest.raises(
+        UserError, match=r"--loss.average: each of train.stages \(sft, grpo\) has its own; write it there"
+    ):
+        config("--train.stages", "sft", "grpo", "--loss.average", "token")
+    assert config("--train.stages", "sft", GRPO, "--loss.average", "sequence").loss.average == "sequence"
+    both = "{rollout={max_new_tokens=9}}"
+    assert config("--train.stages", both, both, "--rollout.max_new_tokens", "5").rollout.max_new_tokens == 5
