@@ -1,4 +1,4 @@
-"""`srft eval`: a model on benchmark sets from files, or on held-out prompts, as a table with intervals.
+"""Benchmark sets from files, as eval.sets names them.
 
     [[eval.sets]]
     file = "aime24.jsonl"       # whatever data.train_file may be; columns as data/columns.py knows them
@@ -7,46 +7,43 @@
     samples = 32                # default: eval.samples
     prompts = 10                # the first so many; default: eval.set_prompts
     columns = {answer = "key"}  # as data.columns
+    broken = "drop"             # leaves out rows that cannot be read, graded or fit; default: "error"
 
-Sets are graded by math-verify, multiple-choice questions by the letter. Each of their prompts counts, also one that is
-there twice; a completion that cannot be graded, since math-verify hangs on it, counts as wrong.
+Each of their prompts counts, also one that is there twice.
 """
 
 import dataclasses
-import json
 import sys
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from srft.config import Config
-from srft.data import Example, Problem, Prompter, build_prompter, fit, load_examples, read_examples
+from srft.data import Example, read_examples, rows_of
 from srft.errors import UserError, nearest
-from srft.evaluate import Unscored, evaluate, evaluation_of, held_out_problems, measured_on, sampled, scorer_for
-from srft.evaluation import Evaluation, aligned, interval_of_mean, notes, rows_of_tasks, shown
-from srft.likelihood import demonstration_loss
-from srft.metrics import mean
-from srft.model import EMBEDDED, POSITIONS, load_model, load_tokenizer
-from srft.rewards import Scorer, build_reward
-from srft.rollout import Engine, build_engine
-from srft.rundir import append_line, create_eval_dir, finite, write_whole
-from srft.settings import to_toml
+from srft.rewards import is_answer
 
-Results = list[tuple["Benchmark", Evaluation]]
-CHUNK = 1024  # completions that are generated and scored before they are written
+KEYS: dict[str, tuple[Any, str]] = {
+    "file": ((str, list), "the name of a file, or several"),
+    "name": (str, "text"),
+    "group": (str, "text"),
+    "samples": (int, "a whole number of 1 at least"),
+    "prompts": (int, "a whole number of 1 at least"),
+    "columns": (dict, "a table"),
+    "broken": (str, "error or drop"),
+}
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A row of the table. choices: it is graded by the letter."""
+    """A row of the table. rows: how many it has, those that are left out included."""
 
     name: str
     group: str
     samples: int
     examples: list[Example]
+    rows: int
+    drops: bool = False
 
     @property
     def count(self) -> str:
@@ -63,205 +60,53 @@ def load_sets(config: Config) -> list[Benchmark]:
 
 
 def load_set(entry: str | dict[str, Any], where: str, config: Config) -> Benchmark:
-    known: dict[str, Any] = {
-        "file": (str, list),
-        "name": str,
-        "group": str,
-        "samples": int,
-        "prompts": int,
-        "columns": dict,
-    }
     entry = {"file": entry} if isinstance(entry, str) else dict(entry)
-    for key, value in entry.items():
-        if key not in known:
-            raise UserError(f"{where}: unknown key {key!r}{nearest(key, known)} (keys: {', '.join(known)})")
-        if not isinstance(value, known[key]) or isinstance(value, bool) or (known[key] is int and value < 1):
-            kinds = {int: "a whole number of 1 at least", dict: "a table", str: "text"}
-            raise UserError(f"{where}: {key}: expected {kinds.get(known[key], 'the name of a file')}, found {value!r}")
-    if not entry.get("file"):
-        raise UserError(f"{where}: file: a value is needed")
-    data = dataclasses.replace(config.data, columns=entry.get("columns", {}), turns="last")
+    check_set(entry, where)
+    drops = entry.get("broken") == "drop"
+    broken = "drop" if drops else "error"
+    data = dataclasses.replace(config.data, columns=entry.get("columns", {}), turns="last", broken=broken)
     try:
         examples = [row[-1] for row in read_examples(entry["file"], data, "eval.sets")]
+        rows = sum(1 for _ in rows_of(entry["file"], "eval.sets")) if drops else len(examples)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    for each in examples:
-        if each.answer is None:
-            others = ", ".join(each.columns) or "none"
-            raise UserError(
-                f"{where}: {each.source}: no answer is known, so nothing can be graded (other columns: {others}); name "
-                "the column that has it: columns = {answer = …}"
-            )
-    most = entry.get("prompts") or config.eval.set_prompts or None
+    check_files(examples, where)
+    if unknown := [each for each in examples if not is_answer(each.answer)]:
+        others = ", ".join(unknown[0].columns) or "none"
+        found = f"no answer is known, so nothing can be graded (other columns: {others})"
+        advice = 'name the column that has it: columns = {answer = …}, or leave such rows out: broken = "drop"'
+        message = f"{where}: {unknown[0].source}: {found}; {advice}"
+        if not drops or len(unknown) == len(examples):
+            raise UserError(message)
+        print(f"warning: {len(unknown)} of {rows} rows are left out; {message}", file=sys.stderr)
+        examples = [each for each in examples if is_answer(each.answer)]
+    if most := entry.get("prompts") or config.eval.set_prompts:
+        examples = examples[:most]
+        rows = len(examples)
     group = entry.get("group") or ("letter" if all(each.choices for each in examples) else "math-verify")
     name = entry.get("name") or examples[0].task
-    return Benchmark(name, group, entry.get("samples", config.eval.samples), examples[:most])
+    return Benchmark(name, group, entry.get("samples", config.eval.samples), examples, rows, drops)
 
 
-def held_out_set(config: Config) -> Benchmark:
-    """The held-out prompts of a run as the only set."""
-    examples = load_examples(config.data, "eval", config.eval.prompts) if config.eval.prompts else []
-    if not examples:
-        raise UserError("eval.prompts: there is no held-out prompt to evaluate on")
-    return Benchmark("held-out", "", config.eval.samples, examples)
+def check_set(entry: dict[str, Any], where: str) -> None:
+    for key, value in entry.items():
+        if key not in KEYS:
+            raise UserError(f"{where}: unknown key {key!r}{nearest(key, KEYS)} (keys: {', '.join(KEYS)})")
+        kind, expected = KEYS[key]
+        fits = isinstance(value, kind) and not isinstance(value, bool) and (kind is not int or value >= 1)
+        if key == "file" and isinstance(value, list):
+            fits = all(isinstance(each, str) and each.strip() for each in value)
+        if not fits or (key == "broken" and value not in ("error", "drop")):
+            raise UserError(f"{where}: {key}: expected {expected}, found {value!r}")
+    if not entry.get("file") or entry["file"] == [] or not str(entry["file"]).strip():
+        raise UserError(f"{where}: file: a value is needed")
 
 
-def main_eval(config: Config, checkpoint: str | None = None) -> list[Evaluation]:
-    """`srft eval` of `checkpoint` (a model's directory or name; default `model.path`): print and write the table.
-
-    Everything is written as soon as it is known. Raises UserError for what is wrong before the model is loaded.
-    """
-    model = dataclasses.replace(config.model, path=checkpoint) if checkpoint else config.model
-    check_checkpoint(checkpoint)
-    option = "--checkpoint" if checkpoint else "model.path"
-    sets = load_sets(config) or [held_out_set(config)]
-    scorer = scorer_of(config, sets)
-    tokenizer, positions = load_tokenizer(model, option)
-    prompter = build_prompter(tokenizer, config.data)
-    problems = [problems_of(config, prompter, each, scorer, positions) for each in sets]
-    directory = create_eval_dir(config.eval.dir)
-    loaded = load_model(model, option, tokenizer)
-    engine = build_engine(config.rollout.engine, loaded)
-    print(f"{', '.join(f'{each.name}: {each.count}' for each in sets)}; writing to {directory}", flush=True)
-    write_whole(directory / "config.toml", to_toml(dataclasses.replace(config, model=model)))
-    results: Results = []
-    for benchmark, own in zip(sets, problems):
-        loss = demonstration_loss(loaded, own, config.train.token_budget)  # none where a set has none of them
-        try:
-            measured = measure(engine, own, prompter, scorer, benchmark, config, loss, directory)
-        except Unscored as error:
-            if len(sets) == 1:
-                raise
-            print(f"warning: {benchmark.name} is left out: {error}", file=sys.stderr)
-            continue
-        results.append((benchmark, measured))
-        write_scores(directory, model.path, config, results)
-    if not results:
-        raise Unscored("eval.sets: no completion of any set was scored; the warnings above say why")
-    print("\n".join([*aligned(rows_of(results)), *notes_of(results)]))
-    print(f"written: {directory / 'table.md'}" if config.eval.sets else json.dumps(as_json(model.path, results)))
-    return [measured for _, measured in results]
-
-
-def check_checkpoint(checkpoint: str | None) -> None:
-    """Raise UserError for a slip of the pen in a path; asked for it, a hub's client would retry for half a minute."""
-    if checkpoint not in (None, EMBEDDED) and Path(checkpoint).parent.is_dir() and not Path(checkpoint).exists():
-        by_name = checkpoint.count("/") < 2 and not checkpoint.startswith((".", "/", "~"))
-        advice = f"give one; a model of a hub is --model.path {checkpoint}" if by_name else "give one"
-        raise UserError(f"--checkpoint {checkpoint!r}: there is no such directory; {advice}")
-
-
-def scorer_of(config: Config, sets: Sequence[Benchmark]) -> Scorer | None:
-    if not config.eval.sets:
-        return scorer_for(build_reward(config.reward, config.data), config, sets[0].examples)
-    return build_reward(dataclasses.replace(config.reward, name="math_verify", weights=[]), config.data)
-
-
-def problems_of(
-    config: Config, prompter: Prompter, benchmark: Benchmark, scorer: Scorer | None, positions: float
-) -> list[Problem]:
-    if not config.eval.sets:
-        return held_out_problems(config, prompter, benchmark.examples, scorer, positions)
-    generated = config.rollout.max_new_tokens
-    return fit(prompter, benchmark.examples, config.data, False, {POSITIONS: positions}, generated)
-
-
-def measure(
-    engine: Engine,
-    problems: list[Problem],
-    prompter: Prompter,
-    scorer: Scorer | None,
-    benchmark: Benchmark,
-    config: Config,
-    loss: tuple[float, int],
-    directory: Path,
-) -> Evaluation:
-    """One set. Its completions are written some at a time; how many that are does not change them."""
-    settings = dataclasses.replace(config.eval, samples=benchmark.samples)
-    generated = config.rollout.max_new_tokens
-    if scorer is None:
-        return evaluate(engine, problems, prompter, None, settings, generated, loss)
-    size = max(1, CHUNK // benchmark.samples)
-    generations: list[dict[str, Any]] = []
-    with tqdm(total=len(problems), desc=benchmark.name, unit="prompt", leave=False, dynamic_ncols=True) as bar:
-        for start in range(0, len(problems), size):
-            chunk = problems[start : start + size]
-            numbers = range(start, start + len(chunk))
-            for each in sampled(engine, chunk, prompter, scorer, settings, generated, numbers=numbers):
-                generations.append(each)
-                append_line(directory / "generations.jsonl", {"set": benchmark.name, **each})
-            bar.update(len(chunk))
-    on = measured_on(problems, settings, generated)
-    if not config.eval.sets:
-        return evaluation_of(generations, scorer, settings, on, loss)
-    scored = evaluation_of(generations, scorer, settings, on, loss).scored
-    graded = [{**each, "rewards": [reward or 0.0 for reward in each["rewards"]]} for each in generations]
-    return dataclasses.replace(evaluation_of(graded, scorer, settings, on, loss), scored=scored)
-
-
-def write_scores(directory: Path, model: str, config: Config, results: Results) -> None:
-    write_whole(directory / "scores.json", json.dumps(as_json(model, results), indent=1, ensure_ascii=False) + "\n")
-    how = (
-        f"{model}: temperature {config.eval.temperature:g}, top-p {config.eval.top_p:g}, at most "
-        f"{config.rollout.max_new_tokens} tokens, seed {config.eval.seed}. Intervals are of 95 %, over prompts."
-    )
-    parts = [how, markdown(rows_of(results)), *notes_of(results)]
-    write_whole(directory / "table.md", "\n\n".join(part for part in parts if part) + "\n")
-
-
-def as_json(model: str, results: Results) -> dict[str, Any]:
-    """Of held-out prompts their scores, else those of each set and the means of groups."""
-    plain = [
-        {name: value for name, value in measured.as_dict().items() if name != "generations"} for _, measured in results
-    ]
-    if not results[0][0].group:
-        return finite({"model": model, **plain[0]})
-    for scores in plain:
-        if len(scores["tasks"]) == 1:
-            del scores["tasks"]  # the set itself
-    sets = [{"set": each.name, "group": each.group, **scores} for (each, _), scores in zip(results, plain)]
-    return finite({"model": model, "sets": sets, "means": list(means_of(results))})
-
-
-def means_of(results: Results) -> Iterator[dict[str, Any]]:
-    """Of each group of several sets the mean of their avg@k, in which each set counts alike."""
-    for group in dict.fromkeys(benchmark.group for benchmark, _ in results):
-        own = [measured for benchmark, measured in results if benchmark.group == group]
-        if len(own) > 1:
-            rewards = [each.reward for each in own]
-            interval = interval_of_mean(rewards, [each.interval for each in own])
-            yield {"group": group, "sets": len(own), "reward": mean(rewards), "interval": interval}
-
-
-def rows_of(results: Results) -> list[list[str]]:
-    """The cells of the table: the sets of each group, and their mean; of held-out prompts their tasks."""
-    if not results[0][0].group:
-        return rows_of_tasks(results[0][1])
-    rows = [["set", "prompts", "k", "avg@k", "95 %", "pass@k", "95 %", "finished", "tokens"]]
-    means = {each["group"]: each for each in means_of(results)}
-    for group in dict.fromkeys(benchmark.group for benchmark, _ in results):
-        for benchmark, found in results:
-            if benchmark.group == group:
-                k = found.samples
-                measured = [f"{found.reward:.3f}", shown(found.interval)]
-                passed = [f"{found.pass_at[k]:.3f}", shown(found.pass_intervals[k])]
-                ends = [f"{found.finished:.3f}", f"{found.tokens:.1f}"]
-                rows.append([benchmark.name, str(found.prompts), str(k), *measured, *passed, *ends])
-        if mean_of_group := means.get(group):
-            cells = [f"{mean_of_group['reward']:.3f}", shown(mean_of_group["interval"])]
-            rows.append([f"{group}: mean of {mean_of_group['sets']}", "", "", *cells, "", "", "", ""])
-    return rows
-
-
-def notes_of(results: Results) -> list[str]:
-    """What is said below the table."""
-    if not results[0][0].group:
-        return notes(results[0][1])
-    lines = [(benchmark.name, note) for benchmark, found in results for note in notes(found, "count as wrong")]
-    return [f"{name}: {note}" for name, note in lines]
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Nothing of no rows."""
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join([*lines[:1], *["|---|" + "---:|" * (len(rows[0]) - 1) for _ in lines[:1]], *lines[1:]])
+def check_files(examples: list[Example], where: str) -> None:
+    """Raise UserError where a glob has met a set in two formats: each of its problems would count twice."""
+    files = {each.source.rpartition(":")[0] for each in examples}
+    stems: dict[str, str] = {}
+    for file in sorted(files):
+        other = stems.setdefault(Path(file).name.partition(".")[0], file)
+        if other != file:
+            raise UserError(f"{where}: {other} and {file} are both meant; name one of them")

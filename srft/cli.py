@@ -94,6 +94,7 @@ A set may be a table, in CONFIG.toml:
   group = "maths"             # sets of one group have a mean; else how they are graded
   samples = 32                # else eval.samples
   columns = {answer = "key"}  # where `srft data check FILE` does not find them itself
+  broken = "drop"             # leaves out rows that cannot be read, graded or fit; else they are refused
 """
 
 DATA_HELP = """\
@@ -211,7 +212,7 @@ def evaluate(arguments: list[str]) -> None:
         if not (directory / "config.json").is_file() and (directory / "config.toml").is_file():
             checkpoint = str(model_of_run(directory))
     config = load(path, overrides, names)
-    from srft.benchmarks import main_eval
+    from srft.eval import main_eval
 
     main_eval(config, checkpoint)
 

@@ -1,7 +1,7 @@
 """From files and generated tasks to examples, and from examples to token ids."""
 
 from srft.data.examples import Example, digest
-from srft.data.files import read_examples
+from srft.data.files import read_examples, rows_of
 from srft.data.load import load_examples, load_sides
 from srft.data.overlong import fit
 from srft.data.prompts import Problem, Prompter, build_prompter
@@ -16,4 +16,5 @@ __all__ = [
     "load_examples",
     "load_sides",
     "read_examples",
+    "rows_of",
 ]

@@ -1,6 +1,7 @@
 """Multiple-choice questions of files: the options that a row has, in an order of their own, as part of its prompt.
 
     MMLU, MMLU-Pro, ARC, CommonsenseQA, OpenBookQA    a list, or {text, label}, and which of them is right
+    MMMLU, C-Eval                                     columns A, B, C, D, and the letter of the right one
     GPQA, SciQ                                        columns for the right one and for the wrong ones
 
 Options are in the order that data.choice_seed and the question give them, so that no model is tested on the place of an
@@ -22,34 +23,51 @@ from srft.errors import UserError
 
 ASK = "Answer with the letter of the right option."
 RIGHT, WRONG = ("correct answer", "correct_answer"), re.compile(r"(incorrect[ _]answer[ _]?|distractor)\d+")
-# Options that other options, or their places, are part of.
+KEYS = ("answerkey", "answer_index", "answer_idx", "answer_letter")  # say again which option is right, beside `answer`
+LETTER = r"\(?[A-J]\)?"
+# Options that other options, or their places, are part of. A false alarm keeps the order of the file, no more.
 SPEAKS_OF_OTHERS = re.compile(
-    r"\b(above|below|preceding|following)\b|\b(all|none|both|neither|each|any) of (these|them|the (other|option))"
-    r"|\b[A-J],? (and|or|nor) [A-J]\b|\boptions? [A-J]\b",
-    re.IGNORECASE,
+    r"(?i:\b(?:above|below|preceding|following|former|latter)\b)"
+    r"|(?i:\b(?:all|none|both|neither|each|any|either)(?: of)?(?: the)?"
+    r" (?:these|them|those|others?|options?|answers?|choices?|statements?|are|is)\b)"
+    r"|(?i:\bthe (?:first|last|other)(?: two| three| one)\b)"
+)
+NAMES_LETTERS = re.compile(
+    rf"\b{LETTER}\s*(?:,|&|/|\+|\band\b|\bor\b|\bnor\b)\s*{LETTER}(?!\w)"
+    rf"|(?:^|\W){LETTER} only\b|(?i:\bonly) {LETTER}(?!\w)"
+    rf"|(?i:\b(?:options?|choices?|answers?|same as|as in|both|either|neither)) (?:{LETTER}|\([a-j]\)|[1-9])(?!\w)"
 )
 
 
 @dataclass(frozen=True)
 class Choices:
-    """texts: the options.   right: the place of the right one.   ordered: the order of the file means nothing."""
+    """texts: the options.   right: the place of the right one.   unordered: their order in the file means nothing."""
 
     texts: list[str]
     right: int
-    ordered: bool = False
+    unordered: bool = False
 
     def shuffled(self, seed: int, question: str) -> "Choices":
-        if seed < 0 or (not self.ordered and any(map(SPEAKS_OF_OTHERS.search, self.texts))):
-            return self
-        order = random.Random(f"{seed}/{question}").sample(range(len(self.texts)), len(self.texts))
-        return Choices([self.texts[place] for place in order], order.index(self.right), self.ordered)
+        """Another order, of the seed and the question; that of the file where it means something, and for seed -1."""
+        places = list(range(len(self.texts)))
+        order = random.Random(f"{max(seed, 0)}/{question}").sample(places, len(places))
+        speak = [place for place in places if SPEAKS_OF_OTHERS.search(self.texts[place])]
+        if self.unordered:
+            order = [place for place in order if place not in speak] + speak  # "all of the above" is the last
+        elif seed < 0 or speak or any(map(NAMES_LETTERS.search, self.texts)):
+            order = places
+        return Choices([self.texts[place] for place in order], order.index(self.right), self.unordered)
 
     @property
     def letter(self) -> str:
         return LETTERS[self.right]
 
-    def asked(self, question: str) -> str:
-        """The question with its options, and what is to be answered."""
+    def asked(self, question: str, where: str) -> str:
+        """The question with its options, and what is to be answered. Raises UserError where it has them already."""
+        if all(re.search(rf"{re.escape(text)}[\s.;,]*$", question, re.MULTILINE) for text in self.texts):
+            raise UserError(
+                f'{where}: the question has its options in it; leave the others out: data.columns = {{choices = ""}}'
+            )
         return f"{question.rstrip()}\n\n{listed(self.texts)}\n\n{ASK}"
 
 
@@ -82,61 +100,90 @@ def from_cell(value: Any) -> Any:
     return value
 
 
-def choices_in_columns(row: Row) -> tuple[str, list[str]] | None:
-    """The column of the right answer and those of the wrong ones, where a row has them so."""
-    if not isinstance(row.value, dict):
-        return None
-    by_name = {str(name).lower(): name for name in row.value}
+def choices_apart(row: dict) -> list[str]:
+    """The columns of the options where each has its own: the right one first, or A, B, C, D; else none."""
+    by_name = {str(name).lower(): name for name in row}
     right = next((by_name[name] for name in RIGHT if name in by_name), None)
     wrong = [name for lower, name in by_name.items() if WRONG.fullmatch(lower)]
-    there = right and wrong and any(row.value[name] is not None for name in (right, *wrong))
-    return (right, wrong) if there else None
+    lettered = [letter for letter in LETTERS if letter in row]
+    if right and wrong and any(row[name] is not None for name in (right, *wrong)):
+        return [right, *wrong]
+    alike = lettered[2:] and lettered == list(LETTERS[: len(lettered)])
+    return lettered if alike and all(isinstance(row[name], (str, int, float)) for name in lettered) else []
 
 
-def choices_of(row: Row, column: str, value: Any, key: Any, key_column: str | None) -> Choices:
-    """The options of a row that has them in one column, and which the key says is right.
+def choices_of(row: Row, column: str, key_column: str | None) -> Choices:
+    """The options of a row, of which `column` has all or one, and which is right, as the column of the answer says.
 
     Raises UserError, with file and line, where that cannot be told.
     """
-    texts, labels = texts_and_labels(value)
-    where = f"{row.source}: {column}"
-    checked = [check_option(text, where) for text in texts or []]
-    check_count(checked, where)
-    if labels and (len(labels) != len(checked) or len(set(labels)) < len(labels)):
-        raise UserError(f"{where}: expected a label for each of {len(checked)} options, found {shown(labels)}")
-    labels = labels or list(LETTERS[: len(checked)])
-    if key is None:
-        raise UserError(f"{row.source}: options without the right one: a column answer, answerKey or answer_index")
-    named = str(key).strip()
-    at_place = [int(named)] if named.isdecimal() and int(named) < len(checked) else []
-    as_text = [place for place, text in enumerate(checked) if text == named and isinstance(key, str)]
-    meant = [labels.index(named)] if named in labels else {*at_place, *as_text}
-    if len(meant) != 1 or isinstance(key, bool):
-        known = f"one of {', '.join(labels)}, a place from 0, or the text of one option"
-        raise UserError(f"{row.source}: {key_column}: expected {known}, found {shown(key)}")
-    return checked_choices(checked, *meant, where)
-
-
-def choices_from_columns(row: Row, right: str, wrong: list[str]) -> Choices:
-    texts = [check_option(row.value[name], f"{row.source}: {name}") for name in (right, *wrong)]
-    check_count(texts, f"{row.source}: {right}")
-    return checked_choices(texts, 0, f"{row.source}: {right}", ordered=True)
-
-
-def checked_choices(texts: list[str], right: int, where: str, ordered: bool = False) -> Choices:
+    options, labels, unordered = options_of(row, column)
+    texts, where = [option(text, f"{row.source}: {name}") for name, text in options], f"{row.source}: {column}"
+    if not 2 <= len(texts) <= len(LETTERS):
+        raise UserError(f"{where}: expected 2 to {len(LETTERS)} options, found {len(texts)}")
+    if labels and (len(labels) != len(texts) or len(set(labels)) < len(labels)):
+        raise UserError(f"{where}: expected a label for each of {len(texts)} options, found {shown(labels)}")
+    labels = labels or list(LETTERS[: len(texts)])
+    texts = without_labels(texts, labels)
+    if unordered and any(map(NAMES_LETTERS.search, texts)):
+        raise UserError(f"{where}: an option names another by its letter, and the options have no order")
+    right = 0 if unordered else right_of(row, texts, labels, key_column)
     if texts.count(texts[right]) > 1:
         raise UserError(f"{where}: the right option {shown(texts[right])} is there twice")
-    return Choices(texts, right, ordered)
+    return Choices(texts, right, unordered)
 
 
-def check_option(value: Any, where: str) -> str:
+def options_of(row: Row, column: str) -> tuple[list[tuple[str, Any]], list[str], bool]:
+    """(column and value of each option, their labels if they have any, whether their order means nothing)."""
+    apart = choices_apart(row.value)
+    if column not in apart:
+        texts, labels = texts_and_labels(row.value[column])
+        return [(column, text) for text in texts or []], labels, False
+    lettered = len(apart[0]) == 1
+    return [(name, row.value[name]) for name in apart], apart if lettered else [], not lettered
+
+
+def right_of(row: Row, texts: list[str], labels: list[str], key_column: str | None) -> int:
+    """The place of the right option, which all columns that tell it have to agree on."""
+    keys = [name for name in row.value if str(name).lower() in KEYS and row.value[name] is not None]
+    keys = list(dict.fromkeys([key_column, *keys] if key_column else keys))
+    if not keys:
+        raise UserError(f"{row.source}: options without the right one: a column answer, answerKey or answer_index")
+    meant = [places_of(row.value[name], texts, labels) for name in keys]
+    for name, places in zip(keys, meant):
+        if not places:
+            known = f"one of {', '.join(labels)}, a place from 0, or the text of an option"
+            raise UserError(f"{row.source}: {name}: expected {known}, found {shown(row.value[name])}")
+    agreed = set.intersection(*meant)
+    told = " and ".join(f"{name} {shown(row.value[name])}" for name in keys)
+    if len(agreed) != 1:
+        found = "may be several options" if agreed else "are not the same option"
+        raise UserError(f"{row.source}: {told} {found}; mend the row")
+    return agreed.pop()
+
+
+def places_of(key: Any, texts: list[str], labels: list[str]) -> set[int]:
+    """The options that a key may mean: by label, by place from 0, or by text."""
+    if isinstance(key, bool):
+        return set()
+    key = int(key) if isinstance(key, float) and key.is_integer() else key
+    named = str(key).strip()
+    by_label = {labels.index(named)} if named in labels else set()
+    by_text = {place for place, text in enumerate(texts) if text == named and isinstance(key, str)}
+    by_place = {int(named)} if named.isdecimal() and not by_label and int(named) < len(texts) else set()
+    return by_label | by_text | by_place
+
+
+def without_labels(texts: list[str], labels: list[str]) -> list[str]:
+    """Options that begin with their labels, "A) 21", without them: another letter may stand before them now."""
+    own = [re.match(rf"\(?{re.escape(label)}[).:]\s*(?=\S)", text) for label, text in zip(labels, texts)]
+    return [text[match.end() :] for text, match in zip(texts, own)] if all(own) else texts
+
+
+def option(value: Any, where: str) -> str:
+    """The text of an option, on one line."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: expected the text of an option, found {shown(value)}")
-    return value.strip()
-
-
-def check_count(texts: list[str], where: str) -> None:
-    if not 2 <= len(texts) <= len(LETTERS):
-        raise UserError(f"{where}: expected 2 to {len(LETTERS)} options, found {len(texts)}")
+    return " ".join(filter(None, map(str.strip, value.splitlines())))

@@ -6,22 +6,25 @@ two of them is refused; an earlier group comes before a later one. `data.columns
 """
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from srft.data.chats import is_more_than_text, role_of, shown, text_of, to_chat, to_tools, unpacked
-from srft.data.choices import Choices, are_choices, choices_from_columns, choices_in_columns, choices_of, from_cell
+from srft.data.choices import are_choices, choices_apart, choices_of, from_cell
 from srft.data.examples import RESERVED, Example, Turn
-from srft.data.marks import HASHES, boxed
+from srft.data.marks import HASHES, last_box
 from srft.data.rows import Row
 from srft.errors import UserError, nearest
 
+CHOICES = ("choices", "options")
 ALIASES: dict[str, list[tuple[str, ...]]] = {
     "messages": [("messages",), ("conversations", "conversation")],  # OpenAI, ShareGPT
     "prompt": [
         ("prompt",),  # TRL
         ("question", "problem", "instruction", "query"),  # GSM8K, OpenR1, Alpaca
-        ("input", "question_stem"),  # the latter OpenBookQA's
+        ("input",),
+        ("question_stem",),  # OpenBookQA
     ],
     "demonstration": [
         ("demonstration",),
@@ -36,15 +39,28 @@ ALIASES: dict[str, list[tuple[str, ...]]] = {
         ("answerkey", "correct answer", "correct_answer"),  # ARC, GPQA, SciQ
         ("answer_index",),  # MMLU-Pro, beside answer
     ],
-    "choices": [("choices", "options")],  # ARC, MMLU, MMLU-Pro; GPQA has a column for each
+    "choices": [CHOICES],  # ARC, MMLU, MMLU-Pro; GPQA has a column for each
     "system": [("system", "system_prompt")],
     "tools": [("tools",), ("functions",)],  # the latter in older chats of OpenAI
 }
 OWN = ("prompt", "messages", "demonstration", "answer")  # reward functions get these in their own form, or not at all
 MORE = ("input", "context")  # what an instruction is done to, in Alpaca and in Dolly
 # What a question may need and its column does not say; an example without it would be another one.
-UNSAID = ("choices", "options", "context", "passage", "history", "input", "body")
+UNSAID = (
+    "choices",
+    "options",
+    "context",
+    "passage",
+    "article",
+    "premise",
+    "paragraph",
+    "story",
+    "history",
+    "input",
+    "body",
+)
 UNSEEN = ("image", "images", "video", "videos", "audio", "audios")
+IMAGE = re.compile(r"image[ _]?\d+")
 VERDICTS = ("correctness_math_verify", "correctness_llama")  # OpenR1's, one for each of its generations
 
 
@@ -98,16 +114,22 @@ class Columns:
                 continue
             if name == "messages" and not self.named and spelled(row.value, "problem") and rated(row.value):
                 continue  # OpenR1's chat holds one of its generations, right or wrong
-            if name == "choices" and found.get("prompt") in (None, *OWN) and name not in self.named:
-                continue  # what is called a prompt is the whole of it
+            if name == "choices" and not self.may_have_choices(found):
+                continue
             if column := self.pick(row, name, groups):
                 found[name] = column
-        if (apart := choices_in_columns(row)) and not {"choices", "messages"} & {*self.named}:
-            found["answer"], found["choices"] = apart[0], apart[1][0]
+        if (
+            (apart := choices_apart(row.value))
+            and "choices" not in {*found, *self.named}
+            and self.may_have_choices(found)
+        ):
+            found["choices"] = apart[-1]
+            if len(apart[0]) > 1:
+                found["answer"] = apart[0]
         if "prompt" not in found and "messages" not in found:
             raise self.promptless(row)
         if not {"prompt", "messages"} & self.named.keys():
-            check_whole(row, found)
+            check_whole(row, found, self.named.get("choices") == "")
         speaks = chat_that_answers(row.value, found)
         if speaks and "demonstration" in found:
             raise UserError(
@@ -121,10 +143,16 @@ class Columns:
             found["demonstration"] = found["answer"]
         if "answer" not in self.named and found.get("answer") == found.get("demonstration") and not solved:
             found.pop("answer", None)  # data.columns says that it is a solution, and no mark tells the answer in it
-        solution = found.get("demonstration", "")
-        if "answer" not in {*found, *self.named} and solution.lower() == "solution" and final(row.value[solution]):
-            found["answer"] = solution  # MATH's and Minerva's: in its last \boxed{}
+        solution, answer = found.get("demonstration", ""), look_up(row.value, found.get("answer"))
+        unknown = "answer" not in self.named and (answer is None or answer != answer or not str(answer).strip())
+        if unknown and solution.lower() == "solution" and final(row.value[solution]):
+            found["answer"] = solution  # MATH's and Minerva's: in its last box
         return found
+
+    def may_have_choices(self, found: dict[str, str]) -> bool:
+        """Not where something is called a prompt, by the file or by data.columns: that is the whole of it."""
+        whole = found.get("prompt") in (None, *OWN) or {"prompt", "messages"} & self.named.keys()
+        return bool(self.named.get("choices")) or not whole
 
     def promptless(self, row: Row) -> UserError:
         """The error for a row without a prompt."""
@@ -184,10 +212,12 @@ class Columns:
             return Example(messages, text, answer, row.task, columns, row.source, tools, more, options)
 
         last = chat.pop() if chat[-1]["role"] == "assistant" else None
-        if choices := self.choices(row, taken):
+        choices = choices_of(row, taken["choices"], taken.get("answer")) if "choices" in taken else None
+        if choices:
             question = chat[-1]["content"]
-            choices = choices if last else choices.shuffled(self.choice_seed, question)  # it may name a letter
-            chat[-1] = {**chat[-1], "content": choices.asked(question)}
+            if choices.unordered or not last:  # a demonstration may name a letter of the file
+                choices = choices.shuffled(self.choice_seed, question)
+            chat[-1] = {**chat[-1], "content": choices.asked(question, row.source)}
             answer = choices.letter
         if not chat or chat[-1]["role"] == "assistant":
             found = "two assistant turns at their end, one after the other" if chat else "no user turn to answer"
@@ -202,22 +232,6 @@ class Columns:
         ]
         return [*earlier, example(chat, last, answer)]
 
-    def choices(self, row: Row, taken: dict[str, str]) -> Choices | None:
-        """The options of a multiple-choice question, in the order of the file."""
-        if "choices" not in taken:
-            return None
-        apart = choices_in_columns(row)
-        if apart and taken["choices"] in apart[1]:
-            return choices_from_columns(row, *apart)
-        key, second = look_up(row.value, taken.get("answer")), spelled(row.value, "answer_index")
-        options = look_up(row.value, taken["choices"])
-        choices = choices_of(row, taken["choices"], options, key, taken.get("answer"))
-        index = row.value.get(second)
-        if isinstance(index, int) and taken.get("answer") != second and index != choices.right:
-            found = f"{taken['answer']} {key!r} and {second} {index} are not the same option"
-            raise UserError(f"{row.source}: {found}; mend the row, or name one: data.columns = {{answer = …}}")
-        return choices
-
 
 def chat_that_answers(row: dict, found: dict[str, str]) -> str | None:
     """The column of the row's chat, where that ends in an assistant turn."""
@@ -228,8 +242,8 @@ def chat_that_answers(row: dict, found: dict[str, str]) -> str | None:
     return column if role_of(role) == "assistant" else None
 
 
-def check_whole(row: Row, found: dict[str, str]) -> None:
-    """Raise UserError for a row of which the prompt would be a part only."""
+def check_whole(row: Row, found: dict[str, str], without_choices: bool = False) -> None:
+    """Raise UserError for a row of which the prompt would be a part only. without_choices: these are not wanted."""
     column = found.get("messages") or found["prompt"]
     told = chat_that_answers(row.value, found) or found.get("demonstration") in ("completion", "response")
     if told and isinstance(look_up(row.value, spelled(row.value, "label")), bool):
@@ -238,11 +252,14 @@ def check_whole(row: Row, found: dict[str, str]) -> None:
             'imitated: keep the good ones and drop the column, or data.columns = {demonstration = ""}'
         )
     unsaid = () if column in OWN or "messages" in found else UNSAID
-    unsaid = [each for each in unsaid if each != found.get("choices", "").lower()]
-    for alias in (*unsaid, *UNSEEN):
+    if without_choices or "choices" in found:
+        unsaid = [each for each in unsaid if each not in CHOICES]
+    unseen = [*UNSEEN, *(name for name in row.value if isinstance(name, str) and IMAGE.fullmatch(name.lower()))]
+    for alias in (*unsaid, *unseen):
         name = spelled(row.value, alias)
-        if row.value.get(name) and name != column and not (column.lower() == "instruction" and alias in MORE):
-            what = "text is all that is trained on" if alias in UNSEEN else "write the whole prompt into one column"
+        there = row.value.get(name) or (alias in CHOICES and row.value.get(name) == [])
+        if there and name != column and not (column.lower() == "instruction" and alias in MORE):
+            what = "text is all that is trained on" if alias in unseen else "write the whole prompt into one column"
             raise UserError(
                 f"{row.source}: the column {name!r} would not be seen, the prompt is {column!r} alone; {what}, "
                 f"or say that it is the prompt: data.columns = {{{'messages' if 'messages' in found else 'prompt'} = "
@@ -287,8 +304,8 @@ def whole_chat(row: Row, taken: dict[str, str]) -> tuple[list[Turn], int]:
 def answer_of(row: Row, taken: dict[str, str]) -> str | None:
     """The reference answer as text; None where there is none, or only space."""
     value = look_up(row.value, taken.get("answer"))
-    if is_list_of_answers(value) and taken["answer"] != "answer":
-        value = ", ".join(map(str, from_cell(value)))  # OlympiadBench's
+    if several_answers(value, taken.get("answer")):
+        value = ", ".join(map(str, from_cell(value)))
     if value is not None and not isinstance(value, (str, int, float)):
         raise UserError(f"{row.source}: {taken['answer']}: expected text or a number, found {shown(value)}")
     if value is None or value != value:  # a table's NaN
@@ -299,8 +316,12 @@ def answer_of(row: Row, taken: dict[str, str]) -> str | None:
     return text if text.strip() else None
 
 
-def is_list_of_answers(value: Any) -> bool:
-    """A list of numbers or texts; in a cell of texts alone, since [0, 1] is an interval."""
+def several_answers(value: Any, column: str | None) -> bool:
+    """OlympiadBench's list of answers, or a list of one; in a cell of texts alone, since [0, 1] is an interval."""
+    if not column or column == "answer" or (column.lower() != "final_answer" and not isinstance(value, list)):
+        return False
+    if column.lower() != "final_answer" and len(value) != 1:
+        return False
     found = from_cell(value)
     kinds = (str, int, float) if isinstance(value, list) else str
     return isinstance(found, list) and bool(found) and all(isinstance(each, kinds) for each in found)
@@ -316,7 +337,7 @@ def fits(name: str, row: dict, column: str | None) -> bool:
     if column in OWN or name == "tools" or column.lower() == "completion":
         return True
     if name == "answer":
-        return isinstance(value, (str, int, float)) or is_list_of_answers(value)
+        return isinstance(value, (str, int, float)) or several_answers(value, column)
     if name == "choices":
         return are_choices(value)
     if name == "system":
@@ -351,12 +372,13 @@ def worked(answer: Any) -> bool:
 
 
 def final(solution: Any) -> str:
-    """The answer that a worked solution ends in: behind ####, or in its last \\boxed{}; "" where neither is there."""
+    """The answer that a worked solution ends in: its last line, behind ####, or its last box; "" where neither is."""
     if isinstance(solution, list) and solution:
         solution = solution[0]
     if not isinstance(solution, str):
         return ""
-    return solution.rpartition(HASHES)[2].strip() if worked(solution) else boxed(solution)
+    tail = solution.rpartition(HASHES)[2].strip() if worked(solution) else ""
+    return tail if tail and "\n" not in tail else last_box(solution) or ""
 
 
 def is_learned(turn: Turn) -> bool:

@@ -60,7 +60,7 @@ def rows_of_files(path: str, file: Path, option: str) -> Iterator[Row]:
         task = task.split("*")[0].strip("-_.") or file.parent.name
         if not named:
             raise UserError(f"{path}: no file of a known format has such a name ({', '.join(READERS)})")
-        check_splits(path, named)
+        check_splits(path, named, option)
     elif not known(path):
         raise UserError(f"{path}: expected a file that ends in {', '.join(READERS)}, each also with .gz")
     elif not file.is_file():
@@ -96,7 +96,7 @@ def shards(path: str, directory: Path, option: str) -> list[str]:
             found.append(str(each))
     if not found:
         raise UserError(f"{path}: the directory holds no file of a known format ({', '.join(READERS)})")
-    check_splits(path, found, directory)
+    check_splits(path, found, option, directory)
     return found
 
 
@@ -109,7 +109,7 @@ def card(file: Path, key: str) -> Any:
         raise UserError(f"{file}: {found}; save the dataset again, or name its files") from error
 
 
-def check_splits(path: str, found: list[str], directory: Path | None = None) -> None:
+def check_splits(path: str, found: list[str], option: str, directory: Path | None = None) -> None:
     """Raise UserError where files are the training and the held-out split of one dataset, by their names."""
     sides: dict[str, dict[bool, str]] = {}
     for each in found:
@@ -121,7 +121,8 @@ def check_splits(path: str, found: list[str], directory: Path | None = None) -> 
             sides.setdefault(rest, {})[side in TRAINED] = each
     for files in sides.values():
         if len(files) > 1:
-            advice = f"name those to train on, such as {files[True]}, or all of them, file by file"
+            meant = "to train on" if option == "data.train_file" else "to measure on"
+            advice = f"name those {meant}, such as {files[option == 'data.train_file']}, or all of them, file by file"
             raise UserError(f"{path}: holds {files[True]} and {files[False]}, which is to be held out; {advice}")
 
 

@@ -5,12 +5,10 @@ MarkRule("auto", "Answer after ####.").counted(prompt, "2 + 3 = 5, and", finishe
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from srft.data.examples import LETTERS
 from srft.data.marks import BOXED, HASHES, inside_braces
 
 DIGITS = r"(?:(?:\d{1,3}(?:,\d{2,3})*,\d{3}|\d+)(?:\.\d+)?|\.\d+)"  # thousands may be parted by commas
@@ -36,13 +34,6 @@ LATEX = (  # what is written around a number, or instead of a sign, without mean
 ASKS_FOR_BOX = re.compile(r"\\boxed|\bboxed\b")
 ASKS_FOR_HASHES = re.compile(r"(?<!#)####(?!#)")
 HEADING = re.compile(r"^[ \t]*####[ \t]+(?!.*answer)[^\W\d].*$", re.MULTILINE | re.IGNORECASE)  # of Markdown
-
-
-ANSWER_IS = re.compile(  # not "the answer is a matter of": a letter is a capital
-    r"\banswer\b(?:\s+(?:is|was|would be|must be|should be))?\s*[:=]?\s*(?:option|choice|letter)?[\s:_$(\[\"']*"
-    r"((?-i:[A-Z]))(?![\w'’])(?!\W*(?:,|/|&|and|or)\W*(?-i:[A-Z])(?![\w'’]))",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True)
@@ -132,40 +123,10 @@ def alone(text: str) -> str:
     return found[1] + found[2] if not (found[1] and found[2][0] in "+-") else ""
 
 
-def chosen(text: str, choices: Sequence[str]) -> str:
-    """The letter of the option that a text chooses: behind a mark, behind "the answer is", or as its last line.
-
-    An option may be told by its letter, by its text or by both; "" where none is, or several are.
-    """
-    if HASHES in text or BOXED in text:
-        return letter_of(final_answer(text).partition("\n")[0], choices)
-    if told := ANSWER_IS.findall(unwritten(text)):
-        return letter_of(told[-1], choices)
-    return letter_of(text.strip().rpartition("\n")[2], choices)
-
-
-def letter_of(text: str, choices: Sequence[str]) -> str:
-    text = unwritten(text).strip(" .,;:*_\"'")
-    letters = LETTERS[: len(choices)]
-    text = text.upper() if re.fullmatch(r"[(\[]?[a-z][)\]]?", text) else text
-    found = re.fullmatch(r"[(\[]?([A-Z])[)\]]?(?:\s*[.:)\-–—]\s*(.+))?", text, re.DOTALL)
-    alike = [letter for letter, choice in zip(letters, choices) if plain(choice) == plain(text)]
-    if found and (not found[2] or not alike):
-        letter, said = found[1], found[2]
-        named = [each for each, choice in zip(letters, choices) if said and plain(choice) == plain(said)]
-        others = said and re.search(r"(?:^|\band|\bor|[,/&])\s*[(\[]?[A-Z][)\]]?(?![\w'’])", said)
-        contradicts = (named and letter not in named) or (others and not named)
-        return letter if letter in letters and not contradicts else ""
-    return alike[0] if len(alike) == 1 else ""
-
-
 def written_out(text: str) -> str:
-    """4.5e33 as mathematics has it: to math-verify e is Euler's number."""
-    return re.sub(r"(?<![\w.\\])(\d+(?:\.\d+)?)[eE]([-+]?\d+)(?![\w.])", r"\1 \\times 10^{\2}", text)
-
-
-def plain(text: str) -> str:
-    return " ".join(unwritten(text).split()).casefold().strip(" .,;:")
+    """A number with an exponent of ten as mathematics has it; to math-verify the e in 4.5e33 is Euler's number."""
+    found = re.fullmatch(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d+)", unwritten(text))
+    return rf"{found[1]} \times 10^{{{found[2]}}}" if found else text
 
 
 def as_text(answer: str) -> str:

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 
 from srft.data.tasks import gym, make
 from srft.errors import missing
-from srft.rewards.answers import MarkRule, chosen, final_answer, is_answer, number, same, written_out
+from srft.rewards.answers import MarkRule, final_answer, is_answer, number, same, written_out
+from srft.rewards.letters import chosen
 
 
 class BuiltIn:
@@ -88,11 +89,10 @@ class MathVerify(Exact):
             return True
         from math_verify import parse, verify
 
-        gold, given, completion = (
-            written_out(each) for each in (final_answer(answer), final_answer(completion), completion)
-        )
-        # Its extractors look for $…$ around LaTeX; a bare formula is tried both ways.
-        return any(verify(parse(f"${gold}$"), parse(text)) for text in (f"${given}$", completion))
+        gold, given = final_answer(answer), final_answer(completion)
+        # Its extractors look for $…$ around LaTeX; a bare formula is tried both ways. An exponent of ten may be meant.
+        pairs = [(gold, f"${given}$"), (gold, completion), (written_out(gold), f"${written_out(given)}$")]
+        return any(verify(parse(f"${gold}$"), parse(text)) for gold, text in dict.fromkeys(pairs))
 
 
 @dataclass

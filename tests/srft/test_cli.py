@@ -37,7 +37,7 @@ def test_threads_spin_shorter_where_nobody_has_said(before, environment, expecte
 def rooms(monkeypatch):
     """What the commands would call, recorded."""
     calls = []
-    for module, name in [("run", "run"), ("benchmarks", "main_eval"), ("report", "build")]:
+    for module, name in [("run", "run"), ("eval", "main_eval"), ("report", "build")]:
         called = type("module", (), {name: staticmethod(lambda *given, name=name: calls.append((name, *given)))})
         monkeypatch.setitem(sys.modules, f"srft.{module}", called)
     return calls

@@ -507,9 +507,7 @@ def test_steps_that_are_done_stay_those_of_their_stage(tiny_dir, tmp_path):
     directory = tmp_path / "run"
     run(small_run(tiny_dir, directory, *STAGED, "--train.steps", "4"))
     settings, newest = directory / "config.toml", directory / "checkpoint-4"
-    with pytest.raises(
-        UserError, match=r"checkpoint-4: the run has stages of 2 \+ 2 steps, of which 4 are done; with "
-    ):
+    with pytest.raises(UserError, match=r"checkpoint-4: the run has stages of 2 \+ 2 steps, of which 4 are done; now "):
         run(load(str(settings), ["--train.steps", "8"]), resumed=newest)
     with pytest.raises(UserError, match=r"another run: train\.stages was"):
         run(load(str(settings), ["--train.stages", "grpo", "sft"]), resumed=newest)

@@ -145,7 +145,7 @@ def broken(file: str, **changes) -> dict:
         (broken("mmlu_pro.jsonl", answer="K"), "answer: expected one of A, B, C, D, E, F, G, H, I, J, a place"),
         (broken("mmlu_pro.jsonl", options=["a", None]), "options: expected the text of an option, found None"),
         (broken("mmlu_pro.jsonl", options=["a", "b", "b"]), "options: the right option 'b' is there twice"),
-        ({"question": "q", "options": ["1", "0"], "answer": "1"}, "answer: expected one of A, B, a place from 0, or"),
+        ({"question": "q", "options": ["1", "0"], "answer": "1"}, "answer '1' may be several options; mend the row"),
         ({"question": "q", "options": ["x", "y"], "answer": True}, "answer: expected one of A, B"),
     ],
 )
@@ -183,3 +183,142 @@ def test_choices_can_be_left_out(tmp_path):
     file.write_text('{"question": "q", "options": ["a", "b"], "answer": "B"}')
     (one,) = read(file, columns={"choices": "", "prompt": "question"})
     assert one.prompt == "q" and one.choices is None and one.columns["options"] == ["a", "b"]
+
+
+def rows(tmp_path, *values: dict, **settings):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, values)))
+    return read(file, **settings)
+
+
+@pytest.mark.parametrize(
+    "apart", [{"correct_answer": "y", "distractor1": "x"}, {"A": "x", "B": "y", "C": "z"}, {"choices": ["x", "y"]}]
+)
+def test_what_is_called_a_prompt_is_the_whole_of_it(tmp_path, apart):
+    prompt = "q?\nA. x\nB. y"
+    chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": "B"}]
+    for row in ({"prompt": prompt, "completion": "B"}, {"messages": chat}):
+        (one,) = rows(tmp_path, {**row, **apart})
+        assert (one.prompt, one.demonstration, one.choices) == (prompt, "B", None)
+    (named,) = rows(tmp_path, {"question": prompt, "answer": "B", **apart}, columns={"prompt": "question"})
+    assert named.prompt == prompt and named.choices is None and named.answer == "B"
+
+
+def test_options_in_columns_of_their_letters(tmp_path):
+    row = {"Question": "q?", "A": "a1", "B": "b1", "C": "c1", "D": "d1", "Answer": "B", "Subject": "x"}  # MMMLU's
+    for seed in range(4):
+        (one,) = rows(tmp_path, row, choice_seed=seed)
+        assert one.choices["ABCD".index(one.answer)] == "b1" and sorted(one.choices) == ["a1", "b1", "c1", "d1"]
+    (kept,) = rows(tmp_path, row, choice_seed=-1)
+    assert kept.answer == "B" and kept.choices == ["a1", "b1", "c1", "d1"]
+
+
+@pytest.mark.parametrize("more", [{"article": "An article."}, {"premise": "It rains."}, {"image_1": "x.png"}])
+def test_a_question_that_needs_more_than_is_seen_is_refused(tmp_path, more):
+    with pytest.raises(UserError, match=f"rows.jsonl:1: the column '{next(iter(more))}' would not be seen"):
+        rows(tmp_path, {"question": "q?", "options": ["x", "y"], "answer": "A", **more})
+    with pytest.raises(UserError, match=r"rows.jsonl:1: the column 'choices' would not be seen"):
+        rows(tmp_path, {"question": "q?", "answer": "A", "choices": []})
+
+
+def test_columns_that_tell_the_right_option_have_to_agree(tmp_path):
+    blood = {"question": "q?", "options": ["O", "A", "B", "AB"], "answer": "B"}
+    with pytest.raises(UserError, match="answer 'B' may be several options"):  # its letter, or its text
+        rows(tmp_path, blood)
+    (one,) = rows(tmp_path, {**blood, "answer_letter": "C"}, choice_seed=-1)
+    assert one.answer == "C"
+    for key in ("1", 1.0, 1):
+        with pytest.raises(UserError, match=r"answer 'A' and answer_index .* are not the same option"):
+            rows(tmp_path, {"question": "q?", "options": ["x", "y"], "answer": "A", "answer_index": key})
+
+
+def test_options_lose_letters_of_their_own(tmp_path):
+    for options in (["A)21", "B)22", "C)23"], ["(A) 21", "(B) 22", "(C) 23"], ["A. 21", "B. 22", "C. 23"]):
+        (one,) = rows(tmp_path, {"question": "q", "options": options, "answer": "B"}, choice_seed=1)
+        assert sorted(one.choices) == ["21", "22", "23"] and one.choices["ABC".index(one.answer)] == "22"
+    (one,) = rows(tmp_path, {"question": "q", "options": ["A. a", "A. b"], "answer": "B"}, choice_seed=-1)
+    assert one.choices == ["A. a", "A. b"]
+
+
+def test_options_that_are_in_the_question_too_are_refused(tmp_path):
+    row = {"question": "q?\nA. x\nB. y\nC. z", "options": ["x", "y", "z"], "answer": "C"}
+    with pytest.raises(UserError, match=r'rows.jsonl:1: the question has its options in it.* = \{choices = ""\}'):
+        rows(tmp_path, row)
+    (one,) = rows(tmp_path, row, columns={"choices": ""})
+    assert one.prompt == row["question"] and one.answer == "C" and one.choices is None
+
+
+def test_options_without_an_order_are_always_given_one(tmp_path):
+    values = [
+        {"question": f"q{i}?", "correct_answer": "y", "distractor1": "x", "solution": "It is y."} for i in range(20)
+    ]
+    for seed in (-1, 3):
+        assert {each.answer for each in rows(tmp_path, *values, choice_seed=seed)} == {"A", "B"}
+    spoken = {"question": "q?", "correct_answer": "all of the above", "distractor1": "x", "distractor2": "y"}
+    assert {rows(tmp_path, spoken, choice_seed=seed)[0].answer for seed in range(6)} == {"C"}
+    with pytest.raises(UserError, match="an option names another by its letter, and the options have no order"):
+        rows(tmp_path, {**spoken, "distractor3": "both A and B"})
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *(
+            "none of the above",
+            "all of these",
+            "(A) and (B)",
+            "A & B",
+            "A/B",
+            "A, C",
+            "B only",
+            "Only A",
+            "Choice A",
+            "Same as A",
+        ),
+        *(
+            "as in (a)",
+            "Both 1 and 2",
+            "the first two",
+            "Both answers are correct",
+            "All answers are correct",
+            "neither A nor B",
+        ),
+    ],
+)
+def test_an_option_that_speaks_of_others_keeps_the_order(tmp_path, option):
+    row = {"question": "q?", "options": ["x", "y", "z", option], "answer": "C"}
+    assert all(rows(tmp_path, row, choice_seed=seed)[0].answer == "C" for seed in range(5))
+
+
+def test_an_option_is_on_one_line(tmp_path):
+    (one,) = rows(tmp_path, {"question": "q?", "options": ["a\nB. b", "c"], "answer": "A"}, choice_seed=-1)
+    assert one.choices == ["a B. b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        (
+            {"question": "q", "reward_model": {"ground_truth": '["f(1) == 2", "f(2) == 3"]'}},
+            '["f(1) == 2", "f(2) == 3"]',
+        ),
+        ({"question": "q", "ground_truth": ["Paris", "City of Paris"]}, None),
+        ({"question": "q", "final_answer": ["2", "3"]}, "2, 3"),
+        ({"question": "q", "final_answer": "['2', '3']"}, "2, 3"),  # a cell of a table
+        ({"question": "q", "final_answer": "[0, 1]"}, "[0, 1]"),  # an interval
+        ({"question": "q", "solution": "#### Step 1\nso \\boxed{5}"}, "5"),
+        ({"question": "q", "solution": "so \\boxed{\\frac{1}{2}} and \\boxed{\\{1, 2\\}}."}, "\\{1, 2\\}"),
+        ({"question": "q", "solution": "so \\fbox{5}"}, "5"),
+        ({"question": "q", "solution": "so \\boxed 5"}, "5"),
+        ({"question": "q", "solution": "so \\boxed{5 and no end"}, None),
+        ({"question": "q", "solution": "so \\boxed{\\left\\{ x \\right.} end"}, "\\left\\{ x \\right."),
+        ({"question": "q", "solution": "so \\boxed{5}", "answer": ""}, "5"),
+        ({"question": "q", "response": "so \\boxed{5}"}, None),  # somebody's, right or wrong
+    ],
+)
+def test_answers_of_other_forms(tmp_path, row, answer):
+    assert rows(tmp_path, row)[0].answer == answer
+
+
+def test_a_column_beside_the_prompt_is_no_other_prompt(tmp_path):
+    assert rows(tmp_path, {"input": "q", "question_stem": "r", "answer": "1"})[0].prompt == "q"

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from srft.rewards.answers import MarkRule, chosen, final_answer, is_answer, same, written_out
+from srft.rewards.answers import MarkRule, final_answer, is_answer, same, written_out
 
 CUT = "1 + 4 = 5\nAdding 1 to 4,"  # the answer is 4
 
@@ -168,51 +168,7 @@ def test_what_counts_of_a_completion(mode, prompt, completion, finished, expecte
     assert MarkRule(mode).counted(prompt, completion, finished) == expected
 
 
-OPTIONS = ["the Moon", "the Sun", "a mirror", "A district court"]
-
-
-@pytest.mark.parametrize(
-    ("text", "letter"),
-    [
-        ("#### B", "B"),
-        ("\\boxed{B}", "B"),
-        ("$\\boxed{\\text{B}}$.", "B"),
-        ("\\boxed{(B)}", "B"),
-        ("\\boxed{B. the Sun}", "B"),
-        ("#### B) the Sun\nsince it shines", "B"),
-        ("\\boxed{the sun}", "B"),
-        ("\\boxed{A district court}", "D"),  # which begins with a letter
-        ("A district court", "D"),
-        ("The answer is B.", "B"),
-        ("so the correct answer is (B)", "B"),
-        ("**Answer: (D)**", "D"),
-        ("the answer is option C, a mirror", "C"),
-        ("The answer is A. No wait, the answer is D.", "D"),
-        ("answer is $\\text{D}$", "D"),
-        ("It shines.\n\nB", "B"),
-        ("B.", "B"),
-        ("The answer is a matter of taste", ""),
-        ("The answer is not B", ""),
-        ("I think so", ""),
-        ("\\boxed{B, D}", ""),
-        ("\\boxed{A and B}", ""),
-        ("Answer: B or C", ""),
-        ("#### B. the Moon", ""),  # which of the two?
-        ("\\boxed{E}", ""),  # there are four options
-        ("\\boxed{b}", "B"),
-        ("", ""),
-    ],
-)
-def test_the_option_that_a_text_chooses(text, letter):
-    assert chosen(text, OPTIONS) == letter
-
-
-def test_a_letter_comes_before_an_option_that_is_a_letter():
-    assert chosen("#### B", ["B", "A", "AB", "O"]) == "B"
-    assert chosen("#### AB", ["B", "A", "AB", "O"]) == "C"
-
-
 def test_an_exponent_of_ten_is_written_out():
-    assert written_out("4.5e33, \\boxed{1e-3}") == "4.5 \\times 10^{33}, \\boxed{1 \\times 10^{-3}}"
-    for other in ("2e", "x2e5", "e5", "3e5x", "1.2.3e4"):
+    assert written_out("4.5e33") == "4.5 \\times 10^{33}" and written_out("$-1e-3$") == "-1 \\times 10^{-3}"
+    for other in ("2e", "x2e5", "e5", "3e5x", "1.2.3e4", "-1+2e-1", "\\frac{2e-1}{3}", "4.5e33 m"):
         assert written_out(other) == other

@@ -121,3 +121,17 @@ def test_a_question_with_options_is_graded_by_its_letter(name):
 def test_math_verify_knows_exponents_of_ten(text):
     assert scored([text], "4.5e33", "math_verify") == [1.0]
     assert scored([text], "4.5e32", "math_verify") == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "right"),
+    [
+        ("\\boxed{-1+2e}", "2e-1", 1.0),
+        ("\\boxed{4e^2-4e+1}", "(2e-1)^2", 1.0),
+        ("\\boxed{\\frac{-1+2e}{3}}", "\\frac{2e-1}{3}", 1.0),
+        ("\\boxed{\\frac{0.2}{3}}", "\\frac{2e-1}{3}", 0.0),
+        ("\\boxed{3+2e}", "2e+3", 1.0),
+    ],
+)
+def test_math_verify_knows_eulers_number(text, answer, right):
+    assert scored([text], answer, "math_verify") == [right]
