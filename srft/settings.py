@@ -203,8 +203,10 @@ def override(tree: dict[str, Any], key: str, values: list[str]) -> None:
         what = "a list" if typing.get_origin(kind) is list else "one value"
         raise UserError(f"--{key}: {section}.{name} is {what} and has no keys of its own")
     if typing.get_origin(kind) is list or (len(values) > 1 and list in map(typing.get_origin, typing.get_args(kind))):
-        listed = values[:1] and values[0].startswith("[")
-        table[name] = literal(values[0]) if listed else [literal(v) if v.startswith("{") else v for v in values]
+        if not values:
+            raise UserError(f"--{key}: expected one value at least, found none; an empty list is []")
+        listed = literal(values[0]) if len(values) == 1 and values[0].startswith("[") else None
+        table[name] = listed if isinstance(listed, list) else [literal(v) if v.startswith("{") else v for v in values]
         return
     if len(values) != 1:
         raise UserError(f"--{key}: expected one value, found {' '.join(values) or 'none'}")
@@ -219,11 +221,15 @@ def override(tree: dict[str, Any], key: str, values: list[str]) -> None:
 
 
 def literal(text: str) -> Any:
-    """The value that `text` is in TOML, else the text itself."""
+    """The value that `text` is in TOML, or a number or truth in other words (.5, False, off), else the text itself."""
     try:
         return toml_loads(f"value = {text}")["value"]
     except ValueError:
-        return text
+        pass
+    words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+    if re.fullmatch(r"[-+]?(\d+\.|\.\d+)([eE][-+]?\d+)?", text):
+        return float(text)
+    return words.get(text.lower(), text)
 
 
 def build(tree: dict[str, Any]) -> Config:

@@ -62,13 +62,17 @@ class Choices:
     def letter(self) -> str:
         return LETTERS[self.right]
 
-    def asked(self, question: str, where: str) -> str:
-        """The question with its options, and what is to be answered. Raises UserError where it has them already."""
-        if all(re.search(rf"{re.escape(text)}[\s.;,]*$", question, re.MULTILINE) for text in self.texts):
-            raise UserError(
-                f'{where}: the question has its options in it; leave the others out: data.columns = {{choices = ""}}'
-            )
+    def asked(self, question: str) -> str:
+        """The question with its options, and what is to be answered."""
         return f"{question.rstrip()}\n\n{listed(self.texts)}\n\n{ASK}"
+
+    def stand_in(self, question: str) -> bool:
+        """Whether the question has the options in it already: each at the end of a line, or behind its letter."""
+        at_ends = all(re.search(rf"{re.escape(text)}[\s.;,]*$", question, re.MULTILINE) for text in self.texts)
+        lettered = zip(LETTERS, self.texts)
+        return at_ends or all(
+            re.search(rf"(?<!\w)\(?{a}[).:]\s*{re.escape(text)}(?!\w)", question) for a, text in lettered
+        )
 
 
 def are_choices(value: Any) -> bool:
@@ -104,12 +108,18 @@ def choices_apart(row: dict) -> list[str]:
     """The columns of the options where each has its own: the right one first, or A, B, C, D; else none."""
     by_name = {str(name).lower(): name for name in row}
     right = next((by_name[name] for name in RIGHT if name in by_name), None)
-    wrong = [name for lower, name in by_name.items() if WRONG.fullmatch(lower)]
-    lettered = [letter for letter in LETTERS if letter in row]
-    if right and wrong and any(row[name] is not None for name in (right, *wrong)):
+    wrong = [name for lower, name in by_name.items() if WRONG.fullmatch(lower) and not is_blank(row[name])]
+    if right and wrong:
         return [right, *wrong]
-    alike = lettered[2:] and lettered == list(LETTERS[: len(lettered)])
-    return lettered if alike and all(isinstance(row[name], (str, int, float)) for name in lettered) else []
+    there = [letter for letter in LETTERS if not is_blank(row.get(letter))]
+    told = [str(row[by_name[name]]).strip() for name in ("answer", *KEYS) if name in by_name]
+    alike = there[1:] and there == list(LETTERS[: len(there)]) and any(each in there for each in told)
+    return there if alike and all(isinstance(row[name], (str, int, float)) for name in there) else []
+
+
+def is_blank(value: Any) -> bool:
+    """Nothing, as a table says it: None, NaN, or a text without any."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 def choices_of(row: Row, column: str, key_column: str | None) -> Choices:
@@ -118,7 +128,8 @@ def choices_of(row: Row, column: str, key_column: str | None) -> Choices:
     Raises UserError, with file and line, where that cannot be told.
     """
     options, labels, unordered = options_of(row, column)
-    texts, where = [option(text, f"{row.source}: {name}") for name, text in options], f"{row.source}: {column}"
+    texts = [option(text, f"{row.source}: {name}") for name, text in options]
+    where = f"{row.source}: {options[0][0] if options else column}"
     if not 2 <= len(texts) <= len(LETTERS):
         raise UserError(f"{where}: expected 2 to {len(LETTERS)} options, found {len(texts)}")
     if labels and (len(labels) != len(texts) or len(set(labels)) < len(labels)):
@@ -145,8 +156,8 @@ def options_of(row: Row, column: str) -> tuple[list[tuple[str, Any]], list[str],
 
 def right_of(row: Row, texts: list[str], labels: list[str], key_column: str | None) -> int:
     """The place of the right option, which all columns that tell it have to agree on."""
-    keys = [name for name in row.value if str(name).lower() in KEYS and row.value[name] is not None]
-    keys = list(dict.fromkeys([key_column, *keys] if key_column else keys))
+    keys = [key_column, *(name for name in row.value if str(name).lower() in KEYS)]
+    keys = [name for name in dict.fromkeys(keys) if not is_blank(row.value.get(name))]
     if not keys:
         raise UserError(f"{row.source}: options without the right one: a column answer, answerKey or answer_index")
     meant = [places_of(row.value[name], texts, labels) for name in keys]
@@ -163,15 +174,17 @@ def right_of(row: Row, texts: list[str], labels: list[str], key_column: str | No
 
 
 def places_of(key: Any, texts: list[str], labels: list[str]) -> set[int]:
-    """The options that a key may mean: by label, by place from 0, or by text."""
-    if isinstance(key, bool):
+    """The options that a key may mean: by label, "B" or "(b)" or "B. two", by place from 0, or by text."""
+    if isinstance(key, bool) or not isinstance(key, (str, int, float)):
         return set()
-    key = int(key) if isinstance(key, float) and key.is_integer() else key
-    named = str(key).strip()
-    by_label = {labels.index(named)} if named in labels else set()
-    by_text = {place for place, text in enumerate(texts) if text == named and isinstance(key, str)}
-    by_place = {int(named)} if named.isdecimal() and not by_label and int(named) < len(texts) else set()
-    return by_label | by_text | by_place
+    named = on_one_line(str(int(key) if isinstance(key, float) and key.is_integer() else key))
+    found = {place for place, text in enumerate(texts) if text == named and isinstance(key, str)}
+    for place, (label, text) in enumerate(zip(labels, texts)):
+        behind = re.fullmatch(rf"\(?{re.escape(label)}(?:[).:]\s*(.*))?", named, re.IGNORECASE)
+        if behind and (not behind[1] or behind[1] == text):
+            found.add(place)
+    by_place = named.isdecimal() and named not in labels and int(named) < len(texts)
+    return found | ({int(named)} if by_place else set())
 
 
 def without_labels(texts: list[str], labels: list[str]) -> list[str]:
@@ -182,8 +195,12 @@ def without_labels(texts: list[str], labels: list[str]) -> list[str]:
 
 def option(value: Any, where: str) -> str:
     """The text of an option, on one line."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and not is_blank(value):
         value = str(value)
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or is_blank(value):
         raise UserError(f"{where}: expected the text of an option, found {shown(value)}")
-    return " ".join(filter(None, map(str.strip, value.splitlines())))
+    return on_one_line(value)
+
+
+def on_one_line(text: str) -> str:
+    return " ".join(filter(None, map(str.strip, text.splitlines())))

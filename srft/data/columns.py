@@ -215,9 +215,12 @@ class Columns:
         choices = choices_of(row, taken["choices"], taken.get("answer")) if "choices" in taken else None
         if choices:
             question = chat[-1]["content"]
+            if choices.stand_in(question):
+                found = "the question has its options in it; leave the others out"
+                raise UserError(f'{row.source}: {found}: data.columns = {{choices = ""}}')
             if choices.unordered or not last:  # a demonstration may name a letter of the file
                 choices = choices.shuffled(self.choice_seed, question)
-            chat[-1] = {**chat[-1], "content": choices.asked(question, row.source)}
+            chat[-1] = {**chat[-1], "content": choices.asked(question)}
             answer = choices.letter
         if not chat or chat[-1]["role"] == "assistant":
             found = "two assistant turns at their end, one after the other" if chat else "no user turn to answer"

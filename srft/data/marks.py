@@ -3,7 +3,7 @@
 import re
 
 HASHES, BOXED = "####", "\\boxed{"
-BOX = re.compile(r"\\f?box(?:ed)?\s*(?:\{|(?<=\s)(\w))")  # with braces, or around one character
+BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*\{| +([A-Z]|\d+)(?!\w))")  # around a number or a letter it may have no braces
 
 
 def inside_braces(text: str) -> str:
@@ -27,10 +27,15 @@ def closing(text: str) -> int:
 
 
 def last_box(text: str) -> str | None:
-    """What is in the last closed box of a text, \\boxed{5}, \\fbox{5} or \\boxed 5; None where there is none."""
+    """What is in the last closed box of a text, \\boxed{5}, \\fbox{5} or \\boxed 5; None where there is none.
+
+    An empty one counts only where all are.
+    """
+    found = None
     for match in list(BOX.finditer(text))[:-17:-1]:  # a text full of open ones is not read for each
-        if match[1]:
-            return match[1]
-        if (end := closing(text[match.end() :])) >= 0:
-            return text[match.end() : match.end() + end].strip()
-    return None
+        end = closing(text[match.end() :])
+        inside = match[1] or (text[match.end() : match.end() + end].strip() if end >= 0 else None)
+        if inside:
+            return inside
+        found = inside if found is None else found
+    return found

@@ -125,7 +125,7 @@ def alone(text: str) -> str:
 
 def written_out(text: str) -> str:
     """A number with an exponent of ten as mathematics has it; to math-verify the e in 4.5e33 is Euler's number."""
-    found = re.fullmatch(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d+)", unwritten(text))
+    found = re.fullmatch(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d{1,3})", unwritten(text))
     return rf"{found[1]} \times 10^{{{found[2]}}}" if found else text
 
 

@@ -1,9 +1,11 @@
 """Which option of a multiple-choice question a completion chooses, as models say it.
 
-    chosen("So it reflects.\\n\\nThe answer is C.", ["the Moon", "the Sun", "a mirror"])      # "C"
+    chosen("So it reflects.\n\nThe answer is C.", ["the Moon", "the Sun", "a mirror"])      # "C"
 
-What is said last counts: behind a mark, else a last line that is an option, else "the answer is", "C is right" and the
-like, else a first line that is an option. It may be told by its letter, by its text, or by both if they agree.
+In this order: what is behind a mark; a last line that is a letter; the last "the answer is" or "C is right"; a last
+line that is an option; "I choose C" and the like; a first line that is an option. An option may be told by its letter,
+by its text, or by both if they agree. What is denied or only supposed ("if A is correct", "I would not choose D") says
+nothing.
 """
 
 import re
@@ -16,27 +18,55 @@ from srft.data.marks import HASHES, last_box
 UNSEEN = re.compile("[\\u200b-\\u200f\\ufeff\\ufe0f]")
 COMMANDS = re.compile(r"\\(?:text|math|bold)\w*\s*\{([^{}]*)\}")  # of LaTeX, around a text
 SIGNS = re.compile(r"\\(?:rm|bf|it|sf|tt)\b|\\[()\[\],;:! ]|[*`$~\\]|(?<!\w)_+|_+(?!\w)")
-LONGEST = 300  # characters of what is read behind "the answer is"
+LONGEST = 300  # characters that are read behind and before "the answer is"
+MOST = 50  # statements that are looked at, from the last
 AROUND = " \t\r\n.,;:!?\"'“”‘’«»()[]{}<>-–—→=>#•✅|。"
-NAME = r"(?:answer(?: choice| key says)?|option|choice|letter(?: of the right option)?)"
-SAID = r"(?:\s*(?:['’]s|\bis|\bwas|\b(?:would|will|must|should) be|[:=–—-]))*"
-HEDGE = r"(?:\s+(?:therefore|thus|clearly|indeed|probably|most likely|likely|definitely|simply|option|choice|letter))*"
-STATEMENT = re.compile(
-    rf"\b{NAME}\b{SAID}{HEDGE}|\b(?:choose|chose|pick|select|go with)\b{HEDGE}|^\W*(?:so|therefore|thus|hence)\b[,:]?"
-    r"|(?<=[.!?] )(?:so|therefore|thus|hence)\b[,:]?|\b(?:it['’]s|it is|it must be|that['’]s)\b"
+NAME = r"(?:answer(?: choice| key)?|option|choice|letter|response|statement)"
+OF = r"(?:\s+(?:to|from|among|of|for|in|that|best)\b[^.:\n]{0,60}?)?"
+IS = r"(?:\s*(?:['’]s|\bis|\bwas|\bsays|\b(?:would|will|must|should|seems to|appears to)(?: \w+)? be|[:=–—-]))"
+HEDGE = (
+    r"(?:\s+(?:therefore|thus|clearly|indeed|probably|most likely|likely|definitely|simply|actually|option|choice"
+    r"|letter))*"
+)
+STRONG = re.compile(
+    rf"\b(?:correct|right|best|final|true)\s+{NAME}\b(?:{OF}{IS}+|){HEDGE}"
+    rf"|\b(?:answer(?: choice| key)?|option that)\b{OF}{IS}+{HEDGE}|^\W*{NAME}\b\s*$"
     r"|答案(?:是|为)?:?|\b(?:ответ|respuesta(?: correcta)? es|antwort(?: ist| lautet)?|r[ée]ponse(?: est)?)\b:?",
     re.IGNORECASE | re.MULTILINE,
 )
-SHORT = re.compile(
-    r"^\W*(?:so|therefore|thus|hence)\b|it|that", re.IGNORECASE
-)  # statements of which a letter is the end
-PREFIX = re.compile(rf"\W*(?:the\s+)?(?:(?:final|correct|right|best|my)\s+)*{NAME}\b{SAID}{HEDGE}\s*", re.IGNORECASE)
+START = r"(?:^\W*|(?<=[.!?] ))(?:(?:so|therefore|thus|hence)\b[,:]?\s*)?"
+WEAK = re.compile(
+    rf"\b(?:choose|chose|pick|select|go with|going with|opt for|would say|answer)\b(?:\s+the)?{HEDGE}"
+    rf"|{START}{NAME}\b{IS}*{HEDGE}|(?:^\W*|(?<=[.!?] ))(?:so|therefore|thus|hence)\b[,:]?"
+    r"|\b(?:it['’]s|it is|it must be|that['’]s)\b",
+    re.IGNORECASE | re.MULTILINE,
+)
+PREFIX = re.compile(
+    rf"\W*(?:the\s+)?(?:(?:final|correct|right|best|my)\s+)*{NAME}\b(?:{OF}{IS}+|){HEDGE}\s*", re.IGNORECASE
+)
 IS_RIGHT = re.compile(
     r"(?<![\w'’])[(\[]?([A-Z])[)\]]?(?:\s*\([^()]*\))?\s+(?:is|must be|seems)\s+(?:the\s+)?"
-    r"(?:correct|right|best|answer)\b"
+    r"(?:(?:most \w+|only)\s+)?(?:correct|right|best|answer)\b"
+)
+# In the clause before: what follows is denied, or only supposed. "A and" before another letter: several are meant.
+DENIED = re.compile(
+    r"(?i:\b(?:not|cannot|if|whether|while|neither|both|unless|might|some|many|although|though|suppose|maybe|perhaps)\b)"
+    r"|n['’]t\b"
+    r"|[A-Z]\)?\s+(?:and|or|nor)\s*\(?$",
+)
+WRONG = re.compile(
+    r"[)\]\s]*(?:\([^()]*\)\s*)?(?:is|was|are|would be|seems)\s+(?:\w+\s+){0,2}?(?:wrong|incorrect|false|not)\b"
+)
+# Behind the letter of a weak statement: the end of the sentence, or why.
+ENOUGH = re.compile(
+    r"[)\]}\"'”’*]*\s*(?:$|[.!;,]|\n|\(|is\b|because\b|since\b|as\b|over\b|rather\b|instead\b|and not\b|[–—-])",
+    re.IGNORECASE,
 )
 LABEL = re.compile(r"[\s\"'“”‘’(\[{<«→>•✅-]*([A-Z])(?![\w'’])([)\]}>\"'”’]*)(.*)", re.DOTALL)
-JOINED = r"\s*(?:[,/&+;:.–-]|\band\b|\bor\b|\bnor\b|\s)\s*(?:option\s+)?[(\[]?[A-Z](?![\w'’])[)\]]?(?![)\]])"
+JOINED = (
+    r"\s*(?:[,/&+;:.–-]|\band\b|\bor\b|\bnor\b|\s)\s*(?:(?:option|maybe|possibly|perhaps|even)\s+)?"
+    r"[(\[]?[A-Z](?![\w'’])[)\]]?(?![)\]])"
+)
 ANOTHER = re.compile(
     JOINED + r"(?!\s+(?!(?:and|or|nor)\b)[a-z])"
 )  # not of "C. A mirror reflects", nor of "C; D is wrong"
@@ -84,30 +114,55 @@ class Options:
         return [letter for letter, own in self.texts.items() if own == plain(text)]
 
     def said(self, text: str) -> str:
+        """The option that a text without marks chooses."""
         lines = [line for line in text.splitlines() if line.strip(AROUND)]
         if not lines:
             return ""
+        if len(bare := lines[-1].strip(AROUND)) == 1 and bare.upper() in self.texts:
+            return bare.upper()
+        if (letter := self.stated(text, STRONG, IS_RIGHT)) is not None:
+            return letter
         if (last := self.line(lines[-1])) and not (lines[1:] and self.line(lines[-2]) not in (None, last)):
             return last
-        stated = [(match.end(), match) for match in STATEMENT.finditer(text)]
-        stated += [(match.start(1), match) for match in IS_RIGHT.finditer(text)]
-        for end, match in sorted(stated, key=lambda each: -each[0]):
-            letter = match[1] if match.re is IS_RIGHT else self.statement(match, text[end : end + LONGEST])
-            if letter in ("", *self.texts):
-                return letter
+        if (letter := self.stated(text, WEAK)) is not None:
+            return letter
         if (first := self.line(lines[0])) and not (lines[1:] and self.line(lines[1])):
             return first
-        verdicts = re.findall(
-            r"^\W*([A-Z])\s*[.):]+\s*(?:right|correct|yes|true)\W*$", text, re.MULTILINE | re.IGNORECASE
-        )
+        verdicts = VERDICT.findall(text)
         return verdicts[0] if len(verdicts) == 1 and verdicts[0] in self.texts else ""
 
-    def statement(self, match: re.Match, rest: str) -> str | None:
+    def stated(self, text: str, *patterns: re.Pattern) -> str | None:
+        """What the last of the statements says; "" if that is several options; None where none says any.
+
+        Of weak ones all have to agree: who goes through the options names each of them.
+        """
+        found: dict[int, str] = {}
+        for pattern in patterns:
+            for match in pattern.finditer(text):
+                clause = re.split(r"[.!?;,\n]", text[max(0, match.start() - LONGEST) : match.start()])[-1]
+                letter = None if DENIED.search(clause) else self.statement(match, text)
+                if letter in ("", *self.texts):
+                    found[match.end()] = letter
+                if len(found) > MOST:
+                    del found[min(found)]
+        if WEAK in patterns and len(set(found.values())) > 1:
+            return ""
+        return found[max(found)] if found else None
+
+    def statement(self, match: re.Match, text: str) -> str | None:
         """What is said behind "the answer is", on its line or the next; None where that is no option."""
+        rest = text[match.end() : match.end() + LONGEST]
+        if match.re is IS_RIGHT:
+            return match[1] if match[1] in self.texts else None
         line, _, below = rest.partition("\n")
         if not line.strip(AROUND):
             line = below.lstrip().partition("\n")[0]
-        if SHORT.match(match[0].strip()) and not self.line(line):
+        if (but := re.match(r"\s*not \(?[A-Z]\)? but\b", line)) and match.re is STRONG:
+            line = line[but.end() :]
+        label = LABEL.match(line)
+        if label and WRONG.match(label[2] + label[3]):
+            return None
+        if match.re is WEAK and (not label or not ENOUGH.match(label[2] + label[3])) and not self.line(line):
             return None
         return self.told(line)
 
@@ -122,7 +177,11 @@ class Options:
         if label and label[1] in self.texts and (label[2] or re.match(r"\s*[.:(–—-]", label[3])):
             own, rest = self.texts[label[1]], plain(label[3])
             reason = re.match(r"(?:because|since|as|for)\b", rest)
-            if (reason or (own and rest.startswith(own))) and not re.search(r"\b[A-Z][.)](?=\s)", label[3]):
+            behind = rest[len(own) :] if own and rest.startswith(own) else ""
+            denied = re.search(r"\b[A-Z][.)](?=\s)", label[3]) or re.match(
+                r"\W*(?:is|are|was)\b.*\b(?:wrong|incorrect|false|not)\b", behind
+            )
+            if (reason or (own and rest.startswith(own))) and not denied:
                 return label[1]
         return self.behind(line)
 

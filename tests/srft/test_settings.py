@@ -224,3 +224,26 @@ def test_texts_in_tables_stay_texts(tmp_path):
     assert config.data.columns == {"answer": "123", "prompt": "off"}
     assert config.data.template_args == {"a": "true", "b": ["1", "no"], "c": {"d": "~"}}
     assert config.eval.sets == [{"file": "a", "name": "2024"}, "off"] and config.data.task_args["chain_sum"]["x"] == "5"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("False", False),
+        ("off", False),
+        ("true", True),
+        (".5", 0.5),
+        ("1.", 1.0),
+        ("-.5e2", -50.0),
+        ("5", 5),
+        ("a: b", "a: b"),
+    ],
+)
+def test_values_of_tables_on_the_command_line_need_no_quotes(text, value):
+    found = load(None, ["--data.template_args.x", text]).data.template_args["x"]
+    assert found == value and type(found) is type(value)
+
+
+def test_a_list_without_values_is_refused():
+    assert message("--train.stages") == "--train.stages: expected one value at least, found none; an empty list is []"
+    assert load(None, ["--data.tasks", "[]"]).data.tasks == [] and load(None, ["--eval.sets", "[ab].jsonl"]).eval.sets

@@ -161,7 +161,6 @@ def test_a_broken_row_is_told_with_file_and_line(tmp_path, row, message):
     ("column", "message"),
     [
         ("Correct Answer", "Correct Answer: expected the text of an option, found None"),
-        ("Incorrect Answer 2", "Incorrect Answer 2: expected the text of an option, found None"),
         ("Question", "the column 'prompt' or 'messages' is missing"),
     ],
 )
@@ -322,3 +321,35 @@ def test_answers_of_other_forms(tmp_path, row, answer):
 
 def test_a_column_beside_the_prompt_is_no_other_prompt(tmp_path):
     assert rows(tmp_path, {"input": "q", "question_stem": "r", "answer": "1"})[0].prompt == "q"
+
+
+@pytest.mark.parametrize("question", ["q? (A) x (B) y (C) z", "q? A. x, B. y, C. z", "q?\nA: x\nB: y\nC: z"])
+@pytest.mark.parametrize("options", [{"options": ["x", "y", "z"]}, {"A": "x", "B": "y", "C": "z"}])
+def test_a_question_with_its_options_behind_letters_is_refused_too(tmp_path, question, options):
+    with pytest.raises(UserError, match=r"rows.jsonl:1: the question has its options in it"):
+        rows(tmp_path, {"question": question, **options, "answer": "A"})
+
+
+@pytest.mark.parametrize("blank", [None, "", " ", float("nan")])
+def test_what_is_blank_is_not_there(tmp_path, blank):
+    lettered = {"question": "q?", "A": "x", "B": "y", "C": blank, "answer": "B"}
+    apart = {"question": "q?", "Correct Answer": "y", "Incorrect Answer 1": "x", "Incorrect Answer 2": blank}
+    keyed = {"question": "q?", "options": ["x", "y"], "answer": "B", "answer_idx": blank, "answerKey": blank}
+    other = {"question": "q?", "options": ["x", "y"], "answer": blank, "answerKey": "B"}
+    for row in (lettered, apart, keyed, other):
+        (one,) = rows(tmp_path, row)
+        assert one.choices["AB".index(one.answer)] == "y"
+    with pytest.raises(UserError, match="Correct Answer: expected the text of an option"):
+        rows(tmp_path, {**apart, "Correct Answer": blank})
+
+
+@pytest.mark.parametrize("key", ["B", "(B)", "B.", "b", "B. two words", "two\nwords", "B) two words", "1", 1, 1.0])
+def test_a_key_may_be_written_in_many_ways(tmp_path, key):
+    row = {"question": "q?", "options": ["A) one", "B) two\nwords", "C) three"], "answer": key}
+    (one,) = rows(tmp_path, row, choice_seed=-1)
+    assert one.answer == "B" and one.choices == ["one", "two words", "three"]
+
+
+def test_letters_that_are_no_options_are_columns(tmp_path):
+    (one,) = rows(tmp_path, {"question": "What is A + B?", "A": 2, "B": 3, "answer": "5"})
+    assert one.choices is None and one.columns["A"] == 2
