@@ -9,7 +9,12 @@
     columns = {answer = "key"}  # as data.columns
     broken = "drop"             # leaves out rows that cannot be read, graded or fit; default: "error"
 
-Each of their prompts counts, also one that is there twice.
+    [[eval.sets]]
+    task = "basic_arithmetic"   # or one that reasoning-gym makes; these prompts are held out in every run
+    task_args = {max_terms = 3}  # as in data.task_args
+    prompts = 64                # default: eval.set_prompts, else eval.prompts
+
+Each prompt of a file counts, also one that is there twice.
 """
 
 import dataclasses
@@ -19,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from srft.config import Config
-from srft.data import Example, read_examples, rows_of
+from srft.data import Example, load_examples, read_examples, rows_of
 from srft.errors import UserError, nearest
 from srft.rewards import is_answer
 
@@ -31,12 +36,19 @@ KEYS: dict[str, tuple[Any, str]] = {
     "prompts": (int, "a whole number of 1 at least"),
     "columns": (dict, "a table"),
     "broken": (str, "error or drop"),
+    "task": (str, "the name of a task"),
+    "task_args": (dict, "a table"),
 }
+OF_FILES, OF_TASKS = ("columns", "broken"), ("task_args",)
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A row of the table. rows: how many it has, those that are left out included."""
+    """A row of the table.
+
+    rows: how many there are, those that are left out included.   drops: a row that does not fit is left out too.
+    task_args: of the task that made it, whose scorer grades it; None of a file.
+    """
 
     name: str
     group: str
@@ -44,6 +56,7 @@ class Benchmark:
     examples: list[Example]
     rows: int
     drops: bool = False
+    task_args: dict[str, Any] | None = None
 
     @property
     def count(self) -> str:
@@ -62,6 +75,8 @@ def load_sets(config: Config) -> list[Benchmark]:
 def load_set(entry: str | dict[str, Any], where: str, config: Config) -> Benchmark:
     entry = {"file": entry} if isinstance(entry, str) else dict(entry)
     check_set(entry, where)
+    if "task" in entry:
+        return made_set(entry, where, config)
     drops = entry.get("broken") == "drop"
     broken = "drop" if drops else "error"
     data = dataclasses.replace(config.data, columns=entry.get("columns", {}), turns="last", broken=broken)
@@ -88,6 +103,19 @@ def load_set(entry: str | dict[str, Any], where: str, config: Config) -> Benchma
     return Benchmark(name, group, entry.get("samples", config.eval.samples), examples, rows, drops)
 
 
+def made_set(entry: dict[str, Any], where: str, config: Config) -> Benchmark:
+    """A set that a task of reasoning-gym makes: of the side of its prompts that no run is trained on."""
+    task, count = entry["task"], entry.get("prompts") or config.eval.set_prompts or config.eval.prompts
+    task_args = config.data.task_args | ({task: entry["task_args"]} if "task_args" in entry else {})
+    data = dataclasses.replace(config.data, train_file=None, eval_file=None, tasks=[task], task_args=task_args)
+    try:
+        examples = load_examples(data, "eval", count)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    group, samples = entry.get("group", "reasoning-gym"), entry.get("samples", config.eval.samples)
+    return Benchmark(entry.get("name", task), group, samples, examples, len(examples), task_args=task_args)
+
+
 def check_set(entry: dict[str, Any], where: str) -> None:
     for key, value in entry.items():
         if key not in KEYS:
@@ -98,8 +126,14 @@ def check_set(entry: dict[str, Any], where: str) -> None:
             fits = all(isinstance(each, str) and each.strip() for each in value)
         if not fits or (key == "broken" and value not in ("error", "drop")):
             raise UserError(f"{where}: {key}: expected {expected}, found {value!r}")
-    if not entry.get("file") or entry["file"] == [] or not str(entry["file"]).strip():
-        raise UserError(f"{where}: file: a value is needed")
+    if "task" in entry and "file" in entry:
+        raise UserError(f"{where}: a set is of a file or of a task, found both")
+    for key in OF_FILES if "task" in entry else OF_TASKS:
+        if key in entry:
+            raise UserError(f"{where}: {key}: a set of a {'task' if 'task' in entry else 'file'} has none")
+    source = "task" if "task" in entry else "file"
+    if not entry.get(source) or not str(entry[source]).strip():
+        raise UserError(f"{where}: {source}: a value is needed")
 
 
 def check_files(examples: list[Example], where: str) -> None:

@@ -95,6 +95,8 @@ A set may be a table, in CONFIG.toml:
   samples = 32                # else eval.samples
   columns = {answer = "key"}  # where `srft data check FILE` does not find them itself
   broken = "drop"             # leaves out rows that cannot be read, graded or fit; else they are refused
+  [[eval.sets]]
+  task = "basic_arithmetic"   # made by reasoning-gym, with task_args as in data.task_args
 """
 
 DATA_HELP = """\

@@ -1,7 +1,7 @@
 """`srft eval`: a model on benchmark sets, or on held-out prompts, as a table with intervals.
 
-Sets are graded by math-verify, multiple-choice questions by the letter. A completion that cannot be graded, since
-math-verify hangs on it, counts as wrong.
+Sets of files are graded by math-verify, multiple-choice questions by the letter, sets of tasks by their own scorers. A
+completion that cannot be graded, since math-verify hangs on it, counts as wrong.
 """
 
 import dataclasses
@@ -48,10 +48,10 @@ def main_eval(config: Config, checkpoint: str | None = None) -> list[Evaluation]
     check_checkpoint(checkpoint)
     option = "--checkpoint" if checkpoint else "model.path"
     sets = load_sets(config) or [held_out_set(config)]
-    scorer = scorer_of(config, sets)
+    scorers = scorers_of(config, sets)
     tokenizer, positions = load_tokenizer(model, option)
     prompter = build_prompter(tokenizer, config.data)
-    problems = [problems_of(config, prompter, each, scorer, positions) for each in sets]
+    problems = [problems_of(config, prompter, *each, positions) for each in zip(sets, scorers)]
     directory = create_eval_dir(config.eval.dir)
     loaded = load_model(model, option, tokenizer)
     engine = build_engine(config.rollout.engine, loaded)
@@ -59,7 +59,7 @@ def main_eval(config: Config, checkpoint: str | None = None) -> list[Evaluation]
     write_whole(directory / "config.toml", to_toml(dataclasses.replace(config, model=model)))
     results: Results = []
     unscored: list[str] = []
-    for benchmark, own in zip(sets, problems):
+    for benchmark, scorer, own in zip(sets, scorers, problems):
         loss = demonstration_loss(loaded, own, config.train.token_budget)  # none where a set has none of them
         try:
             measured = measure(engine, own, prompter, scorer, benchmark, config, loss, directory)
@@ -88,10 +88,20 @@ def check_checkpoint(checkpoint: str | None) -> None:
         raise UserError(f"--checkpoint {checkpoint!r}: there is no such directory; {advice}")
 
 
-def scorer_of(config: Config, sets: Sequence[Benchmark]) -> Scorer | None:
+def scorers_of(config: Config, sets: Sequence[Benchmark]) -> list[Scorer | None]:
+    """What grades each set."""
     if not config.eval.sets:
-        return scorer_for(build_reward(config.reward, config.data), config, sets[0].examples)
-    return build_reward(dataclasses.replace(config.reward, name="math_verify", weights=[]), config.data)
+        return [scorer_for(build_reward(config.reward, config.data), config, sets[0].examples)]
+    verified = build_reward(dataclasses.replace(config.reward, name="math_verify", weights=[]), config.data)
+    own = dataclasses.replace(config.reward, name="reasoning_gym", weights=[])
+    told = config.data.system_prompt or ("" if config.data.train_file else None)  # as the prompter has it
+    made = dataclasses.replace(config.data, train_file=None, eval_file=None, columns={}, system_prompt=told)
+    return [
+        verified
+        if each.task_args is None
+        else build_reward(own, dataclasses.replace(made, tasks=[each.examples[0].task], task_args=each.task_args))
+        for each in sets
+    ]
 
 
 def problems_of(

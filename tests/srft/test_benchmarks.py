@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from srft.benchmarks import load_sets
+from srft.data import load_examples
+from srft.data.examples import prompt_hash
 from srft.errors import UserError
 from srft.settings import load
 
@@ -32,6 +34,11 @@ def test_a_set_has_settings_of_its_own():
         ("none.jsonl", r"eval.sets\[1\]: none.jsonl: there is no such file"),
         ("none.*", r"eval.sets\[1\]: none.\*: no file of a known format"),
         ('{fil = "a"}', r"eval.sets\[1\]: unknown key 'fil'; did you mean 'file'"),
+        ('{task = "chain_sums"}', r"eval.sets\[1\]: data.tasks: unknown task 'chain_sums'; did you mean 'chain_sum'"),
+        ('{task = "chain_sum", file = "a"}', r"eval.sets\[1\]: a set is of a file or of a task, found both"),
+        ('{task = "chain_sum", broken = "drop"}', r"eval.sets\[1\]: broken: a set of a task has none"),
+        ('{file = "a", task_args = {}}', r"eval.sets\[1\]: task_args: a set of a file has none"),
+        ('{task = "chain_sum", task_args = {max_term = 3}}', r"eval.sets\[1\]: data.task_args.chain_sum: unknown arg"),
         ('{name = "a"}', r"eval.sets\[1\]: file: a value is needed"),
         ('{file = "a", samples = 0}', r"eval.sets\[1\]: samples: expected a whole number of 1 at least, found 0"),
         ('{file = "a", samples = true}', r"eval.sets\[1\]: samples: expected a whole number"),
@@ -101,3 +108,13 @@ def test_a_directory_of_splits_says_which_to_name(tmp_path):
         (tmp_path / name).write_text('{"problem": "a", "answer": "1"}')
     with pytest.raises(UserError, match=r"name those to measure on, such as .*test.jsonl"):
         sets(tmp_path)
+
+
+def test_a_set_may_be_a_task():
+    own, usual = sets('{task = "chain_sum", prompts = 9, task_args = {max_terms = 5}}', '{task = "leg_counting"}')
+    assert (own.name, own.group, len(own.examples), own.rows) == ("chain_sum", "reasoning-gym", 9, 9)
+    assert max(each.prompt.count(" + ") + each.prompt.count(" - ") for each in own.examples) > 2
+    assert len(usual.examples) == 64 and own.task_args["chain_sum"] == {"max_terms": 5}
+    trained = {prompt_hash(each) for each in load_examples(load().data, "train", 2000)}
+    (same,) = sets('{task = "chain_sum", prompts = 200}')
+    assert not trained & {prompt_hash(each) for each in same.examples}

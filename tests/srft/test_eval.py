@@ -183,3 +183,20 @@ def test_a_reward_gets_all_completions_of_held_out_prompts_at_once(tiny_dir, tmp
     options = ["--model.device", "cpu", "--rollout.max_new_tokens", "2", "--eval.prompts", "9", "--eval.samples", "2"]
     config = load(None, [*options, "--eval.batch_size", "1", "--reward.name", "rew.py:count"])
     assert main_eval(config, str(tiny_dir))[0].reward == 18
+
+
+def test_sets_of_tasks_are_graded_by_their_scorers(tiny_dir, tmp_path, monkeypatch, capsys):
+    class Right(Half):
+        def __init__(self, loaded):
+            self.prompter = build_prompter(byte_tokenizer(), load().data)
+            examples = [each for made in load_sets(config) for each in made.examples]
+            self.answers = {tuple(self.prompter.encode_prompt(each)): each.answer for each in examples}
+
+    entries = ['{task = "chain_sum", prompts = 3}', '{task = "spell_backward", prompts = 3, name = "words"}']
+    options = ["--model.device", "cpu", "--rollout.max_new_tokens", "9", "--eval.samples", "2", "--eval.dir", "e"]
+    config = load(None, ["--eval.sets", *entries, str(MADE / "aime24.jsonl"), *options])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(eval_module, "build_engine", lambda name, loaded: Right(loaded))
+    assert [each.reward for each in main_eval(config, str(tiny_dir))] == [0.5, pytest.approx(0.5, abs=0.1), 0.5]
+    table = (tmp_path / "e" / "table.md").read_text()
+    assert "| words | 3 | 2 |" in table and "reasoning-gym: mean of 2" in table
