@@ -21,6 +21,7 @@ srft: single-stage supervised + reinforcement fine-tuning of language models
   srft train [CONFIG.toml] [--recipe NAME] [--section.key value …]  train, measured before and after on held-out prompts
   srft train --resume RUN_DIR [--section.key value …]   go on from the last checkpoint of a run that was stopped
   srft eval  [CONFIG.toml] [--checkpoint DIR] [--section.key value …]    avg@k, pass@k: held-out prompts or benchmarks
+  srft study STUDY.toml [--section.key value …]         the same job by several methods and seeds, one after the other
   srft data check FILE… [--section.key value …]         what is in data files, and what is wrong with them
   srft report RUN_DIR                                   write RUN_DIR/report.html again from the run's files
   srft COMMAND --help                                   more on one command; `srft train --help` lists every setting
@@ -114,6 +115,21 @@ save_to_disk, or a dataset of a hub: owner/name:configuration@split. Settings ar
 Known names of columns, in any case of letters; > before what comes after it, | between names of which a row has one:
 """
 
+STUDY_HELP = """\
+srft study STUDY.toml [--section.key value …]
+
+Runs the same job by several methods and seeds, one run after the other, each in a directory of its own in study.dir.
+Started again it goes on: finished runs are skipped. STUDY.toml is a CONFIG.toml with a table [study]:
+  [study]
+  recipes = ["sft", "grpo", "srft_paper"]     # `srft train --help` lists all
+  seeds = [0, 1, 2]
+  dir = "studies/mine"                        # default: studies/ and the name of the file
+  launch = "torchrun --standalone --nproc_per_node=8 -m srft"     # default: one process
+  [study.variants.srft_plus]                  # methods of your own: a recipe, and settings over it
+  recipe = "srft_paper"
+  loss = {options = {entropy_sign = 1}}
+"""
+
 REPORT_HELP = """\
 srft report RUN_DIR
 
@@ -155,6 +171,7 @@ def dispatch(arguments: list[str], ranks: Ranks) -> int:
         "train": (train, TRAIN_HELP.replace("{recipes}", listed(recipes())) + help_text()),
         "eval": (evaluate, EVAL_HELP),
         "data": (check_data, DATA_HELP + known_names()),
+        "study": (study, STUDY_HELP),
         "report": (report, REPORT_HELP),
     }
     command, *rest = arguments or [""]
@@ -249,6 +266,16 @@ def check_data(arguments: list[str]) -> None:
 
         tokenizer, _ = load_tokenizer(config.model)
     check(config, tokenizer)
+
+
+def study(arguments: list[str]) -> None:
+    path, overrides = config_file(arguments)
+    if not path:
+        raise UserError("srft study takes a file with a table [study]: srft study STUDY.toml")
+    from srft.study import load_study, run_study
+
+    if failed := run_study(load_study(path, overrides)):
+        raise UserError(f"{len(failed)} runs failed: {', '.join(each.directory.name for each in failed)}; see above")
 
 
 def report(arguments: list[str]) -> None:

@@ -37,13 +37,17 @@ def load(path: str | None = None, overrides: list[str] | None = None, recipes: S
     read, an unknown recipe, section or key (naming the nearest known one), and a value of the wrong type or out of
     bounds.
     """
-    tree = read_toml(path) if path else {}
-    where = f"{path}: "
+    return configured(read_toml(path) if path else {}, f"{path}: ", overrides, [read_recipe(name) for name in recipes])
+
+
+def configured(
+    tree: dict[str, Any], where: str, overrides: list[str] | None = None, changes: Sequence[dict[str, Any]] = ()
+) -> Config:
+    """What `load` makes of a nested dictionary, those over it, and arguments. where: what errors in it begin with."""
     of_file = set(check_keys(tree, where))
-    for name in recipes:
-        changes = read_recipe(name)
-        tree = over(tree, changes)
-        of_file.difference_update(check_keys(changes, f"recipe {name}: "))
+    for each in changes:
+        of_file.difference_update(check_keys(each, where))
+        tree = over(tree, each)
     for key, values in pairs(overrides or []):
         override(tree, key, values)
         of_file.discard(".".join(key.split(".")[:2]))
