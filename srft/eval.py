@@ -19,6 +19,7 @@ from srft.data import Problem, Prompter, build_prompter, fit, load_examples
 from srft.errors import UserError
 from srft.evaluate import Unscored, evaluate, evaluation_of, held_out_problems, measured_on, sampled, scorer_for
 from srft.evaluation import Evaluation, aligned, interval_of_mean, notes, rows_of_tasks, shown
+from srft.learn.stages import parts_of
 from srft.likelihood import demonstration_loss
 from srft.metrics import mean
 from srft.model import EMBEDDED, POSITIONS, load_model, load_tokenizer
@@ -108,7 +109,7 @@ def problems_of(
     config: Config, prompter: Prompter, benchmark: Benchmark, scorer: Scorer | None, positions: float
 ) -> list[Problem]:
     if not config.eval.sets:
-        return held_out_problems(config, prompter, benchmark.examples, scorer, positions)
+        return held_out_problems(config, prompter, benchmark.examples, scorer, positions, parts_of(config))
     # A question that is cut is another one.
     data = dataclasses.replace(config.data, overlong="drop" if benchmark.drops else "error")
     return fit(prompter, benchmark.examples, data, False, {POSITIONS: positions}, config.rollout.max_new_tokens)

@@ -12,7 +12,7 @@ from srft.config import Config, EvalConfig
 from srft.data import Example, Problem, Prompter, digest, fit
 from srft.errors import UserError
 from srft.evaluation import Evaluation, Scores, scores_of
-from srft.learn.stages import parts_of
+from srft.learn.stages import Part
 from srft.model import POSITIONS
 from srft.rewards import FAILED, Scorer, check_answers
 from srft.rollout import Engine
@@ -132,13 +132,18 @@ def scorer_for(scorer: Scorer, config: Config, held_out: list[Example]) -> Score
 
 
 def held_out_problems(
-    config: Config, prompter: Prompter, examples: list[Example], scorer: Scorer | None, positions: float
+    config: Config,
+    prompter: Prompter,
+    examples: list[Example],
+    scorer: Scorer | None,
+    positions: float,
+    parts: Sequence[Part],
 ) -> list[Problem]:
     """Held-out examples as token ids, of a model of so many positions.
 
     With their demonstrations where the loss of them tells something: where a stage of the run learns from
     demonstrations, and where nothing else can be measured.
     """
-    learned = scorer is None or any("demonstrations" in part.objective.learns_from for part in parts_of(config))
+    learned = scorer is None or any("demonstrations" in part.objective.learns_from for part in parts)
     generated = config.rollout.max_new_tokens if scorer else 0
     return fit(prompter, examples, config.data, learned, {POSITIONS: positions}, generated)

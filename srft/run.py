@@ -359,7 +359,7 @@ def prepared(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> J
     if resumed:
         before = steps_of(began, parts_of(began), list(map(len, problems)))
         resume.check_stages(resumed, before, [stage.config.train.steps for stage in stages], done)
-    measured = held_out_problems(config, prompter, held_out, held_out_scorer, positions)
+    measured = held_out_problems(config, prompter, held_out, held_out_scorer, positions, parts)
     loaded = load_model(model, tokenizer=tokenizer)
     trainer = Trainer(stages, loaded, prompter, ranks.scorer(scorer), done=done, ranks=ranks)
     if resumed:

@@ -41,9 +41,7 @@ def create_run_dir(config: RunConfig) -> Path:
     before it had anything: what an earlier run wrote there then moves to `previous-1` (or the next free number) inside
     of it. Nothing is ever deleted, and nothing moves that no run wrote.
     """
-    if not config.dir.strip():
-        raise UserError("run.dir: expected the name of a directory, found none")
-    path = Path(config.dir.replace("{time}", time.strftime("%Y-%m-%dT%H-%M-%S"))).expanduser()
+    path = _named(config.dir, "run.dir")
     if path.exists() and not path.is_dir():
         raise UserError(f"run.dir: {path} is a file; name a directory")
     try:
@@ -62,9 +60,7 @@ def create_run_dir(config: RunConfig) -> Path:
 
 def create_eval_dir(name: str) -> Path:
     """Make `eval.dir` and return it; {time} becomes the time now. One with something in it is refused."""
-    if not name.strip():
-        raise UserError("eval.dir: expected the name of a directory, found none")
-    path = Path(name.replace("{time}", time.strftime("%Y-%m-%dT%H-%M-%S"))).expanduser()
+    path = _named(name, "eval.dir")
     try:
         if "{time}" in name:
             return _new(path)
@@ -107,6 +103,13 @@ def rewind_run_dir(path: Path, step: int, config: str) -> None:
             _set_aside(path, later, [*anew, *changed, *path.glob("status.json")])
         for file, text in anew.items():
             write_whole(file, text)
+
+
+def _named(name: str, option: str) -> Path:
+    """What a setting names, with the time now for {time}."""
+    if not name.strip():
+        raise UserError(f"{option}: expected the name of a directory, found none")
+    return Path(name.replace("{time}", time.strftime("%Y-%m-%dT%H-%M-%S"))).expanduser()
 
 
 def _new(path: Path) -> Path:

@@ -17,11 +17,11 @@ study that is stopped still says something. Started again it goes on: finished r
 from its checkpoint, or begins anew where it has none. A run that fails is told, and the others follow.
 """
 
+import itertools
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,42 +84,41 @@ def load_study(path: str, overrides: list[str] | None = None) -> Study:
         if not isinstance(value, KEYS[key][0]):
             raise UserError(f"{where}.{key}: expected {KEYS[key][1]}, found {value!r}")
     directory = Path(study.get("dir", f"studies/{Path(path).stem}")).expanduser()
-    methods = list(methods_of(study, where))
+    recipes, variants = methods_of(study, where)
     seeds = study.get("seeds", [0])
     if not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds) or len({*seeds}) < len(seeds):
         raise UserError(f"{where}.seeds: expected different whole numbers from 0, found {seeds!r}")
     trials = []
-    for variants in (False, True):
-        for seed in seeds:
-            for name, changes, is_variant in methods:
-                if is_variant == variants:
-                    own = {
-                        "train": {"seed": seed},
-                        "data": {"seed": seed},
-                        "run": {"dir": str(directory / f"{name}-{seed}")},
-                    }
-                    try:
-                        config = configured(tree, f"{path}: ", overrides, [*changes, own])
-                    except UserError as error:
-                        raise UserError(f"{error} (of {name} in {path})") from error
-                    trials.append(Trial(name, seed, config))
+    for methods in (recipes, variants):
+        for seed, (name, changes) in itertools.product(seeds, methods.items()):
+            own = {"train": {"seed": seed}, "data": {"seed": seed}, "run": {"dir": str(directory / f"{name}-{seed}")}}
+            try:
+                config = configured(tree, f"{path}: ", overrides, [*changes, own])
+            except UserError as error:
+                raise UserError(f"{error} (of {name} in {path})") from error
+            trials.append(Trial(name, seed, config))
     launch = shlex.split(study.get("launch", "")) or [sys.executable, "-m", "srft"]
     return Study(directory, launch, trials)
 
 
-def methods_of(study: dict[str, Any], where: str) -> Iterator[tuple[str, list[dict[str, Any]], bool]]:
-    """Name, settings over those of all, and whether it is a variant, of each method."""
+Methods = dict[str, list[dict[str, Any]]]  # by name, the settings over those of all
+
+
+def methods_of(study: dict[str, Any], where: str) -> tuple[Methods, Methods]:
+    """The recipes and the variants."""
     names = study.get("recipes", [])
-    variants = study.get("variants", {})
-    if not names and not variants:
+    tables = study.get("variants", {})
+    if not names and not tables:
         raise UserError(f"{where}: nothing to run: name recipes or variants")
-    if twice := [name for name in [*names, *variants] if [*names, *variants].count(name) > 1]:
+    if twice := [name for name in [*names, *tables] if [*names, *tables].count(name) > 1]:
         raise UserError(f"{where}: {twice[0]!r} is there twice; give one of them another name")
+    recipes: Methods = {}
     for name in names:
         if not isinstance(name, str):
             raise UserError(f"{where}.recipes: expected names of recipes, found {name!r}")
-        yield name, [read_recipe(name)], False
-    for name, variant in variants.items():
+        recipes[name] = [read_recipe(name)]
+    variants: Methods = {}
+    for name, variant in tables.items():
         if not isinstance(variant, dict) or not isinstance(variant.get("recipe", ""), str):
             raise UserError(
                 f'{where}.variants.{name}: expected a table with recipe = "…" and settings, found {variant!r}'
@@ -127,7 +126,8 @@ def methods_of(study: dict[str, Any], where: str) -> Iterator[tuple[str, list[di
         if "/" in name:
             raise UserError(f"{where}.variants.{name}: a name is part of a directory's, and has no /")
         changes = {key: value for key, value in variant.items() if key != "recipe"}
-        yield name, [*([read_recipe(variant["recipe"])] if "recipe" in variant else []), changes], True
+        variants[name] = [*([read_recipe(variant["recipe"])] if "recipe" in variant else []), changes]
+    return recipes, variants
 
 
 def run_study(study: Study) -> list[Trial]:

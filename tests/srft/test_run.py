@@ -14,13 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from srft import run as run_module
-from srft.checkpoint import read_state, resumable
+from srft.checkpoint import resumable
 from srft.config import Config, DataConfig, ModelConfig
 from srft.data import build_prompter, load_examples
 from srft.errors import UserError
 from srft.evaluate import Unscored
 from srft.model import load_model
-from srft.ranks import Ranks
 from srft.run import run
 from srft.rundir import read_status
 from srft.settings import load, recipes
@@ -450,111 +449,3 @@ def test_each_recipe_runs(tiny_dir, tmp_path, recipe):
     stages = {"sft_grpo": ["sft", "grpo"], "grpo_sft": ["grpo", "sft"]}.get(recipe, [recipe] * 2)
     assert all(line == of[stage] for line, stage in zip(learned, stages) if stage in of)
     assert (tmp_path / "run" / "report.html").is_file()
-
-
-STAGED = ("--train.stages", "sft", "grpo", "--train.steps", "6", "--run.checkpoint_every", "1", "--data.size", "40")
-
-
-def stopped_before(step: int, monkeypatch) -> None:
-    def failing(self, number, whole=Trainer.step):
-        if number == step:
-            raise RuntimeError("stopped here")
-        return whole(self, number)
-
-    monkeypatch.setattr(Trainer, "step", failing)
-
-
-@pytest.mark.parametrize("moments", ["fresh", "kept"])
-def test_a_run_of_two_stages_goes_on_in_either(tiny_dir, tmp_path, monkeypatch, moments, capsys):
-    options = [*STAGED, "--train.stage_moments", moments, "--eval.prompts", "0"]
-    run(small_run(tiny_dir, tmp_path / "whole", *options))
-    told = "".join(capsys.readouterr())
-    assert "stage 1 of 2: sft, steps 1 to 3\n" in told
-    assert f"stage 2 of 2: grpo, steps 4 to 6, AdamW's moments {moments}\n" in told
-    whole = load_file(tmp_path / "whole" / "final" / "model.safetensors")
-    monkeypatch.setattr(run_module.report, "build", lambda directory: directory)  # it takes most of the time
-    for done in (2, 3, 4):  # in the first stage, between them, in the second
-        directory = tmp_path / f"stopped-{done}"
-        with monkeypatch.context() as patch:
-            stopped_before(done + 1, patch)
-            with pytest.raises(RuntimeError, match="stopped here"):
-                run(small_run(tiny_dir, directory, *options))
-        run(load(str(directory / "config.toml")), resumed=directory / f"checkpoint-{done}")
-        again = load_file(directory / "final" / "model.safetensors")
-        assert all(torch.equal(again[name], whole[name]) for name in whole)
-        lines = lines_of(directory / "metrics.jsonl")
-        assert [(line["step"], line["stage"]) for line in lines] == list(zip(range(1, 7), [1, 1, 1, 2, 2, 2]))
-
-
-def test_the_moments_of_a_stage_are_fresh_or_kept(tiny_dir, tmp_path):
-    updates = {}
-    for moments in ("fresh", "kept"):
-        directory = tmp_path / moments
-        run(small_run(tiny_dir, directory, *STAGED, "--train.stage_moments", moments, "--train.steps", "5"))
-        state = {"step.model.norm.weight": torch.zeros(())}
-        read_state(state, directory / "checkpoint-5" / "state", Ranks())
-        updates[moments] = int(state["step.model.norm.weight"])
-    assert updates == {"fresh": 2, "kept": 5}
-
-
-def test_a_stage_has_its_own_schedule_and_order(tiny_dir, tmp_path):
-    run(small_run(tiny_dir, tmp_path / "run", *STAGED, "--train.lr", "1e-3", "--train.warmup_steps", "1"))
-    rates = [line["learning_rate"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")]
-    assert rates == pytest.approx([1e-3, 1e-3, 5e-4] * 2)
-
-
-def test_steps_that_are_done_stay_those_of_their_stage(tiny_dir, tmp_path):
-    directory = tmp_path / "run"
-    run(small_run(tiny_dir, directory, *STAGED, "--train.steps", "4"))
-    settings, newest = directory / "config.toml", directory / "checkpoint-4"
-    with pytest.raises(UserError, match=r"checkpoint-4: the run has stages of 2 \+ 2 steps, of which 4 are done; now "):
-        run(load(str(settings), ["--train.steps", "8"]), resumed=newest)
-    with pytest.raises(UserError, match=r"another run: train\.stages was"):
-        run(load(str(settings), ["--train.stages", "grpo", "sft"]), resumed=newest)
-
-
-def test_a_run_of_two_stages_is_measured_between_them_and_its_report_shows_both(tiny_dir, tmp_path):
-    run(small_run(tiny_dir, tmp_path / "run", *STAGED, "--train.steps", "4"))
-    assert [line["step"] for line in lines_of(tmp_path / "run" / "evaluation.jsonl")] == [0, 2, 4]
-    page = (tmp_path / "run" / "report.html").read_text()
-    rows = page.partition("<h2>Stages</h2>")[2].partition("</table>")[0].split("<tr>")[2:]
-    assert len(rows) == 2 and "1 · sft</td><td>1–2</td>" in rows[0] and "2 · grpo</td><td>3–4</td>" in rows[1]
-    assert all(f"{0:.3f} → <b>{0:.3f}</b>" in row for row in rows)
-    assert "stage of train.stages, from 1" in page
-
-
-def test_the_report_of_a_stage_that_was_not_measured_has_a_dash(tiny_dir, tmp_path, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        stopped_before(6, patch)
-        with pytest.raises(RuntimeError, match="stopped here"):
-            run(small_run(tiny_dir, tmp_path / "run", *STAGED))
-    page = (tmp_path / "run" / "report.html").read_text()
-    assert "0.000 → <b>–</b>" in page.partition("<h2>Stages</h2>")[2].partition("</table>")[0]
-    settings = load(str(tmp_path / "run" / "config.toml"), ["--eval.samples", "3"])
-    run(settings, resumed=resumable(str(tmp_path / "run")))
-    assert "– → <b>0.000</b>" in (tmp_path / "run" / "report.html").read_text()
-
-
-def test_supervised_steps_are_at_temperature_1(tiny_dir, tmp_path):
-    losses = {}
-    for temperature in ("1.0", "0.5"):
-        run(small_run(tiny_dir, tmp_path / temperature, *STAGED, "--rollout.temperature", temperature))
-        losses[temperature] = [line["loss"] for line in lines_of(tmp_path / temperature / "metrics.jsonl")][:3]
-    assert losses["1.0"] == losses["0.5"]
-
-
-def test_a_first_step_that_did_not_come_to_its_end_leaves_the_moments(tiny_dir, tmp_path, monkeypatch):
-    """The run may go on with a longer first stage, which needs them."""
-
-    def failing(self, *arguments, learn=Trainer._learn):
-        if self.stage.number == 2:
-            raise RuntimeError("stopped here")
-        return learn(self, *arguments)
-
-    monkeypatch.setattr(Trainer, "_learn", failing)
-    options = [*STAGED, "--run.checkpoint_every", "99"]
-    with pytest.raises(RuntimeError, match="stopped here"):
-        run(small_run(tiny_dir, tmp_path / "run", *options))
-    state = {"step.model.norm.weight": torch.zeros(())}
-    read_state(state, tmp_path / "run" / "checkpoint-3" / "state", Ranks())
-    assert int(state["step.model.norm.weight"]) == 3
