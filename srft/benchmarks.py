@@ -5,6 +5,7 @@
     name = "AIME 24"            # of its row; default: that of the file
     group = "maths"             # sets of one group have a mean; default: how they are graded
     samples = 32                # default: eval.samples
+    temperature = 0.6           # default: eval.temperature; 0: greedy
     prompts = 10                # the first so many; default: eval.set_prompts
     columns = {answer = "key"}  # as data.columns
     broken = "drop"             # leaves out rows that cannot be read, graded or fit; default: "error"
@@ -18,6 +19,7 @@ Each prompt of a file counts, also one that is there twice.
 """
 
 import dataclasses
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "name": (str, "text"),
     "group": (str, "text"),
     "samples": (int, "a whole number of 1 at least"),
+    "temperature": ((int, float), "a number of 0 at least"),
     "prompts": (int, "a whole number of 1 at least"),
     "columns": (dict, "a table"),
     "broken": (str, "error or drop"),
@@ -47,6 +50,7 @@ class Benchmark:
     """A row of the table.
 
     rows: how many there are, those that are left out included.   drops: a row that does not fit is left out too.
+    temperature: None for eval.temperature.
     task_args: of the task that made it, whose scorer grades it; None of a file.
     """
 
@@ -56,6 +60,7 @@ class Benchmark:
     examples: list[Example]
     rows: int
     drops: bool = False
+    temperature: float | None = None
     task_args: dict[str, Any] | None = None
 
     @property
@@ -100,7 +105,8 @@ def load_set(entry: str | dict[str, Any], where: str, config: Config) -> Benchma
         rows = len(examples)
     group = entry.get("group") or ("letter" if all(each.choices for each in examples) else "math-verify")
     name = entry.get("name") or examples[0].task
-    return Benchmark(name, group, entry.get("samples", config.eval.samples), examples, rows, drops)
+    sampling = {"samples": entry.get("samples", config.eval.samples), "temperature": entry.get("temperature")}
+    return Benchmark(name, group, examples=examples, rows=rows, drops=drops, **sampling)
 
 
 def made_set(entry: dict[str, Any], where: str, config: Config) -> Benchmark:
@@ -113,7 +119,8 @@ def made_set(entry: dict[str, Any], where: str, config: Config) -> Benchmark:
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     group, samples = entry.get("group", "reasoning-gym"), entry.get("samples", config.eval.samples)
-    return Benchmark(entry.get("name", task), group, samples, examples, len(examples), task_args=task_args)
+    own = {"task_args": task_args, "temperature": entry.get("temperature")}
+    return Benchmark(entry.get("name", task), group, samples, examples, len(examples), **own)
 
 
 def check_set(entry: dict[str, Any], where: str) -> None:
@@ -121,7 +128,9 @@ def check_set(entry: dict[str, Any], where: str) -> None:
         if key not in KEYS:
             raise UserError(f"{where}: unknown key {key!r}{nearest(key, KEYS)} (keys: {', '.join(KEYS)})")
         kind, expected = KEYS[key]
-        fits = isinstance(value, kind) and not isinstance(value, bool) and (kind is not int or value >= 1)
+        fits = isinstance(value, kind) and not isinstance(value, bool)
+        if fits and isinstance(value, (int, float)):
+            fits = value >= (1 if kind is int else 0) and math.isfinite(value)
         if key == "file" and isinstance(value, list):
             fits = all(isinstance(each, str) and each.strip() for each in value)
         if not fits or (key == "broken" and value not in ("error", "drop")):

@@ -123,7 +123,7 @@ Started again it goes on: finished runs are skipped. STUDY.toml is a CONFIG.toml
   [study]
   recipes = ["sft", "grpo", "srft_paper"]     # `srft train --help` lists all
   seeds = [0, 1, 2]
-  dir = "studies/mine"                        # default: studies/ and the name of the file
+  dir = "runs/mine"                           # default: runs/ and the name of the file
   launch = "torchrun --standalone --nproc_per_node=8 -m srft"     # default: one process
   [study.variants.srft_plus]                  # methods of your own: a recipe, and settings over it
   recipe = "srft_paper"

@@ -129,7 +129,8 @@ def measure(
 
     Those of held-out prompts are scored in one call, as in a run: a reward may compare them with each other.
     """
-    settings = dataclasses.replace(config.eval, samples=benchmark.samples)
+    temperature = config.eval.temperature if benchmark.temperature is None else benchmark.temperature
+    settings = dataclasses.replace(config.eval, samples=benchmark.samples, temperature=temperature)
     generated = config.rollout.max_new_tokens
     if scorer is None:
         return evaluate(engine, problems, prompter, None, settings, generated, loss)
@@ -218,6 +219,8 @@ def notes_of(results: Results) -> list[str]:
         if benchmark.rows > found.prompts:
             left_out = f"{benchmark.rows - found.prompts} of {benchmark.rows} rows are left out"
             lines.append(f"{benchmark.name}: {left_out}, which are broken, without an answer, or too long")
+        if benchmark.temperature is not None:
+            lines.append(f"{benchmark.name}: temperature {benchmark.temperature:g}")
         lines += [f"{benchmark.name}: {note}" for note in notes(found, "count as wrong")]
     return lines
 

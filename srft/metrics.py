@@ -28,6 +28,7 @@ DESCRIPTIONS = {
     "informative": "share of prompts whose rollouts got different rewards",
     "resampled": "prompts drawn in place of those whose rollouts did not differ (rollout.resample)",
     "response_tokens": "mean length of a rollout (tokens)",
+    "generated_tokens": "tokens of all rollouts of the step, those that are not learned from too",
     "finished": "share of rollouts that ended by themselves",
     "clip_fraction": "share of rollout tokens beyond the clip range",
     "clip_low_fraction": "share below it, where the advantage is negative",
@@ -35,6 +36,8 @@ DESCRIPTIONS = {
     "dual_clip_fraction": "share whose loss dual_clip bounds",
     "approx_kl": "KL(sampling policy ‖ policy), mean of r − 1 − log r over rollout tokens (nats)",
     "grad_norm": "gradient norm before clipping",
+    "demo_grad_norm": "norm of the loss's gradient to the hidden states that predict demonstration tokens",
+    "rollout_grad_norm": "norm of the same for rollout tokens",
     "learning_rate": "learning rate",
     "skipped_updates": "updates left out because their gradient was not finite",
     "demo_tokens": "demonstration tokens in the loss",
@@ -56,6 +59,15 @@ def peak_memory_mb(device: "torch.device") -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def add_squares(
+    squares: "torch.Tensor", is_demo: "torch.Tensor", gradient: "torch.Tensor"
+) -> None:  # (2,), (n,), (n, H)
+    """Add the squares of a gradient: to the first those of demonstrations, to the second those of rollouts."""
+    of_tokens = gradient.float().square().sum(1)
+    squares[0] += (of_tokens * is_demo).sum()
+    squares[1] += (of_tokens * ~is_demo).sum()
 
 
 def mean(values: list[float]) -> float:

@@ -26,10 +26,11 @@ from srft.learn.stages import naming, parts_of, stages_of, steps_of
 from srft.learn.unused import tell_unused
 from srft.likelihood import demonstration_loss
 from srft.model import LoadedModel, load_model, load_tokenizer
+from srft.origin import origin
 from srft.progress import steps_with_bar
 from srft.ranks import Ranks, broadcast
 from srft.rewards import build_reward, check_answers
-from srft.rundir import RunLog, create_run_dir, let_go, rewind_run_dir, write_status, write_whole
+from srft.rundir import ORIGIN, RunLog, create_run_dir, let_go, rewind_run_dir, write_status, write_whole
 from srft.settings import load, to_toml
 from srft.trainer import Trainer
 
@@ -381,6 +382,8 @@ def opened(job: Job, ranks: Ranks, resumed: Path | None, done: int) -> Path:
         directory = broadcast(ranks, lambda: create_run_dir(config.run))
     try:
         if ranks.main:
+            if not (directory / ORIGIN).exists():  # that of the run's beginning
+                write_whole(directory / ORIGIN, json.dumps(origin(str(job.trainer.loaded.device)), indent=1))
             write_whole(directory / resume.DATA, json.dumps(job.data, indent=1))
             write_whole(directory / "config.toml", settings)
     except BaseException:

@@ -1,6 +1,7 @@
 """The run directory, and what a run writes into it while it goes: everything is flushed as soon as it is known.
 
 config.toml         the resolved configuration
+origin.json         code and machine
 metrics.jsonl       one line per step; metrics.py explains every key
 samples.jsonl       some generations of each step
 evaluation.jsonl    one line per evaluation, all of its generations included
@@ -27,8 +28,18 @@ from srft.config import RunConfig
 from srft.errors import UserError, first_line
 from srft.tracker import Tracker
 
+ORIGIN = "origin.json"
 OURS = (
-    *("config.toml", "data.json", "status.json", "metrics.jsonl", "samples.jsonl", "evaluation.jsonl", "report.html"),
+    *(
+        "config.toml",
+        ORIGIN,
+        "data.json",
+        "status.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "evaluation.jsonl",
+        "report.html",
+    ),
     *("checkpoint-*", "final", "interrupted-*", "tensorboard", "wandb"),
 )
 RUN = ("status.json", "data.json")  # by which a run's directory is known; a config.toml may be anyone's
@@ -125,7 +136,7 @@ def _new(path: Path) -> Path:
 def _only_started(path: Path) -> bool:
     """Whether all there is is what a run has before its first evaluation; it has ended, since the directory is held."""
     found = {entry.name for entry in path.iterdir() if not re.fullmatch(r"previous-\d+|\..*\.partial", entry.name)}
-    started = {*RUN, "config.toml", "report.html", "tensorboard", "wandb"}
+    started = {*RUN, "config.toml", ORIGIN, "report.html", "tensorboard", "wandb"}
     return found <= started and (not found or _is_run(path))
 
 

@@ -1,20 +1,22 @@
 """A study, `srft study STUDY.toml`: the same job by several methods and seeds, one run after the other.
 
     [study]
-    recipes = ["sft", "grpo", "sft_grpo", "srft_paper"]     # the most telling first
+    recipes = ["srft_paper", "sft", "grpo"]                 # the most telling first
     seeds = [0, 1, 2]                                       # of training and of the train prompts
-    dir = "studies/chain_sum"                               # default: studies/ and the name of the file
+    dir = "runs/chain_sum"                                  # default: runs/ and the name of the file
 
     [study.variants.srft_plus]                              # methods of one's own: a recipe, and settings over it
     recipe = "srft_paper"
+    seeds = [0]                                             # default: those above
     loss = {options = {entropy_sign = 1}}
 
     [train]                                                 # and what all of them have in common, as in a CONFIG.toml
     steps = 40
 
 Every method runs with the first seed, then every one with the second, and so on; variants come after all recipes. So a
-study that is stopped still says something. Started again it goes on: finished runs are skipped, a stopped one goes on
-from its checkpoint, or begins anew where it has none. A run that fails is told, and the others follow.
+study that is stopped still says something. Where eval.sets names sets, the model is measured on them as it is at first,
+and after each run. Started again a study goes on: what is finished is skipped, a stopped run goes on from its
+checkpoint, or begins anew where it has none. A run that fails is told, and the others follow.
 """
 
 import itertools
@@ -22,6 +24,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,11 +43,14 @@ KEYS: dict[str, tuple[type, str]] = {
     "dir": (str, "the name of a directory"),
     "launch": (str, 'a command, such as "torchrun --standalone --nproc_per_node=8 -m srft"'),
 }
+BASE = "base"  # the method that does nothing
+EVALUATION = "eval"  # what `srft eval` wrote, in a run's directory
+ALONE = [sys.executable, "-m", "srft"]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A run of a study."""
+    """A run of a study, and the evaluation after it; of BASE the evaluation alone."""
 
     method: str
     seed: int
@@ -56,8 +62,21 @@ class Trial:
 
     @property
     def state(self) -> str:
-        """As in its status.json; "" where it has none."""
+        """Of the run, as in its status.json; "" where it has none."""
         return (read_status(self.directory) or {"state": ""})["state"]
+
+    @property
+    def trained(self) -> bool:
+        return self.method == BASE or self.state == "finished"
+
+    @property
+    def measured(self) -> bool:
+        return not self.config.eval.sets or (self.directory / EVALUATION).is_dir()
+
+    @property
+    def settings(self) -> Path:
+        """A file of its own: the run's config.toml says how many steps an epoch has."""
+        return self.directory.with_name(f"{self.directory.name}.toml")
 
 
 @dataclass(frozen=True)
@@ -83,41 +102,44 @@ def load_study(path: str, overrides: list[str] | None = None) -> Study:
             raise UserError(f"{where}: unknown key {key!r}{nearest(key, KEYS)} (keys: {', '.join(KEYS)})")
         if not isinstance(value, KEYS[key][0]):
             raise UserError(f"{where}.{key}: expected {KEYS[key][1]}, found {value!r}")
-    directory = Path(study.get("dir", f"studies/{Path(path).stem}")).expanduser()
-    recipes, variants = methods_of(study, where)
-    seeds = study.get("seeds", [0])
-    if not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds) or len({*seeds}) < len(seeds):
-        raise UserError(f"{where}.seeds: expected different whole numbers from 0, found {seeds!r}")
+    directory = Path(study.get("dir", f"runs/{Path(path).stem}")).expanduser()
     trials = []
-    for methods in (recipes, variants):
-        for seed, (name, changes) in itertools.product(seeds, methods.items()):
-            own = {"train": {"seed": seed}, "data": {"seed": seed}, "run": {"dir": str(directory / f"{name}-{seed}")}}
-            try:
-                config = configured(tree, f"{path}: ", overrides, [*changes, own])
-            except UserError as error:
-                raise UserError(f"{error} (of {name} in {path})") from error
-            trials.append(Trial(name, seed, config))
-    launch = shlex.split(study.get("launch", "")) or [sys.executable, "-m", "srft"]
-    return Study(directory, launch, trials)
+    for method, seed in order_of(*methods_of(study, where)):
+        name = f"{method.name}-{seed}" if method.name != BASE else BASE
+        own = {"train": {"seed": seed}, "data": {"seed": seed}, "run": {"dir": str(directory / name)}}
+        try:
+            config = configured(tree, f"{path}: ", overrides, [*method.changes, own])
+        except UserError as error:
+            raise UserError(f"{error} (of {method.name} in {path})") from error
+        trials.append(Trial(method.name, seed, config))
+    if not trials[0].config.eval.sets:
+        del trials[0]  # there is nothing to measure the base on
+    return Study(directory, shlex.split(study.get("launch", "")) or ALONE, trials)
 
 
-Methods = dict[str, list[dict[str, Any]]]  # by name, the settings over those of all
+@dataclass(frozen=True)
+class Method:
+    """changes: settings over those of all, in their order."""
+
+    name: str
+    seeds: list[int]
+    changes: list[dict[str, Any]]
 
 
-def methods_of(study: dict[str, Any], where: str) -> tuple[Methods, Methods]:
+def methods_of(study: dict[str, Any], where: str) -> tuple[list[Method], list[Method]]:
     """The recipes and the variants."""
     names = study.get("recipes", [])
     tables = study.get("variants", {})
+    seeds = seeds_of(study, where)
     if not names and not tables:
         raise UserError(f"{where}: nothing to run: name recipes or variants")
-    if twice := [name for name in [*names, *tables] if [*names, *tables].count(name) > 1]:
+    if twice := [name for name in [*names, *tables] if [BASE, *names, *tables].count(name) > 1]:
         raise UserError(f"{where}: {twice[0]!r} is there twice; give one of them another name")
-    recipes: Methods = {}
+    recipes, variants = [], []
     for name in names:
         if not isinstance(name, str):
             raise UserError(f"{where}.recipes: expected names of recipes, found {name!r}")
-        recipes[name] = [read_recipe(name)]
-    variants: Methods = {}
+        recipes.append(Method(name, seeds, [read_recipe(name)]))
     for name, variant in tables.items():
         if not isinstance(variant, dict) or not isinstance(variant.get("recipe", ""), str):
             raise UserError(
@@ -125,9 +147,30 @@ def methods_of(study: dict[str, Any], where: str) -> tuple[Methods, Methods]:
             )
         if "/" in name:
             raise UserError(f"{where}.variants.{name}: a name is part of a directory's, and has no /")
-        changes = {key: value for key, value in variant.items() if key != "recipe"}
-        variants[name] = [*([read_recipe(variant["recipe"])] if "recipe" in variant else []), changes]
+        changes = {key: value for key, value in variant.items() if key not in ("recipe", "seeds")}
+        recipe = [read_recipe(variant["recipe"])] if "recipe" in variant else []
+        own = seeds_of(variant, f"{where}.variants.{name}") if "seeds" in variant else seeds
+        variants.append(Method(name, own, [*recipe, changes]))
     return recipes, variants
+
+
+def seeds_of(table: dict[str, Any], where: str) -> list[int]:
+    seeds = table.get("seeds", [0])
+    fit = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
+    if not seeds or not fit or len({*seeds}) < len(seeds):
+        raise UserError(f"{where}.seeds: expected different whole numbers from 0, found {seeds!r}")
+    return seeds
+
+
+def order_of(recipes: list[Method], variants: list[Method]) -> Iterator[tuple[Method, int]]:
+    """The methods and their seeds, after the base."""
+    yield Method(BASE, [0], []), 0
+    for methods in (recipes, variants):
+        for rank in itertools.count():
+            of_rank = [(method, method.seeds[rank]) for method in methods if rank < len(method.seeds)]
+            if not of_rank:
+                break
+            yield from of_rank
 
 
 def run_study(study: Study) -> list[Trial]:
@@ -146,42 +189,58 @@ def run_study(study: Study) -> list[Trial]:
 
 def check_unchanged(trial: Trial) -> None:
     """Raise UserError where the run was begun with other settings: its numbers would stand beside those of others."""
-    file, settings = settings_file(trial), to_toml(trial.config)
-    if file.exists() and file.read_text(encoding="utf-8") != settings:
+    settings = to_toml(trial.config)
+    if trial.settings.exists() and trial.settings.read_text(encoding="utf-8") != settings:
         raise UserError(
-            f"{file}: the study was begun with other settings; put them back, or give the new ones another study.dir"
+            f"{trial.settings}: the study was begun with other settings; put them back, or give the new ones another "
+            "study.dir"
         )
 
 
-def settings_file(trial: Trial) -> Path:
-    return trial.directory.with_name(f"{trial.directory.name}.toml")
-
-
 def ran(study: Study, trial: Trial, number: int) -> bool:
-    """Run it where it has not finished; whether it has now."""
+    """Run and measure it where that is not done; whether it is now."""
     title = f"{trial.directory.name} ({number} of {len(study.trials)})"
-    if trial.state == "finished":
+    if trial.trained and trial.measured:
         print(f"{title}: finished before", flush=True)
         return True
-    file = settings_file(trial)
-    write_whole(file, to_toml(trial.config))
-    command = [*study.launch, "train", str(file)]
+    write_whole(trial.settings, to_toml(trial.config))
+    return (trial.trained or trains(study, trial, title)) and (trial.measured or measures(trial, title))
+
+
+def trains(study: Study, trial: Trial, title: str) -> bool:
+    command = [*study.launch, "train", str(trial.settings)]
     if newest_with_state(trial.directory):
         command = [*study.launch, "train", "--resume", str(trial.directory)]
     elif trial.directory.exists():
         command += ["--run.overwrite", "true"]
-    print(f"{title}: {shlex.join(command)}", flush=True)
-    code = completed(command)
+    code = completed(command, title)
     if trial.state == "interrupted":  # by a signal that this process did not get
         raise Interrupted(signal.SIGTERM)
-    if code or trial.state != "finished":
+    return ended(title, 0 if trial.trained else code or 1)
+
+
+def measures(trial: Trial, title: str) -> bool:
+    """Its evaluation gets its name when it is whole."""
+    trial.directory.mkdir(exist_ok=True)
+    begun = next(each for n in itertools.count(1) if not (each := trial.directory / f"{EVALUATION}-{n}").exists())
+    command = [*ALONE, "eval", str(trial.settings), "--eval.dir", str(begun)]
+    if trial.method != BASE:
+        command += ["--checkpoint", str(trial.directory / "final")]
+    code = completed(command, title)
+    if not code:
+        begun.rename(trial.directory / EVALUATION)
+    return ended(title, code)
+
+
+def ended(title: str, code: int) -> bool:
+    if code:
         print(f"warning: {title}: failed with exit code {code}; the others follow", file=sys.stderr)
-        return False
-    return True
+    return not code
 
 
-def completed(command: list[str]) -> int:
+def completed(command: list[str], title: str) -> int:
     """The exit code of a command. A signal is the command's too, and is raised when it has ended in order."""
+    print(f"{title}: {shlex.join(command)}", flush=True)
     process = subprocess.Popen(command)
     try:
         return process.wait()

@@ -40,7 +40,7 @@ from srft.learn.credit import Group, advantages_of, informative, reward_metrics,
 from srft.learn.packing import Microbatch, Sequence, pack
 from srft.learn.sharing import sharing_limit
 from srft.learn.stages import Stage, stage_at
-from srft.metrics import mean, peak_memory_mb
+from srft.metrics import add_squares, mean, peak_memory_mb
 from srft.model import LoadedModel, head_of, hidden_states
 from srft.optim import Optimizer
 from srft.ranks import Ranks
@@ -235,15 +235,16 @@ class Trainer:
             # The mean entropy of the whole step has to be known before its first microbatch.
             stats, tokens = self._step_tokens(microbatches, *self._statistics(microbatches), known)
             known = known | {"weight_entropy": self.objective.weight_entropy(stats, tokens)}
-        loss = torch.zeros((), device=self.loaded.device)
+        loss, squares = torch.zeros((), device=self.loaded.device), torch.zeros(2, device=self.loaded.device)
         outputs = []
         for microbatch in microbatches:
             annotations = microbatch.annotations | {name: of[microbatch.step_index] for name, of in known.items()}
-            part, *statistics = self._token_loss(microbatch, annotations)
+            part, *statistics = self._token_loss(microbatch, annotations, squares)
             part.backward()
             loss += part.detach()
             outputs.append(statistics)
         metrics = {"loss": float(self.ranks.add(loss)), **self._token_metrics(microbatches, outputs, known)}
+        metrics["demo_grad_norm"], metrics["rollout_grad_norm"] = self.ranks.add(squares).sqrt().tolist()
         return metrics | self.optimizer.step(number - self.stage.before - 1)
 
     def _token_metrics(
@@ -275,11 +276,15 @@ class Trainer:
         temperature = self.config.rollout.temperature if self.learns_from_rollouts else 1.0
         return {"input": hidden, "target": microbatch.target, "temperature": temperature, **head_of(self.loaded.model)}
 
-    def _token_loss(self, microbatch: Microbatch, annotations: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """(the microbatch's part of the loss, log-probs (n,), entropies (n,))."""
+    def _token_loss(
+        self, microbatch: Microbatch, annotations: dict[str, Tensor], squares: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(the microbatch's part of the loss, log-probs (n,), entropies (n,)); its backward adds to squares (2,)."""
 
         def forward() -> tuple[Tensor, Tensor, Tensor]:
-            out = self.loss_function(objective=self.objective, **self._head_input(microbatch), **annotations)
+            head_input = self._head_input(microbatch)
+            head_input["input"].register_hook(partial(add_squares, squares, annotations["is_demo"]))
+            out = self.loss_function(objective=self.objective, **head_input, **annotations)
             return out.loss, out.logprobs, out.entropy
 
         return self.ranks.forward(forward)

@@ -113,5 +113,6 @@ def reward_metrics(groups: SequenceOf[Group]) -> dict[str, float]:
         **{name: mean([each[name] for each in details if name in each]) for name in parts},
         "informative": mean([float(min(of_group) < max(of_group)) for of_group in scored if of_group]),
         "response_tokens": mean([float(len(rollout.tokens)) for rollout in rollouts]),
+        "generated_tokens": sum(len(rollout.tokens) for rollout in rollouts),
         "finished": mean([float(rollout.finished) for rollout in rollouts]),
     }

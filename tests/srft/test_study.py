@@ -67,7 +67,7 @@ def test_the_runs_of_a_study_and_their_order(study_file):
         and study.trials[1].config.train.stages[1]["name"] == "grpo"
     )
     assert {t.config.train.lr for t in study.trials} == {1e-3} and {t.config.train.steps for t in study.trials} == {2}
-    assert str(study.directory) == "studies/mine" and study.launch == [sys.executable, "-m", "srft"]
+    assert str(study.directory) == "runs/mine" and study.launch == [sys.executable, "-m", "srft"]
 
 
 @pytest.mark.parametrize(
@@ -95,19 +95,19 @@ def test_a_study_runs_all_and_then_nothing(study_file, tmp_path, capfd):
     file = study_file('[study]\nrecipes = ["sft", "grpo"]')
     assert run_study(load_study(file)) == []
     for name in ("sft-0", "grpo-0"):
-        directory = tmp_path / "studies" / "mine" / name
+        directory = tmp_path / "runs" / "mine" / name
         assert (
             read_status(directory)["state"] == "finished"
             and load(str(directory / "config.toml")).loss.preset == name[:-2]
         )
-    written = (tmp_path / "studies/mine/sft-0/metrics.jsonl").read_bytes()
+    written = (tmp_path / "runs/mine/sft-0/metrics.jsonl").read_bytes()
     capfd.readouterr()
     assert run_study(load_study(file)) == []
     assert capfd.readouterr().out.splitlines() == [
         "sft-0 (1 of 2): finished before",
         "grpo-0 (2 of 2): finished before",
     ]
-    assert (tmp_path / "studies/mine/sft-0/metrics.jsonl").read_bytes() == written
+    assert (tmp_path / "runs/mine/sft-0/metrics.jsonl").read_bytes() == written
     with pytest.raises(UserError, match=r"sft-0.toml: the study was begun with other settings"):
         run_study(load_study(file, ["--train.steps", "3"]))
 
@@ -116,14 +116,14 @@ def test_a_run_that_fails_does_not_stop_the_others(study_file, tmp_path, capfd):
     bad = '[study.variants.bad]\nrecipe = "grpo"\nrollout = {per_prompt = 1}\n'
     (failed,) = run_study(load_study(study_file(bad + '[study.variants.good]\nrecipe = "sft"\n')))
     assert failed.method == "bad" and "bad-0 (1 of 2): failed with exit code 2" in capfd.readouterr().err
-    assert read_status(tmp_path / "studies/mine/good-0")["state"] == "finished"
+    assert read_status(tmp_path / "runs/mine/good-0")["state"] == "finished"
 
 
 def test_a_stopped_study_goes_on(study_file, tmp_path):
     job = JOB.replace("steps = 2", "steps = 60") + "[run]\ncheckpoint_every = 100\n"
     file = study_file('[study]\nrecipes = ["sft"]\n', job)
     command = [sys.executable, "-m", "srft", "study", file]
-    log = tmp_path / "studies/mine/sft-0/metrics.jsonl"
+    log = tmp_path / "runs/mine/sft-0/metrics.jsonl"
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 2):
         time.sleep(0.005)

@@ -1,0 +1,55 @@
+"""Where a run was made: with which code, on which machine. What a published number needs beside it."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def origin(device: str) -> dict[str, str]:
+    """What is known of the code and the machine of this process, whose model is on `device`, as text by name."""
+    import torch
+    import transformers
+
+    packages = {"torch": torch.__version__, "transformers": transformers.__version__}
+    machine = f"{os.cpu_count()} × {processor()}"
+    if device.startswith("cuda"):
+        machine = f"{torch.cuda.get_device_name(device)}, {machine}"
+    return {
+        "srft": importlib.metadata.version("srft-kernels"),
+        "commit": commit(),
+        **packages,
+        "python": platform.python_version(),
+        "machine": machine,
+        "command": " ".join(["srft", *sys.argv[1:]]),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def commit() -> str:
+    """That of the repository which srft runs from, with + where files in it are changed; "" where it is installed."""
+    git = ["git", "-C", str(HERE)]
+    try:
+        top, head = subprocess.run(
+            [*git, "rev-parse", "--show-toplevel", "HEAD"], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.split("\n")[:2]
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, check=True, timeout=10
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return head[:12] + "+" * bool(changed) if Path(top) == HERE.parent else ""
+
+
+def processor() -> str:
+    try:
+        model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        model = None
+    return model[1] if model else platform.processor() or platform.machine()
