@@ -12,6 +12,7 @@ TRAIN = [
     "tqdm>=4.60",
     "jinja2>=3.1",
     "matplotlib>=3.8",
+    "scipy>=1.11",
     "pyarrow>=15",
     "math-verify>=0.8",
     "reasoning-gym>=0.1.20",

@@ -22,6 +22,7 @@ srft: single-stage supervised + reinforcement fine-tuning of language models
   srft train --resume RUN_DIR [--section.key value …]   go on from the last checkpoint of a run that was stopped
   srft eval  [CONFIG.toml] [--checkpoint DIR] [--section.key value …]    avg@k, pass@k: held-out prompts or benchmarks
   srft study STUDY.toml [--section.key value …]         the same job by several methods and seeds, one after the other
+  srft compare STUDY.toml | RUN… [--against METHOD]     methods beside each other: a table and a page, with intervals
   srft data check FILE… [--section.key value …]         what is in data files, and what is wrong with them
   srft report RUN_DIR                                   write RUN_DIR/report.html again from the run's files
   srft COMMAND --help                                   more on one command; `srft train --help` lists every setting
@@ -119,7 +120,9 @@ STUDY_HELP = """\
 srft study STUDY.toml [--section.key value …]
 
 Runs the same job by several methods and seeds, one run after the other, each in a directory of its own in study.dir.
-Started again it goes on: finished runs are skipped. STUDY.toml is a CONFIG.toml with a table [study]:
+Where eval.sets names sets, each run is measured on them, and so is the model as it was. Started again a study goes on:
+what is finished is skipped. `srft compare STUDY.toml` tells what came out, also before all has run.
+STUDY.toml is a CONFIG.toml with a table [study]:
   [study]
   recipes = ["sft", "grpo", "srft_paper"]     # `srft train --help` lists all
   seeds = [0, 1, 2]
@@ -127,7 +130,22 @@ Started again it goes on: finished runs are skipped. STUDY.toml is a CONFIG.toml
   launch = "torchrun --standalone --nproc_per_node=8 -m srft"     # default: one process
   [study.variants.srft_plus]                  # methods of your own: a recipe, and settings over it
   recipe = "srft_paper"
+  seeds = [0]                                 # default: those of the study
   loss = {options = {entropy_sign = 1}}
+"""
+
+COMPARE_HELP = """\
+srft compare STUDY.toml | RUN… [--against METHOD] [--dir DIR]
+
+Methods beside each other: final scores with intervals of 95 % over seeds and prompts, differences paired by seed and
+prompt and whether they are "better", "worse" or "cannot tell"; updates, tokens trained on and generated, seconds; and
+on a page the curves, entropies, weights and shares of the gradient.
+
+What is compared is a study (its runs that have finished), directories of runs, or a directory that this command wrote.
+Runs sft-0 and sft-1, of seeds 0 and 1, are two of the method sft; they may differ in nothing but their seeds.
+--against: the method that the others are compared with; default: the first.
+--dir: where index.html, table.md, comparison.json and a record of each run are written; default: comparison/ in the
+study's directory, else comparisons/ and the time.
 """
 
 REPORT_HELP = """\
@@ -172,6 +190,7 @@ def dispatch(arguments: list[str], ranks: Ranks) -> int:
         "eval": (evaluate, EVAL_HELP),
         "data": (check_data, DATA_HELP + known_names()),
         "study": (study, STUDY_HELP),
+        "compare": (compare, COMPARE_HELP),
         "report": (report, REPORT_HELP),
     }
     command, *rest = arguments or [""]
@@ -278,6 +297,18 @@ def study(arguments: list[str]) -> None:
         raise UserError(f"{len(failed)} runs failed: {', '.join(each.directory.name for each in failed)}; see above")
 
 
+def compare(arguments: list[str]) -> None:
+    arguments, against = take_option(arguments, "--against")
+    arguments, directory = take_option(arguments, "--dir")
+    if not arguments or arguments[0].startswith("--"):
+        raise UserError("srft compare takes a study, runs, or a directory that it wrote: srft compare STUDY.toml")
+    if unknown := [each for each in arguments if each.startswith("--")]:
+        raise UserError(f"srft compare: unknown option {unknown[0]} (--against METHOD, --dir DIR)")
+    from srft.study import main_compare
+
+    main_compare(arguments, against or "", directory or "")
+
+
 def report(arguments: list[str]) -> None:
     if len(arguments) != 1:
         raise UserError(f"srft report takes one run directory, found {' '.join(arguments) or 'none'}")
@@ -304,6 +335,8 @@ def config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
 EXPECTED = {
     "--checkpoint": "a directory or a model's name",
     "--resume": "the directory of a run",
+    "--against": "the name of a method",
+    "--dir": "the name of a directory",
     "--recipe": f"the name of a recipe, one of {', '.join(recipes())}",
 }
 

@@ -98,6 +98,9 @@ class DataConfig(Section):
     )
     broken: Literal["error", "drop"] = option("error", "a row that cannot be used: error, or drop with a warning")
     size: int = option(0, "train prompts to draw; 0: the whole file, or 4096 from tasks", low=0)
+    demonstrations: int = option(
+        -1, "train prompts that keep their demonstration, the first so many in the order of data.seed; -1: all", low=-1
+    )
     seed: int = option(0, "seed of the train prompts", low=0)
     eval_seed: int = option(17, "seed of the held-out prompts", low=0)
     system_prompt: str | None = option(None, "not set: tasks ask for the answer after ####, files add nothing")
@@ -178,6 +181,13 @@ class TrainConfig(Section):
         "fresh", "AdamW's moments when a later stage begins: fresh, or kept from the one before"
     )
     prompts_per_step: int = option(24, "prompts sampled in each step", low=1)
+    demo_share: float = option(
+        0.0,
+        "share of a step's prompts that are drawn from those with a demonstration, where not all have one; 0: as they "
+        "come",
+        low=0,
+        high=1,
+    )
     updates_per_rollout: int = option(1, "optimizer steps on the same rollouts", low=1)
     lr: float = option(5e-5, "learning rate after warm-up", low=0)
     warmup_steps: int = option(2, "steps of linear warm-up", low=0)

@@ -18,7 +18,8 @@ from srft.config import Config
 from srft.data import Problem, Prompter, build_prompter, fit, load_examples
 from srft.errors import UserError
 from srft.evaluate import Unscored, evaluate, evaluation_of, held_out_problems, measured_on, sampled, scorer_for
-from srft.evaluation import Evaluation, aligned, interval_of_mean, notes, rows_of_tasks, shown
+from srft.evaluation import Evaluation, notes, rows_of_tasks
+from srft.intervals import interval_of_mean, shown
 from srft.learn.stages import parts_of
 from srft.likelihood import demonstration_loss
 from srft.metrics import mean
@@ -27,6 +28,7 @@ from srft.rewards import Scorer, build_reward
 from srft.rollout import Engine, build_engine
 from srft.rundir import append_line, create_eval_dir, finite, write_whole
 from srft.settings import to_toml
+from srft.tables import aligned, markdown
 
 Results = list[tuple[Benchmark, Evaluation]]
 BATCHES = 4  # of eval.batch_size completions are generated and scored before they are written
@@ -223,9 +225,3 @@ def notes_of(results: Results) -> list[str]:
             lines.append(f"{benchmark.name}: temperature {benchmark.temperature:g}")
         lines += [f"{benchmark.name}: {note}" for note in notes(found, "count as wrong")]
     return lines
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Nothing of no rows."""
-    lines = ["| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join([*lines[:1], *["|---|" + "---:|" * (len(rows[0]) - 1) for _ in lines[:1]], *lines[1:]])

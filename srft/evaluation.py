@@ -1,21 +1,14 @@
-"""What an evaluation found: avg@k and pass@k over all prompts and per task, and the loss of the demonstrations.
-
-Intervals are of 95 % and say how far other prompts of the same kind may move a mean; the k samples of one prompt are
-not taken for k prompts (arXiv 2411.00640).
-"""
+"""What an evaluation found: avg@k and pass@k over all prompts and per task, and the loss of the demonstrations."""
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import NormalDist, variance
 from typing import Any
 
+from srft.intervals import UNKNOWN, Interval, interval_of, shown
 from srft.metrics import mean
+from srft.tables import aligned
 
-Interval = tuple[float, float]
-UNKNOWN: Interval = (math.nan, math.nan)
-Z = NormalDist().inv_cdf(0.975)
 SOLVED = 1 - 1e-6  # a completion is correct from this reward on: scorers give parts of a point for parts of an answer
 
 
@@ -82,32 +75,6 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def interval_of(values: Sequence[float]) -> Interval:
-    """95 % interval of the mean over prompts, of one value for each; unknown of a single one beyond [0, 1].
-
-    Of values in [0, 1] it is Wilson's, for as many independent yes-or-no prompts as would have the variance of these.
-    That is measured with one wrong and one right prompt more, without which a few that are alike would be sure.
-    """
-    n, center = len(values), mean(list(values))
-    if not values or math.isnan(center):
-        return UNKNOWN
-    if min(values) < 0 or max(values) > 1:
-        half = Z * math.sqrt(variance(values) / n) if n > 1 else math.nan
-        return center - half, center + half
-    more = [*values, 0.0, 1.0]
-    effective = n * mean(more) * (1 - mean(more)) / variance(more)
-    middle = (center + Z**2 / (2 * effective)) / (1 + Z**2 / effective)
-    half = Z * math.sqrt(center * (1 - center) / effective + Z**2 / (4 * effective**2)) / (1 + Z**2 / effective)
-    return (max(0.0, middle - half) if center else 0.0), (min(1.0, middle + half) if center < 1 else 1.0)
-
-
-def interval_of_mean(means: Sequence[float], intervals: Sequence[Interval]) -> Interval:
-    """Of the mean of independent means: the distances of their ends add up as deviations do."""
-    lower = math.hypot(*(each - low for each, (low, _) in zip(means, intervals)))
-    upper = math.hypot(*(high - each for each, (_, high) in zip(means, intervals)))
-    return mean(list(means)) - lower / len(means), mean(list(means)) + upper / len(means)
-
-
 def scores_of(generations: list[dict[str, Any]], samples: int) -> Scores:
     """Prompts count alike; completions that were not scored are left out, and prompts without a scored one too."""
     scored = [[r for r in g["rewards"] if r is not None] for g in generations]
@@ -163,17 +130,3 @@ def rows_of_tasks(evaluation: Evaluation) -> list[list[str]]:
         reward = [f"{scores.reward:.3f}", shown(scores.interval)]
         rows.append([name, str(scores.prompts), *reward, *numbers, f"{scores.tokens:.1f}"])
     return rows
-
-
-def shown(interval: Interval) -> str:
-    """Nothing of one that is unknown."""
-    return "" if any(map(math.isnan, interval)) else f"{interval[0]:.3f} – {interval[1]:.3f}"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines of text, the first column to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip()
-        for row in rows
-    ]

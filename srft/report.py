@@ -3,17 +3,14 @@
 Curves are SVG drawn by matplotlib, written into the page; nothing is fetched when it is opened.
 """
 
-import importlib.util
-import io
 import itertools
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from srft.errors import UserError, missing
+from srft.errors import UserError
 from srft.evaluation import Evaluation
 from srft.metrics import DESCRIPTIONS
+from srft.pages import render, require_packages, svg
 from srft.rundir import read_jsonl, read_status, write_whole
 from srft.settings import toml_loads
 
@@ -30,8 +27,6 @@ CURVES = [
     ("Drift from the sampling policy", ["clip_fraction", "approx_kl"], ""),
     ("Seconds per step", ["seconds_rollout", "seconds_train"], "s"),
 ]
-COLORS = ["#4c78d8", "#e07b39", "#3a9d6e"]  # readable on white and on near-black
-INK = "#010203"  # stands for the page's text colour until the SVG is written
 SHOWN_PROMPTS = 8
 
 
@@ -40,23 +35,14 @@ def build(run_dir: Path) -> Path:
     run_dir = Path(run_dir)
     if not (run_dir / "config.toml").is_file():
         raise UserError(f"{run_dir}: there is no config.toml in it, so it is not the directory of a run")
-    require_packages()
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
+    require_packages("report.html")
     config = (run_dir / "config.toml").read_text(encoding="utf-8")
     steps = read_jsonl(run_dir / "metrics.jsonl")
     evaluations = [{"loss": None, **each} for each in read_jsonl(run_dir / "evaluation.jsonl")]
     evaluations = [e for e in evaluations if Evaluation.of(e).comparable(Evaluation.of(evaluations[-1]))]
-    environment = Environment(
-        loader=PackageLoader("srft", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "interval": interval}
     older = next((each.name for each in run_dir.glob("interrupted-*")), None)
-    page = environment.get_template("report.html").render(
+    page = render(
+        "report.html",
         name=run_dir.resolve().name,
         steps=steps,
         first=evaluations[0] if evaluations else None,
@@ -75,13 +61,6 @@ def build(run_dir: Path) -> Path:
     return run_dir / "report.html"
 
 
-def require_packages() -> None:
-    """Raise UserError, with what to install, if a package that the page needs is not there."""
-    for package in ("jinja2", "matplotlib"):
-        if importlib.util.find_spec(package) is None:
-            raise missing(package, "report.html")
-
-
 def stopped(status: dict[str, Any] | None, logged: int) -> str:
     """Why and where the run stopped; nothing of one that finished.   logged: steps in metrics.jsonl."""
     if not status or status["state"] == "finished":
@@ -92,11 +71,6 @@ def stopped(status: dict[str, Any] | None, logged: int) -> str:
         return f"still running, or killed without a word, {where}"
     by = f"by {status['reason']}" if status["state"] == "interrupted" else f"by an error: {status['reason']}"
     return f"stopped {where} {by}" + (f"; {status['resume']} goes on" if status["resume"] else "")
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """A number for people; a dash for what is not known."""
-    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def stages(config: str, steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -120,11 +94,6 @@ def stages(config: str, steps: list[dict[str, Any]], evaluations: list[dict[str,
 def changes_of_stage(steps: list[dict[str, Any]]) -> list[float]:
     """Where curves show that another stage begins."""
     return [b["step"] - 0.5 for a, b in itertools.pairwise(steps) if a.get("stage") != b.get("stage")]
-
-
-def interval(ends: list[float | None] | None) -> str:
-    """An interval for people; nothing where it is not known."""
-    return "" if not ends or None in ends else f"{ends[0]:.3f} – {ends[1]:.3f}"
 
 
 def totals(steps: list[dict[str, Any]]) -> dict[str, str]:
@@ -171,46 +140,3 @@ def curves(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> li
         }
         figures.append((title, {name: points for name, points in lines.items() if points}, unit))
     return [{"title": title, "svg": svg(title, lines, unit, changes)} for title, lines, unit in figures if lines]
-
-
-def svg(title: str, lines: dict[str, list[tuple[float, float]]], unit: str, changes: Sequence[float] = ()) -> str:
-    """One small figure as an <svg> element whose text takes the colour and the font of the page.
-
-    changes: where upright lines are.
-    """
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    # hashsalt: ids of clip paths are hashes, and must differ between the figures of one page
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9}):
-        figure = Figure(figsize=(4.2, 2.3), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        for color, (name, points) in zip(COLORS, lines.items()):
-            x, y = zip(*points)
-            axes.plot(x, y, color=color, linewidth=1.6, marker="o" if len(x) < 40 else "", markersize=2.6, label=name)
-        for x in changes:
-            axes.axvline(x, color=INK, alpha=0.45, linewidth=0.9, linestyle=(0, (3, 3)))
-        axes.grid(color=INK, alpha=0.12, linewidth=0.6)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        for side in ("left", "bottom"):
-            axes.spines[side].set_color(INK)
-            axes.spines[side].set_alpha(0.35)
-        axes.tick_params(colors=INK, length=0)
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-        axes.ticklabel_format(useOffset=False)
-        axes.set_ylabel(unit, color=INK)
-        if len(lines) > 1:
-            figure.legend(loc="outside upper left", ncols=len(lines), frameon=False, labelcolor=INK, fontsize=8)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    drawing = re.sub(r"<metadata>.*?</metadata>", "", out.getvalue(), flags=re.DOTALL)
-    drawing = drawing[drawing.index("<svg") :].replace(INK, "currentColor")
-    drawing = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px; font-family: inherit", drawing)
-    # ids of the <g> elements are the same in every figure, and nothing refers to them
-    drawing = re.sub(r'<g id="[^"]*"', "<g", drawing)
-    return re.sub(
-        r'width="[\d.]+pt" height="[\d.]+pt"|height="[\d.]+pt" width="[\d.]+pt"', 'role="img"', drawing, count=1
-    )

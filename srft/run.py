@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from srft import checkpoint, report, resume, signals, tracker
+from srft import checkpoint, pages, report, resume, signals, tracker
 from srft.config import Config
 from srft.data import Problem, build_prompter, load_examples, load_sides
 from srft.errors import UserError, disk_full, first_line
@@ -314,7 +314,7 @@ def prepared(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> J
     if resumed:
         began = load(str(resumed.parent / "config.toml"))
         resume.check_settings(began, config)
-    report.require_packages()  # a run of hours must not fail on its last page
+    pages.require_packages("report.html")  # a run of hours must not fail on its last page
     tracker.require_packages(config.run)
     parts = parts_of(config)
     tell_unused(config, parts)

@@ -37,6 +37,7 @@ from torch import Tensor
 import srft_kernels as sk
 from srft.data import Problem, Prompter
 from srft.learn.credit import Group, advantages_of, informative, reward_metrics, scored, sequences_of, switched
+from srft.learn.order import drawn
 from srft.learn.packing import Microbatch, Sequence, pack
 from srft.learn.sharing import sharing_limit
 from srft.learn.stages import Stage, stage_at
@@ -88,7 +89,7 @@ class Trainer:
             self.optimizer.begin(self.config.train)
         # Dropout follows from the step and the rank alone, so that a resumed run goes on as if it had not stopped.
         torch.manual_seed(random.Random(f"{self.config.train.seed}/{number}/{self.ranks.rank}").getrandbits(63))
-        problems = self._draw(number)
+        problems = drawn(self.stage, number)
         groups = self._score(problems, self._roll_out(problems, number))
         groups, rolled_out = self._resampled(groups, number)
         advantages = [advantages_of(group, self.config.loss) for group in groups]
@@ -117,20 +118,6 @@ class Trainer:
         }
         return {"step": number, **metrics}, self._samples(groups, advantages, number)
 
-    def _draw(self, number: int) -> list[Problem]:
-        """The prompts of a step: every one once, then all of them again in another order, anew in each stage.
-
-        The order follows from train.seed and the data alone: a run of more steps begins as one of fewer.
-        """
-        count, size, number = self.config.train.prompts_per_step, len(self.pool), number - self.stage.before
-        drawn = []
-        for position in range((number - 1) * count, number * count):
-            epoch, index = divmod(position, size)
-            if not drawn or not index:
-                order = random.Random(f"{self.stage.order}/{epoch}").sample(range(size), size)
-            drawn.append(self.pool[order[index]])
-        return drawn
-
     def _resampled(self, groups: list[Group], number: int) -> tuple[list[Group], list[Group]]:
         """Groups that there is something to learn from, others drawn in place of those that have no advantage, as
         rollout.resample says; and all groups that were rolled out. (Dynamic sampling, arXiv 2503.14476.)"""
@@ -145,8 +132,8 @@ class Trainer:
             missing = min(len(groups) - len(kept), len(others))
             if not missing:
                 break
-            drawn = random.Random(f"{self.config.train.seed}/{number}/{turn}").sample(others, missing)
-            more = self._score(drawn, self._roll_out(drawn, number, turn + 1))
+            anew = random.Random(f"{self.config.train.seed}/{number}/{turn}").sample(others, missing)
+            more = self._score(anew, self._roll_out(anew, number, turn + 1))
             rolled_out += more
             kept += filter(teaches, more)
         return kept, rolled_out

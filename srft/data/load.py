@@ -7,6 +7,8 @@ A hash of the prompt decides which side it is on, so train and eval never share 
 evaluating an old checkpoint never meets its training prompts.
 """
 
+import dataclasses
+import itertools
 import random
 
 from srft.config import DataConfig
@@ -23,17 +25,28 @@ def load_examples(config: DataConfig, split: Split, count: int = 0) -> list[Exam
     be read, a broken row, a missing column, an unknown task, and a side without any example.
     """
     if not from_files(config):
-        return generate(config, split, count)
+        examples = generate(config, split, count)
+        return with_few(examples, config.demonstrations) if split == "train" else examples
     train, held_out = read_sides(config)
-    return (train if split == "train" else held_out)[: count or None]
+    return with_few(train[: count or None], config.demonstrations) if split == "train" else held_out[: count or None]
 
 
 def load_sides(config: DataConfig, size: int, prompts: int) -> tuple[list[Example], list[Example]]:
     """What `load_examples` gives for either side, files read once."""
     if not from_files(config):
-        return generate(config, "train", size), generate(config, "eval", prompts)
+        return with_few(generate(config, "train", size), config.demonstrations), generate(config, "eval", prompts)
     train, held_out = read_sides(config)
-    return train[: size or None], held_out[: prompts or None]
+    return with_few(train[: size or None], config.demonstrations), held_out[: prompts or None]
+
+
+def with_few(examples: list[Example], count: int) -> list[Example]:
+    """The examples, of which the first `count` that have a demonstration keep it; −1: all."""
+    numbers = itertools.accumulate(example.demonstration is not None for example in examples)
+    kept = len(examples) if count < 0 else count
+    return [
+        example if number <= kept else dataclasses.replace(example, demonstration=None, turn=None)
+        for example, number in zip(examples, numbers)
+    ]
 
 
 def from_files(config: DataConfig) -> bool:

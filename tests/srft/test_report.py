@@ -6,7 +6,8 @@ import pytest
 
 from srft.config import Config
 from srft.errors import UserError
-from srft.report import build, svg
+from srft.pages import svg
+from srft.report import build
 from srft.rundir import write_status
 from srft.settings import to_toml
 

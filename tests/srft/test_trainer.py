@@ -13,6 +13,7 @@ from srft.errors import UserError
 from srft.learn.credit import advantages_of, reward_metrics
 from srft.learn.job import training_problems
 from srft.learn.objective import build_objective
+from srft.learn.order import drawn
 from srft.learn.packing import Sequence, pack
 from srft.learn.stages import whole
 from srft.metrics import DESCRIPTIONS
@@ -257,7 +258,7 @@ def test_the_end_of_sequence_is_trained_on_in_demonstrations_and_rollouts(tiny):
             return [[Rollout([70, 71, 0], True), Rollout([72, 73], False)] for _ in prompts]
 
     trainer = make(tiny, engine=Scripted())
-    problems = trainer._draw(1)
+    problems = drawn(trainer.stage, 1)
     groups = trainer._score(problems, trainer._roll_out(problems, 1))
     sequences = trainer._credit(groups, [advantages_of(group, trainer.config.loss) for group in groups])
     metrics = reward_metrics(groups)
@@ -288,12 +289,22 @@ def test_several_updates_on_the_same_rollouts_drift_from_them(tiny):
     assert make(fresh(), "--loss.preset", "grpo").step(1)[0]["approx_kl"] == pytest.approx(0, abs=1e-7)
 
 
-def test_prompts_are_drawn_once_per_epoch_and_reproducibly(tiny):
-    trainer = make(tiny, "--train.prompts_per_step", "2")
-    drawn = [p.example.messages[-1]["content"] for step in range(1, 6) for p in trainer._draw(step)]
-    assert sorted(drawn[:5]) == sorted(drawn[5:]) == sorted(QUESTIONS)
-    assert drawn[:5] != drawn[5:]
-    assert drawn[4:6] == [p.example.messages[-1]["content"] for p in trainer._draw(3)]
+@pytest.mark.parametrize("budget", [10_000, 60])
+def test_norms_of_the_gradient_to_the_hidden_states_of_each_kind(tiny, budget):
+    seen = []
+
+    def watched(input, *, is_demo, **rest):
+        input.register_hook(lambda gradient: seen.append((gradient, is_demo)))
+        return sk.linear_loss(input, is_demo=is_demo, **rest)
+
+    trainer = make(tiny, loss_function=watched)
+    trainer.optimizer.step = lambda number: {}
+    microbatches = pack(some_sequences(), token_budget=budget)
+    line = trainer._update(microbatches, 1, {})
+    assert len(seen) == len(microbatches) and (len(seen) > 1) == (budget < 100)
+    for kind, norm in ((True, line["demo_grad_norm"]), (False, line["rollout_grad_norm"])):
+        gradient = torch.cat([gradient[is_demo == kind] for gradient, is_demo in seen])
+        assert norm == pytest.approx(float(gradient.norm()), rel=1e-5) and norm > 0
 
 
 def other_model(kind: str):

@@ -26,6 +26,22 @@ def test_train_and_eval_share_no_prompt(tmp_path):
     assert load(path, "eval", 4) == held_out[:4]
 
 
+def test_only_the_first_so_many_keep_their_demonstration(tmp_path):
+    lines = [{**row, "demonstration": None} if place % 3 == 0 else row for place, row in enumerate(rows(40))]
+    path = write(tmp_path / "train.jsonl", lines)
+    whole, few = load(path), load(path, demonstrations=4)
+    assert [each.messages for each in few] == [each.messages for each in whole]
+    shown = [each for each in few if each.demonstration is not None]
+    assert shown == [each for each in whole if each.demonstration is not None][:4]
+    held_out = load(path, "eval")
+    assert load(path, "eval", demonstrations=4) == held_out  # they are measured by what they have
+    config = DataConfig(train_file=path, demonstrations=4)
+    assert load_sides(config, 20, 3) == (few[:20], held_out[:3])
+    made = DataConfig(demonstrations=2)
+    assert [each.demonstration is None for each in load_sides(made, 5, 2)[0]] == [False] * 2 + [True] * 3
+    assert all(each.demonstration is None for each in load(path, demonstrations=0))
+
+
 def test_prompts_of_the_eval_file_are_not_trained_on(tmp_path):
     path, other = write(tmp_path / "train.jsonl", rows(10)), write(tmp_path / "eval.jsonl", rows(10, offset=6))
     assert len(load(path, eval_file=other)) == 6

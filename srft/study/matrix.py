@@ -21,20 +21,16 @@ checkpoint, or begins anew where it has none. A run that fails is told, and the 
 
 import itertools
 import shlex
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from srft.checkpoint import newest_with_state
 from srft.config import Config
 from srft.errors import UserError, nearest
-from srft.rundir import holding, let_go, read_status, write_whole
-from srft.settings import configured, read_recipe, read_toml, to_toml
-from srft.signals import Interrupted, listening
+from srft.rundir import read_status
+from srft.settings import configured, read_recipe, read_toml
 
 KEYS: dict[str, tuple[type, str]] = {
     "recipes": (list, "a list of names of recipes"),
@@ -171,81 +167,3 @@ def order_of(recipes: list[Method], variants: list[Method]) -> Iterator[tuple[Me
             if not of_rank:
                 break
             yield from of_rank
-
-
-def run_study(study: Study) -> list[Trial]:
-    """Run what is not finished; returns the runs that failed.
-
-    Raises UserError where an earlier start of it had other settings, and Interrupted where a run was stopped.
-    """
-    study.directory.mkdir(parents=True, exist_ok=True)
-    with listening(), holding(study.directory):
-        for trial in study.trials:
-            check_unchanged(trial)
-        failed = [trial for number, trial in enumerate(study.trials, 1) if not ran(study, trial, number)]
-        let_go(study.directory)
-    return failed
-
-
-def check_unchanged(trial: Trial) -> None:
-    """Raise UserError where the run was begun with other settings: its numbers would stand beside those of others."""
-    settings = to_toml(trial.config)
-    if trial.settings.exists() and trial.settings.read_text(encoding="utf-8") != settings:
-        raise UserError(
-            f"{trial.settings}: the study was begun with other settings; put them back, or give the new ones another "
-            "study.dir"
-        )
-
-
-def ran(study: Study, trial: Trial, number: int) -> bool:
-    """Run and measure it where that is not done; whether it is now."""
-    title = f"{trial.directory.name} ({number} of {len(study.trials)})"
-    if trial.trained and trial.measured:
-        print(f"{title}: finished before", flush=True)
-        return True
-    write_whole(trial.settings, to_toml(trial.config))
-    return (trial.trained or trains(study, trial, title)) and (trial.measured or measures(trial, title))
-
-
-def trains(study: Study, trial: Trial, title: str) -> bool:
-    command = [*study.launch, "train", str(trial.settings)]
-    if newest_with_state(trial.directory):
-        command = [*study.launch, "train", "--resume", str(trial.directory)]
-    elif trial.directory.exists():
-        command += ["--run.overwrite", "true"]
-    code = completed(command, title)
-    if trial.state == "interrupted":  # by a signal that this process did not get
-        raise Interrupted(signal.SIGTERM)
-    return ended(title, 0 if trial.trained else code or 1)
-
-
-def measures(trial: Trial, title: str) -> bool:
-    """Its evaluation gets its name when it is whole."""
-    trial.directory.mkdir(exist_ok=True)
-    begun = next(each for n in itertools.count(1) if not (each := trial.directory / f"{EVALUATION}-{n}").exists())
-    command = [*ALONE, "eval", str(trial.settings), "--eval.dir", str(begun)]
-    if trial.method != BASE:
-        command += ["--checkpoint", str(trial.directory / "final")]
-    code = completed(command, title)
-    if not code:
-        begun.rename(trial.directory / EVALUATION)
-    return ended(title, code)
-
-
-def ended(title: str, code: int) -> bool:
-    if code:
-        print(f"warning: {title}: failed with exit code {code}; the others follow", file=sys.stderr)
-    return not code
-
-
-def completed(command: list[str], title: str) -> int:
-    """The exit code of a command. A signal is the command's too, and is raised when it has ended in order."""
-    print(f"{title}: {shlex.join(command)}", flush=True)
-    process = subprocess.Popen(command)
-    try:
-        return process.wait()
-    except Interrupted as error:
-        if error.number != signal.SIGINT:  # Ctrl-C goes to all that run in a terminal
-            process.send_signal(error.number)
-        process.wait()
-        raise

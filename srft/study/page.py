@@ -1,0 +1,101 @@
+"""The page of `srft compare`."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from srft.pages import render, svg
+from srft.study.comparison import Comparison, Method, compare, curve, differing
+from srft.study.matrix import BASE
+
+CURVES = [  # title, metric, unit of y
+    ("Reward of the rollouts", "reward_mean", ""),
+    ("Entropy on demonstrations", "demo_entropy", "nats"),
+    ("Entropy on rollouts", "rollout_entropy", "nats"),
+    ("Weight of demonstrations", "demo_weight", "SFT term"),
+    ("Weight of rollouts", "rollout_weight", "positives"),
+    ("Demonstrations' share of the gradient", "demo_share", "at hidden states"),
+    ("Gradient norm", "grad_norm", "before clipping"),
+    ("Length of a rollout", "response_tokens", "tokens"),
+]
+AXES = {"updates": "updates", "trained": "tokens trained on", "generated": "tokens generated", "seconds": "seconds"}
+SEVERAL = 8  # lines in a figure
+
+
+def page(comparison: Comparison, name: str, table: list[list[str]], notes: Sequence[str]) -> str:
+    """table: the one that is printed."""
+    methods = [each for each in comparison.methods.values() if each.name != BASE]
+    most = max(len(method.runs) for method in methods)
+    several = [each for each in methods if len(each.runs) == most]
+    others = [each for each in methods if each not in several]
+    blocks = [each for group in (several, others) for each in chunks(group, SEVERAL)]
+    return render(
+        "compare.html",
+        name=name,
+        table=table,
+        notes=notes,
+        matrix=matrix_of(comparison, several),
+        sets=sets_of(comparison),
+        blocks=[block for group in blocks if (block := drawn(group))],
+        against=comparison.against,
+        settings=settings_of(comparison),
+        verdicts={"better": "good", "worse": "bad"},
+    )
+
+
+def chunks(items: list[Method], size: int) -> Iterator[list[Method]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def drawn(methods: list[Method]) -> dict[str, Any]:
+    """The figures of some methods."""
+    figures = []
+    for axis, over in AXES.items():
+        lines = {each.name: curve(each, axis, "reward") for each in methods}
+        figures.append(("Held-out reward", lines, "", over))
+    for title, key, unit in CURVES:
+        lines = {each.name: curve(each, "updates", key) for each in methods}
+        figures.append((title, lines, unit, "updates"))
+    drawings = []
+    for title, lines, unit, over in figures:
+        if lines := {name: points for name, points in lines.items() if points}:
+            salt = f"{title} {over} {methods[0].name}"
+            caption = f"{title} over {over}" if title == "Held-out reward" else title
+            drawings.append({"title": caption, "svg": svg(salt, lines, unit, over=over)})
+    seeds = sorted({len(each.runs) for each in methods})
+    told = f"mean of {seeds[0]} seeds" if seeds[0] > 1 else "one seed each"
+    return {"title": told, "figures": drawings}
+
+
+def matrix_of(comparison: Comparison, methods: Sequence[Method]) -> dict[str, Any] | None:
+    """Each of some methods against each: differences of the outcome."""
+    names = [each.name for each in comparison.ordered if each in methods]
+    if len(names) < 2:
+        return None
+    records = [run for method in comparison.methods.values() for run in method.runs.values()]
+    rows = []
+    against = {name: compare(records, name).outcome.cells for name in names}
+    for name in names:
+        rows.append({"name": name, "cells": [against[other].get(name) if other != name else None for other in names]})
+    return {"names": names, "rows": rows}
+
+
+def sets_of(comparison: Comparison) -> list[dict[str, Any]]:
+    """Each set as a table: a row for each method, a column for each score."""
+    tables = []
+    for name in dict.fromkeys(each.name for each in comparison.columns):
+        columns = [each for each in comparison.columns if each.name == name]
+        methods = [each.name for each in comparison.ordered if each.name in columns[0].cells]
+        rows = [{"name": method, "cells": [each.cells[method] for each in columns]} for method in methods]
+        tables.append({"name": name, "prompts": columns[0].prompts, "scores": [c.score for c in columns], "rows": rows})
+    return tables
+
+
+def settings_of(comparison: Comparison) -> dict[str, Any]:
+    """What each method sets, where it is not what the method compared with sets."""
+    own = comparison.methods[comparison.against].settings
+    return {
+        method.name: {key: pair[0] for key, pair in differing(method.settings, own).items()}
+        for method in comparison.methods.values()
+        if method.name not in (comparison.against, BASE)
+    }

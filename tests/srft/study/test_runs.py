@@ -1,0 +1,87 @@
+"""The runs of a study, and how it goes on."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from srft.errors import UserError
+from srft.rundir import read_status
+from srft.settings import load
+from srft.study import load_study, main_compare, run_study
+from tests.srft.study.conftest import JOB
+
+
+def test_a_study_runs_all_and_then_nothing(study_file, tmp_path, capfd):
+    file = study_file('[study]\nrecipes = ["sft", "grpo"]')
+    assert run_study(load_study(file)) == []
+    for name in ("sft-0", "grpo-0"):
+        directory = tmp_path / "runs" / "mine" / name
+        assert (
+            read_status(directory)["state"] == "finished"
+            and load(str(directory / "config.toml")).loss.preset == name[:-2]
+        )
+    written = (tmp_path / "runs/mine/sft-0/metrics.jsonl").read_bytes()
+    capfd.readouterr()
+    assert run_study(load_study(file)) == []
+    assert capfd.readouterr().out.splitlines() == [
+        "sft-0 (1 of 2): finished before",
+        "grpo-0 (2 of 2): finished before",
+    ]
+    assert (tmp_path / "runs/mine/sft-0/metrics.jsonl").read_bytes() == written
+    with pytest.raises(UserError, match=r"sft-0.toml: the study was begun with other settings"):
+        run_study(load_study(file, ["--train.steps", "3"]))
+
+
+def test_a_run_that_fails_does_not_stop_the_others(study_file, tmp_path, capfd):
+    bad = '[study.variants.bad]\nrecipe = "grpo"\nrollout = {per_prompt = 1}\n'
+    (failed,) = run_study(load_study(study_file(bad + '[study.variants.good]\nrecipe = "sft"\n')))
+    assert failed.method == "bad" and "bad-0 (1 of 2): failed with exit code 2" in capfd.readouterr().err
+    assert read_status(tmp_path / "runs/mine/good-0")["state"] == "finished"
+
+
+SETS = '[{task = "chain_sum", prompts = 3, samples = 2}, {task = "products", prompts = 2, group = "others"}]'
+
+
+def test_a_stopped_study_goes_on_and_gives_the_same_table(study_file, tmp_path):
+    job = JOB.replace("steps = 2", "steps = 60").replace("[eval]", f"[eval]\nsets = {SETS}")
+    file = study_file('[study]\nrecipes = ["sft"]\n', job + "[run]\ncheckpoint_every = 100\n")
+    command = [sys.executable, "-m", "srft", "study", file]
+    log = tmp_path / "runs/mine/sft-0/metrics.jsonl"
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 2):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    told = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGTERM, told
+    done = read_status(log.parent)["step"]
+    assert 2 < done < 60 and read_status(log.parent)["state"] == "interrupted"
+    # the base was measured, which is something to look at already
+    with pytest.raises(UserError, match="there is no run to compare: none has finished"):
+        main_compare([file])
+
+    (log.parent / "eval-1").mkdir()  # an evaluation that was killed
+    (log.parent / "eval-1" / "generations.jsonl").write_text('{"set": "chain_sum"}')
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0 and f"going on after step {done}" in again.stdout, again.stderr
+    assert "base (1 of 2): finished before" in again.stdout
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 61))
+    assert (log.parent / "eval-1" / "generations.jsonl").read_text() == '{"set": "chain_sum"}'
+
+    straight = tmp_path / "straight.toml"
+    straight.write_text((tmp_path / file).read_text())
+    assert run_study(load_study("straight.toml")) == []
+    tables = []
+    for each in (file, "straight.toml"):
+        main_compare([each])
+        numbers = json.loads((tmp_path / "runs" / each[:-5] / "comparison/comparison.json").read_text())
+        assert numbers["methods"]["sft"].pop("seconds") > 0
+        tables.append(numbers)
+    assert tables[0] == tables[1] and tables[0]["runs"] == ["base", "sft-0"]
+    assert [each["set"] for each in tables[0]["columns"] if each["score"].startswith("avg")] == [
+        "chain_sum",
+        "products",
+    ]
