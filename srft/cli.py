@@ -128,6 +128,7 @@ STUDY.toml is a CONFIG.toml with a table [study]:
   seeds = [0, 1, 2]
   dir = "runs/mine"                           # default: runs/ and the name of the file
   launch = "torchrun --standalone --nproc_per_node=8 -m srft"     # default: one process
+  like = "other.toml"                         # all that another study has, and this in place of that
   [study.variants.srft_plus]                  # methods of your own: a recipe, and settings over it
   recipe = "srft_paper"
   seeds = [0]                                 # default: those of the study

@@ -60,7 +60,8 @@ def svg(
 ) -> str:
     """One small figure as an <svg> element whose text takes the colour and the font of the page.
 
-    unit: of the y axis.   changes: where upright lines are.   over: what the x axis is.   legend: columns of it.
+    lines: an empty one keeps its colour, and is not there.   unit: of the y axis.   changes: where upright lines are.
+    over: what the x axis is.   legend: columns of it.
     """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -74,6 +75,8 @@ def svg(
         axes = figure.add_subplot()
         styles = itertools.cycle([(color, dash) for dash in DASHES for color in COLORS])
         for (color, dash), (name, points) in zip(styles, lines.items()):
+            if not points:
+                continue
             x, y = zip(*points)
             marker = "o" if len(x) < 40 else ""
             axes.plot(x, y, color=color, linestyle=dash, linewidth=1.6, marker=marker, markersize=2.6, label=name)

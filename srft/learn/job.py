@@ -34,6 +34,8 @@ def check(objective: Objective, config: Config, examples: Sequence[Example]) -> 
 
 def check_demonstrations(objective: Objective, config: Config, examples: Sequence[Example]) -> None:
     without = sum(each.demonstration is None for each in examples)
+    if config.train.demo_share and not without:
+        print("warning: train.demo_share has no effect: every example has a demonstration", file=sys.stderr)
     if "demonstrations" not in objective.learns_from or not without:
         return
     where = config.data.train_file or "data.tasks"
@@ -46,6 +48,10 @@ def check_demonstrations(objective: Objective, config: Config, examples: Sequenc
         )
     left_out = "" if "rollouts" in objective.learns_from else ", which are left out"
     print(f"warning: {learns}, and {without} of {len(examples)} examples have none{left_out}", file=sys.stderr)
+    per_step = (len(examples) - without) / len(examples) * config.train.prompts_per_step
+    if not left_out and not config.train.demo_share and per_step < 1:
+        found = f"one in {1 / per_step:.0f} steps has a demonstration"
+        print(f"warning: {found}; train.demo_share gives each step its share", file=sys.stderr)
 
 
 def training_problems(

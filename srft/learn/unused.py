@@ -61,6 +61,9 @@ def unused_by(objectives: Sequence[Objective], config: Config) -> Iterator[tuple
         for section, name in OF_ROLLOUTS:
             if is_set(config, section, name):
                 yield section, name, "learns from no rollouts"
+    both = any({"demonstrations", "rollouts"} <= {*objective.learns_from} for objective in objectives)
+    if is_set(config, "train", "demo_share") and not both:
+        yield "train", "demo_share", "does not learn from demonstrations and rollouts at once"
     if config.loss.hpt_threshold and not any(objective.switches for objective in objectives):
         yield "loss", "hpt_threshold", "switches between no losses"
 

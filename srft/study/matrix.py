@@ -7,11 +7,14 @@
 
     [study.variants.srft_plus]                              # methods of one's own: a recipe, and settings over it
     recipe = "srft_paper"
-    seeds = [0]                                             # default: those above
+    seeds = [0]                                             # default: those above; []: not at all
     loss = {options = {entropy_sign = 1}}
 
     [train]                                                 # and what all of them have in common, as in a CONFIG.toml
     steps = 40
+
+    [study]                                                 # or all that another study has, and this in place of that
+    like = "chain_sum.toml"
 
 Every method runs with the first seed, then every one with the second, and so on; variants come after all recipes. So a
 study that is stopped still says something. Where eval.sets names sets, the model is measured on them as it is at first,
@@ -30,9 +33,10 @@ from typing import Any
 from srft.config import Config
 from srft.errors import UserError, nearest
 from srft.rundir import read_status
-from srft.settings import configured, read_recipe, read_toml
+from srft.settings import check_keys, configured, over, read_recipe, read_toml
 
 KEYS: dict[str, tuple[type, str]] = {
+    "like": (str, "the file of another study"),
     "recipes": (list, "a list of names of recipes"),
     "seeds": (list, "a list of whole numbers"),
     "variants": (dict, "a table of methods"),
@@ -87,17 +91,8 @@ def load_study(path: str, overrides: list[str] | None = None) -> Study:
 
     Raises UserError for what is wrong with it, before anything runs.
     """
-    tree = read_toml(path)
-    where, study = f"{path}: study", tree.pop("study", None)
-    if not isinstance(study, dict):
-        raise UserError(
-            f"{path}: expected a table [study] with recipes = [...], found {'none' if study is None else study!r}"
-        )
-    for key, value in study.items():
-        if key not in KEYS:
-            raise UserError(f"{where}: unknown key {key!r}{nearest(key, KEYS)} (keys: {', '.join(KEYS)})")
-        if not isinstance(value, KEYS[key][0]):
-            raise UserError(f"{where}.{key}: expected {KEYS[key][1]}, found {value!r}")
+    tree, study = read_study(path)
+    where = f"{path}: study"
     directory = Path(study.get("dir", f"runs/{Path(path).stem}")).expanduser()
     trials = []
     for method, seed in order_of(*methods_of(study, where)):
@@ -111,6 +106,33 @@ def load_study(path: str, overrides: list[str] | None = None) -> Study:
     if not trials[0].config.eval.sets:
         del trials[0]  # there is nothing to measure the base on
     return Study(directory, shlex.split(study.get("launch", "")) or ALONE, trials)
+
+
+def read_study(path: str, *seen: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings that all runs have in common, and the table [study], with what another study gives to both."""
+    tree = read_toml(path)
+    where, study = f"{path}: study", tree.pop("study", None)
+    if not isinstance(study, dict):
+        raise UserError(
+            f"{path}: expected a table [study] with recipes = [...], found {'none' if study is None else study!r}"
+        )
+    for key, value in study.items():
+        if key not in KEYS:
+            raise UserError(f"{where}: unknown key {key!r}{nearest(key, KEYS)} (keys: {', '.join(KEYS)})")
+        if not isinstance(value, KEYS[key][0]):
+            raise UserError(f"{where}.{key}: expected {KEYS[key][1]}, found {value!r}")
+    if "like" not in study:
+        return tree, study
+    this = Path(path).expanduser().resolve()
+    other = this.parent / study.pop("like")
+    if other in (this, *seen):
+        raise UserError(f"{where}.like: {other.name} is like this one; name another study")
+    settings, of_other = read_study(str(other), this, *seen)
+    list(check_keys(tree, f"{path}: "))
+    study = {key: value for key, value in of_other.items() if key != "dir"} | study
+    named = study.get("recipes", [])
+    others = {name: each for name, each in of_other.get("variants", {}).items() if name not in named}
+    return over(settings, tree), study | {"variants": others | study.get("variants", {})}
 
 
 @dataclass(frozen=True)
@@ -145,7 +167,7 @@ def methods_of(study: dict[str, Any], where: str) -> tuple[list[Method], list[Me
             raise UserError(f"{where}.variants.{name}: a name is part of a directory's, and has no /")
         changes = {key: value for key, value in variant.items() if key not in ("recipe", "seeds")}
         recipe = [read_recipe(variant["recipe"])] if "recipe" in variant else []
-        own = seeds_of(variant, f"{where}.variants.{name}") if "seeds" in variant else seeds
+        own = variant.get("seeds", seeds) and seeds_of({"seeds": seeds} | variant, f"{where}.variants.{name}")
         variants.append(Method(name, own, [*recipe, changes]))
     return recipes, variants
 

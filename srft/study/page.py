@@ -58,7 +58,7 @@ def drawn(methods: list[Method]) -> dict[str, Any]:
         figures.append((title, lines, unit, "updates"))
     drawings = []
     for title, lines, unit, over in figures:
-        if lines := {name: points for name, points in lines.items() if points}:
+        if any(lines.values()):
             salt = f"{title} {over} {methods[0].name}"
             caption = f"{title} over {over}" if title == "Held-out reward" else title
             drawings.append({"title": caption, "svg": svg(salt, lines, unit, over=over)})

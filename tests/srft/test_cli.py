@@ -143,7 +143,7 @@ def test_report(rooms, tmp_path):
     [
         (
             ["trian"],
-            "srft: error: unknown command 'trian'; did you mean 'train'? (commands: train, eval, data, study, rep",
+            "srft: error: unknown command 'trian'; did you mean 'train'? (commands: train, eval, data, study, c",
         ),
         (["train", "none.toml"], "srft: error: none.toml: cannot be read as a configuration"),
         (["train", "--train.lrr", "1"], "unknown key 'train.lrr'; did you mean 'train.lr'?"),

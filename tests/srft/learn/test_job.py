@@ -45,6 +45,16 @@ def test_some_without_a_demonstration_are_told(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_few_demonstrations_are_told_where_steps_go_without_and_a_share_without_effect(capsys):
+    check("--train.prompts_per_step", "4", data=examples(1))
+    assert "one in 2 steps has a demonstration; train.demo_share gives each" in capsys.readouterr().err
+    for overrides in (("--train.prompts_per_step", "8"), ("--train.demo_share", "0.2"), ("--loss.preset", "sft")):
+        check("--train.prompts_per_step", "4", *overrides, data=examples(1))
+        assert "demo_share" not in capsys.readouterr().err
+    check("--train.demo_share", "0.2", data=examples(8))
+    assert "train.demo_share has no effect: every example has a demonstration" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("preset", ["grpo", "dapo", "reinforce", "srft_paper", "luffy"])
 def test_a_nucleus_is_not_in_the_losses_log_probs(preset):
     with pytest.raises(

@@ -19,6 +19,7 @@ def tell(*overrides: str) -> None:
         (["--eval.every", "2", "--eval.prompts", "0"], "eval.every has no effect: eval.prompts is 0"),
         (["--rollout.resample", "1", "--loss.preset", "sft"], "rollout.resample has no effect: loss.preset 'sft'"),
         (["--loss.mask_truncated", "true", "--loss.preset", "sft"], "loss.mask_truncated has no effect: loss.preset"),
+        (["--train.demo_share", "0.5", "--loss.preset", "grpo"], "train.demo_share has no effect: loss.preset 'grpo'"),
         (["--loss.hpt_threshold", "0.5"], "loss.hpt_threshold has no effect: loss.preset 'srft_paper' switches"),
     ],
 )

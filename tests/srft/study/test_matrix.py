@@ -1,11 +1,15 @@
 """A study: which runs it has, and in which order."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
+from srft.benchmarks import load_sets
 from srft.errors import UserError
 from srft.study import load_study
+
+ROOT = Path(__file__).resolve().parents[3]
 
 VARIANT = """
 [study.variants.plus]
@@ -55,3 +59,42 @@ def test_the_runs_of_a_study_and_their_order(study_file):
 def test_what_is_no_study_is_refused(study_file, study, message):
     with pytest.raises(UserError, match=message):
         load_study(study_file(study))
+
+
+def test_a_study_like_another(study_file, tmp_path):
+    (tmp_path / "studies").mkdir()
+    study_file('[study]\nrecipes = ["sft", "grpo"]\nseeds = [0, 3]\ndir = "elsewhere"' + VARIANT)
+    (tmp_path / "mine.toml").rename(tmp_path / "studies" / "first.toml")
+    like = tmp_path / "studies" / "other.toml"
+    like.write_text('[study]\nlike = "first.toml"\nseeds = [1]\n[train]\nlr = 1e-3\n[rollout]\nper_prompt = 3')
+    study = load_study("studies/other.toml")
+    assert [trial.directory.as_posix() for trial in study.trials] == [
+        "runs/other/sft-1", "runs/other/grpo-1", "runs/other/plus-1",
+    ]  # fmt: skip
+    config = study.trials[0].config
+    assert (config.train.lr, config.train.steps) == (1e-3, 2)
+    assert (config.rollout.per_prompt, config.rollout.max_new_tokens) == (3, 4)
+    own = '[study]\nlike = "first.toml"\nrecipes = ["sft"]\nseeds = [0]\n'
+    like.write_text(own + "[study.variants]\nmore = {train = {steps = 9}}\nplus = {seeds = []}")
+    trials = load_study("studies/other.toml").trials
+    assert [(each.method, each.config.train.steps) for each in trials] == [("sft", 2), ("more", 9)]
+    like.write_text('[study]\nlike = "first.toml"\nrecipes = ["plus", "sft"]')
+    with pytest.raises(UserError, match="recipe 'plus' is not known"):
+        load_study("studies/other.toml")
+    like.write_text('[study]\nlike = "first.toml"\nrecipes = ["sft"]\n[trian]\nlr = 1')
+    with pytest.raises(UserError, match=r"studies/other.toml: unknown section \[trian\]; did you mean 'train'"):
+        load_study("studies/other.toml")
+    like.write_text('[study]\nlike = "other.toml"')
+    with pytest.raises(UserError, match=r"other.toml: study.like: other.toml is like this one"):
+        load_study("studies/other.toml")
+    like.write_text('[study]\nlike = "absent.toml"')
+    with pytest.raises(UserError, match=r"absent\.toml: cannot be read"):
+        load_study("studies/other.toml")
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "studies").glob("*.toml")), ids=lambda file: file.stem)
+def test_the_studies_of_this_repository(file):
+    study = load_study(str(file))
+    assert [each.directory.name for each in study.trials][:2] == ["base", "srft_paper-0"]
+    assert study.directory.as_posix() == f"runs/{file.stem}"
+    assert load_sets(study.trials[0].config)
