@@ -129,10 +129,9 @@ def read_study(path: str, *seen: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UserError(f"{where}.like: {other.name} is like this one; name another study")
     settings, of_other = read_study(str(other), this, *seen)
     list(check_keys(tree, f"{path}: "))
-    study = {key: value for key, value in of_other.items() if key != "dir"} | study
-    named = study.get("recipes", [])
-    others = {name: each for name, each in of_other.get("variants", {}).items() if name not in named}
-    return over(settings, tree), study | {"variants": others | study.get("variants", {})}
+    whole = {key: value for key, value in of_other.items() if key != "dir"} | study
+    others = {name: each for name, each in of_other.get("variants", {}).items() if name not in whole.get("recipes", [])}
+    return over(settings, tree), whole | {"variants": others | study.get("variants", {})}
 
 
 @dataclass(frozen=True)
