@@ -1,6 +1,7 @@
 # One command each: an environment is made on first use, then the command runs in it; gpu and tune install nothing and
 # run in the Python that PYTHON= names (python3), which has torch.
 #   make train   SRFT on the embedded SmolLM2-135M, CPU or CUDA     make bench   speed, memory and error
+#   make study   SRFT, what it is compared with and its parts, by several seeds; STUDY= another file of studies/
 #   make test    every test                                         make lint    ruff, and which room imports which
 #   make oldest-test  the kernels under Triton 3.6.0
 #   make transformers-test  the trainer under the oldest transformers, OLDEST_TRANSFORMERS=
@@ -21,10 +22,15 @@ ARGS   ?=
 BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 
-.PHONY: train test peers-test oldest-test transformers-test newest newest-test bench gpu aot tune lint clean
+.PHONY: train study test peers-test oldest-test transformers-test newest newest-test bench gpu aot tune lint clean
 
 train: $(READY)
 	$(BIN)/srft train $(ARGS)
+
+STUDY ?= studies/chain_sum.toml
+study: $(READY)
+	$(BIN)/srft study $(STUDY) $(ARGS)
+	$(BIN)/srft compare $(STUDY)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadgroup $(ARGS)
