@@ -41,6 +41,8 @@ def test_a_set_has_settings_of_its_own():
         ('{task = "chain_sum", task_args = {max_term = 3}}', r"eval.sets\[1\]: data.task_args.chain_sum: unknown arg"),
         ('{name = "a"}', r"eval.sets\[1\]: file: a value is needed"),
         ('{file = "a", samples = 0}', r"eval.sets\[1\]: samples: expected a whole number of 1 at least, found 0"),
+        ('{file = "a", temperature = -1}', r"eval.sets\[1\]: temperature: expected a number of 0 at least, found -1"),
+        ('{file = "a", temperature = true}', r"eval.sets\[1\]: temperature: expected a number of 0 at least"),
         ('{file = "a", samples = true}', r"eval.sets\[1\]: samples: expected a whole number"),
         ('{file = ["a.jsonl", 3]}', r"eval.sets\[1\]: file: expected the name of a file, or several"),
         ('{file = ["a.jsonl", ""]}', r"eval.sets\[1\]: file: expected the name of a file, or several"),

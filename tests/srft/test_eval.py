@@ -200,3 +200,18 @@ def test_sets_of_tasks_are_graded_by_their_scorers(tiny_dir, tmp_path, monkeypat
     assert [each.reward for each in main_eval(config, str(tiny_dir))] == [0.5, pytest.approx(0.5, abs=0.1), 0.5]
     table = (tmp_path / "e" / "table.md").read_text()
     assert "| words | 3 | 2 |" in table and "reasoning-gym: mean of 2" in table
+
+
+def test_a_set_may_have_a_temperature_of_its_own(tiny_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    entry = 'task = "chain_sum", prompts = 3, samples = 3'
+    sets = [f"{{{entry}}}", f'{{{entry}, name = "greedy", temperature = 0}}']
+    main_eval(load(None, ["--rollout.max_new_tokens", "5", "--eval.dir", "e", "--eval.sets", *sets]), str(tiny_dir))
+    assert "greedy: temperature 0" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "e/generations.jsonl").read_text().splitlines()]
+    different = {
+        name: [len({*row["completions"]}) for row in rows if row["set"] == name] for name in ("chain_sum", "greedy")
+    }
+    assert different["greedy"] == [1, 1, 1] and max(different["chain_sum"]) > 1
+    first, second = json.loads((tmp_path / "e/scores.json").read_text())["sets"]
+    assert first["on"] != second["on"]  # they are not to be compared

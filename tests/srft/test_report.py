@@ -6,7 +6,6 @@ import pytest
 
 from srft.config import Config
 from srft.errors import UserError
-from srft.pages import svg
 from srft.report import build
 from srft.rundir import write_status
 from srft.settings import to_toml
@@ -151,17 +150,6 @@ def test_what_a_run_does_not_have_is_not_shown(run_dir):
     )
     assert "clip_fraction" not in page and ">rollout tokens<" not in page and ">demonstration tokens<" in page
     assert "step 1 · sums<" in page.replace("\n", "")
-
-
-def ticks(drawing: str) -> list[str]:
-    return re.findall(r"<text[^>]*>([^<]*)</text>", drawing)
-
-
-def test_axes_count_whole_steps_and_hide_no_offset():
-    assert ticks(svg("one step", {"loss": [(1, 0.5)]}, ""))[0] == "1"
-    assert [text for text in ticks(svg("one step", {"loss": [(1, 0.5)]}, "")) if text.startswith(("0.9", "1."))] == []
-    flat = ticks(svg("flat", {"entropy": [(1, 10.78981), (2, 10.789815), (3, 10.78982)]}, "nats"))
-    assert not [text for text in flat if "e" in text or "+" in text] and [text for text in flat if "10.7898" in text]
 
 
 def test_a_directory_that_is_no_run_is_refused(tmp_path):
