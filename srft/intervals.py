@@ -73,8 +73,9 @@ def crossed(values: Sequence[Sequence[float]], known: Spread | None = None, shar
     """Of values (seeds, prompts), both of which might have been others.
 
     The variance of the mean is that of the seeds' means / S plus that of the prompts' means / P, less what is in both;
-    its degrees of freedom follow from theirs (Satterthwaite). Of one seed the interval is over prompts alone, unless it
-    is known how seeds differ. share: the values are in [0, 1], and the interval is Wilson's, as in `interval_of`.
+    its degrees of freedom follow from theirs (Satterthwaite). Of fewer than three seeds how they differ is taken to be
+    what is known of it; of one, where nothing is, the interval is over prompts alone. share: the values are in [0, 1],
+    and the interval is Wilson's, as in `interval_of`.
     """
     seeds, prompts = len(values), len(values[0])
     of_seeds, of_prompts = [fmean(row) for row in values], [fmean(column) for column in zip(*values)]
@@ -82,7 +83,7 @@ def crossed(values: Sequence[Sequence[float]], known: Spread | None = None, shar
     found = Spread(variance(of_seeds), seeds - 1) if seeds > 1 else None
     if prompts < 2:
         return Crossed(center, UNKNOWN, found)
-    spread = found or known or Spread(0.0, 1)
+    spread = found if seeds > 2 else known or found or Spread(0.0, 1)  # two seeds are often alike by chance
     more = [*of_prompts, 0.0, 1.0] if share else of_prompts
     by_seeds, by_prompts, in_both = spread.variance / seeds, variance(more) / prompts, 0.0
     if found:

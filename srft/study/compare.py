@@ -140,13 +140,11 @@ def notes_of(comparison: Comparison, missing: Sequence[str]) -> list[str]:
         f"(differences to {comparison.against} paired by both). Trained and generated: tokens of a run; seconds: of "
         "its steps, without evaluations."
     ]
-    single = [m.name for m in comparison.methods.values() if len(m.runs) == 1 and m.name != BASE]
-    several = any(len(method.runs) > 1 for method in comparison.methods.values())
-    if single and several:
-        lines.append(
-            f"One seed each: {', '.join(single)}. How much seeds differ is taken from the methods with several."
-        )
-    elif single:
+    seeds = {method.name: len(method.runs) for method in comparison.methods.values() if method.name != BASE}
+    if few := [name for name, count in seeds.items() if count < 3 and max(seeds.values()) > 1]:
+        told = "How much seeds differ is taken from all methods with several."
+        lines.append(f"Fewer than three seeds: {', '.join(few)}. {told}")
+    elif max(seeds.values()) == 1:
         lines.append(
             "One seed each: how much other seeds would differ is not known, and intervals are over prompts alone."
         )

@@ -2,7 +2,7 @@
 
 A method is one or several runs of the same settings with different seeds. A difference to the method that the others
 are compared with is paired: of each seed and each prompt that both have. Its interval is over seeds and prompts
-(intervals.py); where it has one seed, how seeds differ is taken from the methods with several.
+(intervals.py); where it has fewer than three, how seeds differ is taken from the methods with several.
 """
 
 import itertools

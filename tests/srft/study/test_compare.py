@@ -39,7 +39,9 @@ def test_the_table_the_files_and_the_page(made, capsys):
     assert printed[0].split()[:4] == ["method", "seeds", "avg@2", "95"] and printed[0].endswith("seconds")
     assert [line.split()[0] for line in printed[1:5]] == ["sft", "hpt", "srft_<b>", "grpo"]
     assert re.search(r"^sft +3 +0\.8\d\d .*\+0\.500 +\+0\.\d+ … \+0\.\d+ +better ", printed[1])
-    assert "One seed each: hpt." in "\n".join(printed) and "commit abc; 2 × a processor" in "\n".join(printed)
+    assert "Fewer than three seeds: hpt. How" in "\n".join(printed) and "commit abc; 2 × a processor" in "\n".join(
+        printed
+    )
     table = (made / "table.md").read_text()
     assert table.startswith("| method | seeds | avg@2 |") and "w\\|rds" in table
     numbers = json.loads((made / "comparison.json").read_text())
