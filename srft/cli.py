@@ -6,6 +6,7 @@ A wrong input ends with one message and exit code 2, what nobody foresaw with on
 import errno
 import importlib.metadata
 import itertools
+import os
 import signal
 import sys
 from pathlib import Path
@@ -95,6 +96,7 @@ A set may be a table, in CONFIG.toml:
   name = "AIME 24"            # of its row; else that of the file
   group = "maths"             # sets of one group have a mean; else how they are graded
   samples = 32                # else eval.samples
+  temperature = 0.6           # else eval.temperature; 0: greedy
   columns = {answer = "key"}  # where `srft data check FILE` does not find them itself
   broken = "drop"             # leaves out rows that cannot be read, graded or fit; else they are refused
   [[eval.sets]]
@@ -139,10 +141,11 @@ COMPARE_HELP = """\
 srft compare STUDY.toml | RUN… [--against METHOD] [--dir DIR]
 
 Methods beside each other: final scores with intervals of 95 % over seeds and prompts, differences paired by seed and
-prompt and whether they are "better", "worse" or "cannot tell"; updates, tokens trained on and generated, seconds; and
-on a page the curves, entropies, weights and shares of the gradient.
+prompt and whether they are "better", "worse" or "cannot tell" (as of one seed, where no method has several); updates,
+tokens trained on and generated, seconds; and on a page the curves, entropies, weights and shares of the gradient.
 
-What is compared is a study (its runs that have finished), directories of runs, or a directory that this command wrote.
+What is compared is a study or several, or their directories (runs that have finished), directories of runs, or a
+directory that this command wrote.
 Runs sft-0 and sft-1, of seeds 0 and 1, are two of the method sft; they may differ in nothing but their seeds.
 --against: the method that the others are compared with; default: the first.
 --dir: where index.html, table.md, comparison.json and a record of each run are written; default: comparison/ in the
@@ -172,6 +175,9 @@ def main(arguments: list[str] | None = None) -> int:
         number = getattr(error, "number", signal.SIGINT)
         by = "" if number == signal.SIGINT else f" by {error}"
         return ranks.fail(f"srft: interrupted{by}", 128 + number)
+    except BrokenPipeError:  # whoever reads what is printed has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ranks.leave(128 + signal.SIGPIPE)
     except Exception as error:
         if debug:
             raise

@@ -184,7 +184,7 @@ class TrainConfig(Section):
     demo_share: float = option(
         0.0,
         "share of a step's prompts that are drawn from those with a demonstration, where not all have one; 0: as they "
-        "come",
+        "come. rollout.resample replaces them from all prompts",
         low=0,
         high=1,
     )

@@ -90,6 +90,8 @@ def crossed(values: Sequence[Sequence[float]], known: Spread | None = None, shar
         left = (values[s][p] - of_seeds[s] - of_prompts[p] + center for s in range(seeds) for p in range(prompts))
         in_both = math.fsum(each**2 for each in left) / ((seeds - 1) * (prompts - 1)) / (seeds * prompts)
     total = max(by_seeds + by_prompts - in_both, by_seeds, by_prompts)
+    if not total and all(-1 <= value <= 1 for value in of_prompts):  # alike: as sure as two prompts more would leave it
+        total = by_prompts = variance([*of_prompts, -1.0, 1.0]) / prompts
     if not total:
         return Crossed(center, (center, center), found)
     freedom = total**2 / (by_seeds**2 / spread.freedom + by_prompts**2 / (prompts - 1))

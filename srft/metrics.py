@@ -39,6 +39,7 @@ DESCRIPTIONS = {
     "demo_grad_norm": "norm of the loss's gradient to the hidden states that predict demonstration tokens",
     "rollout_grad_norm": "norm of the same for rollout tokens",
     "learning_rate": "learning rate",
+    "updates": "updates of the step, those left out not counted",
     "skipped_updates": "updates left out because their gradient was not finite",
     "demo_tokens": "demonstration tokens in the loss",
     "rollout_tokens": "rollout tokens in the loss",

@@ -21,8 +21,12 @@ def origin(device: str) -> dict[str, str]:
     machine = f"{os.cpu_count()} × {processor()}"
     if device.startswith("cuda"):
         machine = f"{torch.cuda.get_device_name(device)}, {machine}"
+    try:
+        version = importlib.metadata.version("srft-kernels")
+    except importlib.metadata.PackageNotFoundError:  # it runs from a checkout
+        version = ""
     return {
-        "srft": importlib.metadata.version("srft-kernels"),
+        "srft": version,
         "commit": commit(),
         **packages,
         "python": platform.python_version(),

@@ -47,7 +47,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def interval(ends: list[float | None] | None) -> str:
     """An interval for people; nothing where it is not known."""
-    return "" if not ends or None in ends else f"{ends[0]:.3f} – {ends[1]:.3f}"
+    return "" if not ends or None in ends or math.isnan(ends[0]) else f"{ends[0]:.3f} – {ends[1]:.3f}"
 
 
 def svg(
@@ -79,7 +79,8 @@ def svg(
                 continue
             x, y = zip(*points)
             marker = "o" if len(x) < 40 else ""
-            axes.plot(x, y, color=color, linestyle=dash, linewidth=1.6, marker=marker, markersize=2.6, label=name)
+            label = f"{' ' * name.startswith('_')}{name}".replace("$", "\\$")  # to matplotlib these mean something
+            axes.plot(x, y, color=color, linestyle=dash, linewidth=1.6, marker=marker, markersize=2.6, label=label)
         for x in changes:
             axes.axvline(x, color=INK, alpha=0.45, linewidth=0.9, linestyle=(0, (3, 3)))
         axes.grid(color=INK, alpha=0.12, linewidth=0.6)

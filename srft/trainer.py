@@ -212,7 +212,8 @@ class Trainer:
             known["old_logprobs"] = self._statistics(microbatches)[0]
         lines = [self._update(microbatches, number, known) for _ in range(updates)]
         self.stale |= bool(microbatches) and not all(line["skipped_updates"] for line in lines)
-        return {name: mean([line[name] for line in lines]) for name in lines[0]}
+        means = {name: mean([line[name] for line in lines]) for name in lines[0]}
+        return means | {"updates": sum(1 - line["skipped_updates"] for line in lines) if microbatches else 0.0}
 
     def _update(self, microbatches: list[Microbatch], number: int, known: dict[str, Tensor]) -> dict[str, float]:
         """One update. known: annotations (N,) of the step's tokens that the microbatches do not have."""

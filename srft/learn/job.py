@@ -40,6 +40,8 @@ def check_demonstrations(objective: Objective, config: Config, examples: Sequenc
         return
     where = config.data.train_file or "data.tasks"
     learns = f"{where}: loss.preset {config.loss.preset!r} learns from demonstrations"
+    if without == len(examples) and not config.data.demonstrations:
+        raise UserError(f"data.demonstrations 0: loss.preset {config.loss.preset!r} learns from demonstrations")
     if without == len(examples):
         found = ", ".join(sorted({name for each in examples for name in each.columns})) or "none"
         raise UserError(
@@ -49,6 +51,10 @@ def check_demonstrations(objective: Objective, config: Config, examples: Sequenc
     left_out = "" if "rollouts" in objective.learns_from else ", which are left out"
     print(f"warning: {learns}, and {without} of {len(examples)} examples have none{left_out}", file=sys.stderr)
     per_step = (len(examples) - without) / len(examples) * config.train.prompts_per_step
+    places = round(config.train.demo_share * config.train.prompts_per_step)
+    if not left_out and places > len(examples) - without:
+        found = f"train.demo_share {config.train.demo_share:g}: there are {len(examples) - without} demonstrations"
+        print(f"warning: {found}, so that each step has some more than once", file=sys.stderr)
     if not left_out and not config.train.demo_share and per_step < 1:
         found = f"one in {1 / per_step:.0f} steps has a demonstration"
         print(f"warning: {found}; train.demo_share gives each step its share", file=sys.stderr)

@@ -18,6 +18,8 @@ def drawn(stage: Stage, number: int) -> list[Problem]:
     if not train.demo_share or not shown or not others:
         return in_turn(stage.problems, stage.order, number, train.prompts_per_step)
     count = max(1, round(train.demo_share * train.prompts_per_step))
+    if train.demo_share < 1:
+        count = max(1, min(count, train.prompts_per_step - 1))
     rest = train.prompts_per_step - count
     return [
         *in_turn(shown, f"{stage.order}/demonstrations", number, count),

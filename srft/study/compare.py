@@ -5,6 +5,8 @@ which the same is made again where the runs themselves are not.
 """
 
 import json
+import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,32 +14,37 @@ from typing import Any
 from srft.errors import UserError
 from srft.intervals import Crossed, shown
 from srft.pages import require_packages
-from srft.rundir import create_eval_dir, finite, write_whole
+from srft.rundir import finite, read_status, write_whole
 from srft.study.comparison import Cell, Column, Comparison, compare
 from srft.study.matrix import BASE, load_study
 from srft.study.page import page
-from srft.study.record import Record, read_record, record_of, written
+from srft.study.record import Record, is_base, is_run, read_record, record_of, written
 from srft.tables import aligned, markdown
 
-RECORDS = "runs"
+RECORDS, NUMBERS = "runs", "comparison.json"
 
 
 def main_compare(paths: Sequence[str], against: str = "", directory: str = "") -> Comparison:
-    """`srft compare`: print the table and write the page. directory: where; default as `place` says."""
+    """`srft compare`: print the table and write the page.
+
+    against: a method; default: of a comparison's directory what it was against, else the first method.
+    directory: where to write; default as `place` says.
+    """
     require_packages("a page")
+    where = place(paths, directory)
     records, missing = gathered(paths)
+    if not against and len(paths) == 1 and Path(paths[0]).is_dir():
+        against = known(Path(paths[0])).get("against", "")
     comparison = compare(records, against)
-    where = Path(directory).expanduser() if directory else place(paths)
+    table, notes = rows_of(comparison), notes_of(comparison, missing)
+    html = page(comparison, where.resolve().name, table, notes)
     (where / RECORDS).mkdir(parents=True, exist_ok=True)
     for record in records:
         write_whole(where / RECORDS / f"{name_of(record)}.json", written(record))
-    table = rows_of(comparison)
-    notes = notes_of(comparison, missing)
-    write_whole(
-        where / "comparison.json", json.dumps(as_json(comparison, records), indent=1, ensure_ascii=False) + "\n"
-    )
+    numbers = json.dumps(as_json(comparison, records), indent=1, ensure_ascii=False)
+    write_whole(where / NUMBERS, numbers + "\n")
     write_whole(where / "table.md", "\n\n".join([markdown(table), *notes]) + "\n")
-    write_whole(where / "index.html", page(comparison, where.resolve().name, table, notes))
+    write_whole(where / "index.html", html)
     print("\n".join([*aligned(table), "", *notes, f"written: {where / 'index.html'}"]))
     return comparison
 
@@ -50,45 +57,79 @@ def name_of(record: Record) -> str:
 
 
 def gathered(paths: Sequence[str]) -> tuple[list[Record], list[str]]:
-    """The records in their order, and what is not there yet."""
-    records, missing = [], []
-    for path in paths:
-        if path.endswith(".toml"):
-            for trial in load_study(path).trials:
-                if trial.trained and trial.measured:
-                    records.append({**record_of(trial.directory), "method": trial.method})
-                else:
-                    missing.append(trial.directory.name)
-        else:
-            records += of_path(Path(path).expanduser())
-    return records, missing
+    """The records in their order, and what is not there yet. Methods of several studies have the study's name first."""
+    groups, missing = [], []
+    for path in map(Path, paths):
+        found, lacking = of_path(path.expanduser())
+        groups.append((path.stem, found))
+        missing += lacking
+    if sum(len(found) > 1 for _, found in groups) > 1:
+        groups = [(stem, [renamed(record, stem) for record in found]) for stem, found in groups]
+    records = [record for _, found in groups for record in found]
+    bases = [record for record in records if record["method"] == BASE]
+    if any(base["sets"] != bases[0]["sets"] for base in bases):
+        raise UserError(f"{' '.join(paths)}: their bases are not the same model, or were measured in different ways")
+    return [record for record in records if record["method"] != BASE or record is bases[0]], missing
 
 
-def of_path(path: Path) -> list[Record]:
-    """Of a run, of a record, or of all records of a comparison."""
+def renamed(record: Record, study: str) -> Record:
+    return record if record["method"] == BASE else {**record, "method": f"{study}.{record['method']}"}
+
+
+def of_path(path: Path) -> tuple[list[Record], list[str]]:
+    """Of a study, a run, a record, or all records of a comparison; and what of it is not there yet."""
+    if path.suffix == ".toml":
+        trials = load_study(str(path)).trials
+        done = [trial for trial in trials if trial.trained and trial.measured]
+        missing = [trial.directory.name for trial in trials if trial not in done]
+        return [{**record_of(each.directory, each.config), "method": each.method} for each in done], missing
     if path.suffix == ".json":
-        return [read_record(path)]
+        return [read_record(path)], []
     if not path.exists():
         raise UserError(f"{path}: there is no such run, study or record")
-    if (path / RECORDS).is_dir() and not (path / "config.toml").is_file():
-        try:
-            order = json.loads((path / "comparison.json").read_text(encoding="utf-8"))["runs"]
-        except (OSError, ValueError, KeyError):
-            order = []
-        files = sorted((path / RECORDS).glob("*.json"))
-        files.sort(key=lambda file: order.index(file.stem) if file.stem in order else len(order))
-        if files:
-            return [read_record(file) for file in files]
-    return [record_of(path)]
+    if (path / NUMBERS).is_file():
+        names = known(path).get("runs", [])
+        return [read_record(path / RECORDS / f"{name}.json") for name in names], []
+    if path.is_dir() and not is_run(path) and not is_base(path):
+        inside = sorted(each for each in path.iterdir() if is_run(each) or is_base(each))
+        done = [each for each in inside if is_base(each) or (read_status(each) or {}).get("state") == "finished"]
+        if done:
+            return [record_of(each) for each in done], [each.name for each in inside if each not in done]
+    return [record_of(path)], []
 
 
-def place(paths: Sequence[str]) -> Path:
-    """Of a study beside its runs; of records where they are; else comparisons/ and the time."""
-    if len(paths) == 1 and paths[0].endswith(".toml"):
-        return load_study(paths[0]).directory / "comparison"
-    if len(paths) == 1 and (Path(paths[0]).expanduser() / RECORDS).is_dir():
-        return Path(paths[0]).expanduser()
-    return create_eval_dir("comparisons/{time}")
+def known(directory: Path) -> dict[str, Any]:
+    """What an earlier comparison wrote there; nothing where none did."""
+    try:
+        found = json.loads((directory / NUMBERS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory / NUMBERS}: cannot be read: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("runs"), list):
+        raise UserError(f"{directory / NUMBERS}: expected what srft compare wrote, with a list of runs")
+    return found
+
+
+def place(paths: Sequence[str], directory: str) -> Path:
+    """A directory to write into: of a study beside its runs, of a comparison there; else comparisons/ and the time.
+
+    Raises UserError where it holds anything that this command did not write.
+    """
+    first = Path(paths[0]).expanduser()
+    if directory:
+        where = Path(directory).expanduser()
+    elif len(paths) == 1 and first.suffix == ".toml":
+        where = load_study(paths[0]).directory / "comparison"
+    elif len(paths) == 1 and (first / NUMBERS).is_file():
+        where = first
+    else:
+        where = Path("comparisons") / time.strftime("%Y-%m-%dT%H-%M-%S")
+    if where.exists() and not where.is_dir():
+        raise UserError(f"--dir: {where} is a file; name a directory")
+    if where.is_dir() and any(where.iterdir()) and not (where / NUMBERS).is_file():
+        raise UserError(f"--dir: {where} is not empty, and no comparison is in it; name another directory")
+    return where
 
 
 # ---- the table
@@ -97,15 +138,15 @@ def place(paths: Sequence[str]) -> Path:
 def rows_of(comparison: Comparison) -> list[list[str]]:
     """The cells of the table, the methods in the order of what they came to."""
     outcome, against = comparison.outcome, comparison.against
-    others = [each for each in beside(comparison) if each is not outcome]
+    others, cells = beside(comparison), outcome.cells(against)
+    means = [{name: each.score.mean for name, each in column.cells(against).items()} for column in others]
     header = ["method", "seeds", outcome.score, "95 %", f"− {against}", "95 %", f"than {against}"]
     rows = [[*header, *(f"{each.name}" for each in others), "updates", "trained", "generated", "seconds"]]
     for method in comparison.ordered:
-        cell = outcome.cells.get(method.name)
-        more = [f"{each.cells[method.name].score.mean:.3f}" if method.name in each.cells else "–" for each in others]
-        budget = [f"{value:,.0f}" for value in method.budget.values()]
-        if method.name == BASE:
-            budget = ["–"] * len(budget)
+        cell = cells.get(method.name)
+        more = [f"{each[method.name]:.3f}" if method.name in each else "–" for each in means]
+        known = method.name != BASE
+        budget = [f"{n:,.0f}" if known and not math.isnan(n) else "–" for n in method.budget.values()]
         seeds = "–" if method.name == BASE else str(len(method.runs))
         rows.append([method.name, seeds, *cells_of(cell), *more, *budget])
     return rows
@@ -115,7 +156,7 @@ def beside(comparison: Comparison) -> list[Column]:
     """What the table shows beside the outcome: avg@k of the other sets, or of groups of several, where there are."""
     averages = [each for each in comparison.columns if each.score.startswith("avg")]
     joined = [each for each in averages if each.score == "avg"]
-    return joined or averages[1:3]
+    return joined or [each for each in averages if each is not comparison.outcome][:2]
 
 
 def cells_of(cell: Cell | None) -> list[str]:
@@ -129,7 +170,7 @@ def difference_of(difference: Crossed | None) -> list[str]:
     if difference is None:
         return ["", ""]
     low, high = difference.interval
-    return [f"{difference.mean:+.3f}", f"{low:+.3f} … {high:+.3f}"]
+    return [f"{difference.mean:+.3f}", "" if math.isnan(low) else f"{low:+.3f} … {high:+.3f}"]
 
 
 def notes_of(comparison: Comparison, missing: Sequence[str]) -> list[str]:
@@ -148,11 +189,12 @@ def notes_of(comparison: Comparison, missing: Sequence[str]) -> list[str]:
         lines.append(
             "One seed each: how much other seeds would differ is not known, and intervals are over prompts alone."
         )
-    count = sum(1 for cell in outcome.cells.values() if cell.verdict)
+    count = sum(1 for cell in outcome.cells(comparison.against).values() if cell.verdict)
     if count > 1:
         lines.append(f"Of {count} verdicts about equal methods one in 20 would be wrong by chance.")
     if missing:
         lines.append(f"Not finished: {', '.join(missing)}.")
+    lines += comparison.dropped
     return [*lines, *(f"Made with {each}." for each in comparison.machines)]
 
 
@@ -171,7 +213,7 @@ def as_json(comparison: Comparison, records: Sequence[Record]) -> dict[str, Any]
             "set": each.name,
             "score": each.score,
             "prompts": each.prompts,
-            "methods": {name: plain(cell) for name, cell in each.cells.items()},
+            "methods": {name: plain(cell) for name, cell in each.cells(comparison.against).items()},
         }
         for each in comparison.columns
     ]

@@ -6,21 +6,33 @@ are compared with is paired: of each seed and each prompt that both have. Its in
 """
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import fmean
 from typing import Any
 
 from srft.errors import UserError, nearest
 from srft.evaluation import SOLVED, pass_at_k
 from srft.intervals import Crossed, Spread, crossed, pooled
-from srft.metrics import mean
 from srft.study.matrix import BASE
 from srft.study.record import Record
 
-Values = dict[int, list[float]]  # by seed, of each prompt
+Values = dict[int, list[float | None]]  # by seed, of each prompt; None: not scored
 BETTER, WORSE, UNSURE, UNPAIRED = "better", "worse", "cannot tell", "cannot tell: one seed"
-OWN = {"train.seed", "data.seed", "run.dir"}  # what runs of one method may differ in
+# What runs of one method may differ in: their seeds, and what changes no number.
+OWN = {
+    *("train.seed", "data.seed", "model.device", "rollout.batch_size", "eval.batch_size", "eval.dir"),
+    *("reward.workers", "reward.timeout"),
+}
+PACKAGES = {"torch": "torch", "transformers": "transformers", "Python": "python"}  # as in a run's origin
+SUMS = {  # of a step; tokens that were trained on several times count as often
+    "updates": lambda step: step["updates"],
+    "trained": lambda step: (step["demo_tokens"] + step["rollout_tokens"]) * step["updates"],
+    "generated": lambda step: step["generated_tokens"],
+    "seconds": lambda step: step["seconds_rollout"] + step["seconds_train"],
+}
 
 
 @dataclass(frozen=True)
@@ -34,53 +46,79 @@ class Method:
     def settings(self) -> dict[str, Any]:
         return flat(next(iter(self.runs.values()))["settings"])
 
-    def total(self, key: str) -> float:
-        """Of a metric over all steps, mean over seeds."""
-        return fmean(sum(step.get(key) or 0 for step in run["steps"]) for run in self.runs.values())
-
     @property
     def budget(self) -> dict[str, float]:
-        """What a run of it took, mean over seeds."""
-        trained = self.total("demo_tokens") + self.total("rollout_tokens")
-        return {
-            "updates": self.updates,
-            "trained": trained,
-            "generated": self.total("generated_tokens"),
-            "seconds": self.total("seconds_rollout") + self.total("seconds_train"),
-        }
+        """What a run of it took, mean over seeds; NaN where its runs do not say."""
+        return {name: fmean(sum(spent(run, name)) for run in self.runs.values()) for name in SUMS}
 
-    @property
-    def updates(self) -> float:
-        run = next(iter(self.runs.values()))
-        return len(run["steps"]) * run["settings"]["train"]["updates_per_rollout"]
+
+def spent(run: Record, what: str) -> list[float]:
+    """By each step; NaN where it does not say, as runs of earlier versions do."""
+    updates = run["settings"]["train"]["updates_per_rollout"]
+    found = []
+    for step in run["steps"]:
+        try:
+            found.append(SUMS[what]({"updates": updates, **step}))
+        except (KeyError, TypeError):
+            found.append(math.nan)
+    return found
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A method's score in a column of the table, and how far it is from that of the method compared with."""
+    """A method's score in a column of the table, and how far it is from that of the method compared with.
+
+    seeds: of the score, and of the difference.
+    """
 
     score: Crossed
+    seeds: int
     difference: Crossed | None = None
+    paired: int = 0
     verdict: str = ""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A score: avg@k or pass@k of a set, or avg@k over the prompts of a group of sets. cells: by method."""
+    """A score: avg@k or pass@k of a set, or avg@k over the prompts of a group of sets. values: by method."""
 
     name: str
     score: str
-    cells: dict[str, Cell]
-    prompts: int
+    values: dict[str, Values]
+
+    @property
+    def prompts(self) -> int:
+        return len(next(iter(next(iter(self.values.values())).values())))
+
+    def cells(self, against: str) -> dict[str, Cell]:
+        """By method, each compared with one of them."""
+        share = all(0 <= each <= 1 for method in self.values.values() for row in method.values() for each in row)
+        levels = {name: list(method.values()) for name, method in self.values.items()}
+        differences = {
+            name: paired(self.values, name, against) for name in self.values if name != against and against in levels
+        }
+        # The base has no seeds, so that what is between it and a method tells half of what is between two of them.
+        two = [rows for name, rows in differences.items() if BASE not in (name, against)]
+        spread, of_differences = spread_of(list(levels.values())), spread_of(two)
+        cells = {}
+        for name, rows in levels.items():
+            score = crossed(rows, None if name == BASE else spread, share)
+            cells[name] = Cell(score, len(rows))
+            if rows := differences.get(name):
+                difference = crossed(rows, of_differences)
+                told = verdict(difference, len(rows) > 1 or of_differences is not None)
+                cells[name] = Cell(score, cells[name].seeds, difference, len(rows), told)
+        return cells
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """against: the method that the others are compared with."""
+    """against: the method that the others are compared with. dropped: what is not compared, and why."""
 
     methods: dict[str, Method]
     against: str
-    columns: list[Column] = field(default_factory=list)
+    columns: list[Column]
+    dropped: list[str] = field(default_factory=list)
 
     @property
     def outcome(self) -> Column:
@@ -90,10 +128,10 @@ class Comparison:
     @property
     def ordered(self) -> list[Method]:
         """The best first; those that were not measured on the outcome last."""
+        cells = self.outcome.cells(self.against)
 
         def lost(method: Method) -> float:
-            cell = self.outcome.cells.get(method.name)
-            return -cell.score.mean if cell else 1.0
+            return -cells[method.name].score.mean if method.name in cells else math.inf
 
         return sorted(self.methods.values(), key=lost)
 
@@ -101,38 +139,71 @@ class Comparison:
     def machines(self) -> list[str]:
         """Where the runs were made, and with which code."""
         known = [run["origin"] for method in self.methods.values() for run in method.runs.values() if run["origin"]]
-        return list(
-            dict.fromkeys(
-                f"commit {each['commit'] or 'unknown, srft ' + each['srft']}; {each['machine']}; "
-                f"torch {each['torch']}, transformers {each['transformers']}, Python {each['python']}"
-                for each in known
-            )
-        )
+        lines = []
+        for each in known:
+            packages = ", ".join(f"{name} {each.get(key, '?')}" for name, key in PACKAGES.items())
+            code = each.get("commit") or f"unknown, srft {each.get('srft', '?')}"
+            lines.append(f"commit {code}; {each.get('machine', '?')}; {packages}")
+        return list(dict.fromkeys(lines))
+
+    def curve(self, method: Method, x: str, y: str) -> list[tuple[float, float]]:
+        """Mean over seeds at each step: y, a metric or "reward" (held-out), over x: updates or another of SUMS.
+
+        Held-out rewards of methods that were measured in another way are not there.
+        """
+        of_runs = [points(run, x, y, self.held_out) for run in method.runs.values()]
+        steps = [step for step in of_runs[0] if all(step in each for each in of_runs)]
+        return [tuple(fmean(each[step][axis] for each in of_runs) for axis in (0, 1)) for step in steps]
+
+    @property
+    def held_out(self) -> str | None:
+        """How the held-out rewards of the method compared with were measured."""
+        runs = self.methods[self.against].runs.values()
+        return next((run["curve"][-1].get("on") for run in runs if run["curve"]), None)
 
 
 def compare(records: Sequence[Record], against: str = "") -> Comparison:
     """Raises UserError where runs of one method have different settings, or nothing was measured."""
     methods = methods_of(records)
-    trained = [name for name in methods if name != BASE]
     if against and against not in methods:
         raise UserError(
             f"--against {against}: there is no such method{nearest(against, methods)} ({', '.join(methods)})"
         )
+    trained = [name for name in methods if name != BASE]
     if not trained:
         raise UserError("there is no run to compare: none has finished")
-    against = against or trained[0]
+    measured = [name for name in trained if sets_of(methods[name])]
+    if not measured or (against and not sets_of(methods[against])):
+        found = f"{against or 'no run'}: no scores of completions to compare"
+        raise UserError(f"{found}: give the runs eval.prompts or eval.sets, and data with answers")
+    against = against or measured[0]
     sets = sets_of(methods[against])
-    if not sets:
-        raise UserError(f"{against} was measured on nothing: give its runs eval.sets, or eval.prompts")
-    columns = [each for name, group in sets.items() for each in columns_of(name, group, methods, against)]
+    columns = [each for wanted in sets.values() for each in columns_of(wanted, methods)]
     first = next(iter(sets.values()))["group"]
-    others = [name for name, each in sets.items() if each["group"] != first]
-    for group in dict.fromkeys(sets[name]["group"] for name in others):
-        names = [name for name in others if sets[name]["group"] == group]
-        if len(names) > 1:
-            label = f"{group}: {len(names)} sets"
-            columns.append(column(label, "avg", methods, against, lambda run, names=names: joined(run, names, sets)))
-    return Comparison(methods, against, columns)
+    for group in dict.fromkeys(each["group"] for each in sets.values() if each["group"] != first):
+        own = [each for each in sets.values() if each["group"] == group]
+        if len(own) > 1:
+            columns.append(column(f"{group}: {len(own)} sets", "avg", methods, own, mean_of_scored))
+    found = Comparison(methods, against, [each for each in columns if each.prompts])
+    return replace(found, dropped=list(dropped_of(found)))
+
+
+def dropped_of(comparison: Comparison) -> Iterator[str]:
+    """What somebody would look for, and why it is not there."""
+    outcome, against = comparison.outcome, comparison.against
+    cells = outcome.cells(against)
+    for name, method in comparison.methods.items():
+        runs = list(method.runs.values())
+        named = dict.fromkeys(each["name"] for run in runs for each in run["sets"])
+        for lost in [each for each in named if each not in sets_of(method)]:
+            yield f"{lost}: not all runs of {name} were measured on it in the same way."
+        cell = cells.get(name)
+        if cell is None:
+            yield f"{name}: not measured on {outcome.name} as {against} was."
+        elif cell.seeds < len(runs):
+            yield f"{name}: {cell.seeds} of its {len(runs)} runs were measured on {outcome.name} as {against} was."
+        elif name != against and not cell.paired:
+            yield f"{name}: no seed in common with {against}."
 
 
 def methods_of(records: Sequence[Record]) -> dict[str, Method]:
@@ -152,9 +223,9 @@ def methods_of(records: Sequence[Record]) -> dict[str, Method]:
 
 
 def flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """By section.name, without what runs of one method differ in."""
+    """By section.name, without what runs of one method may differ in."""
     pairs = {f"{section}.{name}": value for section, own in settings.items() for name, value in own.items()}
-    return {key: value for key, value in pairs.items() if key not in OWN}
+    return {key: value for key, value in pairs.items() if key not in OWN and not key.startswith("run.")}
 
 
 def differing(one: dict[str, Any], another: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -163,8 +234,8 @@ def differing(one: dict[str, Any], another: dict[str, Any]) -> dict[str, tuple[A
 
 def sets_of(method: Method) -> dict[str, dict[str, Any]]:
     """What all of its runs were measured on, by name."""
-    runs = list(method.runs.values())
-    return {each["name"]: each for each in runs[0]["sets"] if all(of_run(run, each) is not None for run in runs[1:])}
+    first, *others = method.runs.values()
+    return {each["name"]: each for each in first["sets"] if all(of_run(run, each) is not None for run in others)}
 
 
 def of_run(run: Record, wanted: dict[str, Any]) -> dict[str, Any] | None:
@@ -172,69 +243,63 @@ def of_run(run: Record, wanted: dict[str, Any]) -> dict[str, Any] | None:
     return next((each for each in run["sets"] if (each["name"], each["on"]) == (wanted["name"], wanted["on"])), None)
 
 
-def columns_of(name: str, wanted: dict[str, Any], methods: dict[str, Method], against: str) -> list[Column]:
+def columns_of(wanted: dict[str, Any], methods: dict[str, Method]) -> list[Column]:
     """avg@k of a set, and pass@n for n = 2, 4, … k."""
     samples = wanted["samples"]
-
-    def averages(run: Record) -> list[float] | None:
-        own = of_run(run, wanted)
-        return own and [mean(rewards) for rewards in own["rewards"]]
-
-    def passes(run: Record, n: int) -> list[float] | None:
-        own = of_run(run, wanted)
-        return own and [pass_at_k(len(r), sum(each >= SOLVED for each in r), n) for r in own["rewards"]]
-
     levels = sorted({2**i for i in range(1, samples.bit_length()) if 2**i <= samples} | ({samples} - {1}))
-    return [
-        column(name, f"avg@{samples}", methods, against, averages),
-        *(column(name, f"pass@{n}", methods, against, lambda run, n=n: passes(run, n)) for n in levels),
-    ]
+    averages = column(wanted["name"], f"avg@{samples}", methods, [wanted], mean_of_scored)
+    return [averages, *(column(wanted["name"], f"pass@{n}", methods, [wanted], partial(passed, n=n)) for n in levels)]
 
 
-def joined(run: Record, names: list[str], sets: dict[str, dict[str, Any]]) -> list[float] | None:
-    """The prompts of several sets, which count alike."""
-    of_sets = [of_run(run, sets[name]) for name in names]
-    if None in of_sets:
-        return None
-    return [mean(rewards) for each in of_sets for rewards in each["rewards"]]
+def mean_of_scored(rewards: list[float | None]) -> float | None:
+    scored = [each for each in rewards if each is not None]
+    return fmean(scored) if scored else None
+
+
+def passed(rewards: list[float | None], n: int) -> float | None:
+    scored = [each for each in rewards if each is not None]
+    return pass_at_k(len(scored), sum(each >= SOLVED for each in scored), n) if len(scored) >= n else None
 
 
 def column(
-    name: str, score: str, methods: dict[str, Method], against: str, values: Callable[[Record], list[float] | None]
+    name: str,
+    score: str,
+    methods: dict[str, Method],
+    sets: Sequence[dict[str, Any]],
+    value: Callable[[list[float | None]], float | None],
 ) -> Column:
-    """values: of each prompt of a run."""
-    known: dict[str, Values] = {}
+    """value: of the rewards of a prompt. Prompts of several sets count alike; one without a value counts nowhere."""
+    values: dict[str, Values] = {}
     for method in methods.values():
-        found = {seed: each for seed, run in method.runs.items() if (each := values(run)) is not None}
-        if found:
-            known[method.name] = found
-    share = all(0 <= each <= 1 for of_seeds in known.values() for row in of_seeds.values() for each in row)
-    levels = {name: list(of_seeds.values()) for name, of_seeds in known.items()}
-    differences = {name: paired(of_seeds, known[against], name) for name, of_seeds in known.items() if name != against}
-    spread, spread_of_differences = spread_of(levels.values()), spread_of(differences.values())
-    cells = {}
-    for each, rows in levels.items():
-        score_of = crossed(rows, None if each == BASE else spread, share)
-        rows = differences.get(each)
-        if rows:
-            difference = crossed(rows, spread_of_differences)
-            sure = len(rows) > 1 or spread_of_differences is not None
-            cells[each] = Cell(score_of, difference, verdict(difference, sure))
-        else:
-            cells[each] = Cell(score_of)
-    return Column(name, score, cells, len(next(iter(levels[against]))))
+        for seed, run in method.runs.items():
+            own = [of_run(run, each) for each in sets]
+            if None not in own:
+                values.setdefault(method.name, {})[seed] = [value(row) for each in own for row in each["rewards"]]
+    rows = [row for of_seeds in values.values() for row in of_seeds.values()]
+    kept = [place for place, of_prompt in enumerate(zip(*rows)) if None not in of_prompt]
+    return Column(
+        name,
+        score,
+        {
+            method: {seed: [row[place] for place in kept] for seed, row in of_seeds.items()}
+            for method, of_seeds in values.items()
+        },
+    )
 
 
-def paired(one: Values, another: Values, name: str) -> list[list[float]]:
-    """Differences (seeds, prompts); the base, which has no seed, is paired with each."""
+def paired(values: dict[str, Values], name: str, against: str) -> list[list[float]]:
+    """Differences (seeds, prompts) of two methods; the base, which has no seeds, is paired with each."""
+    one, another = values[name], values[against]
     if name == BASE:
         one = dict.fromkeys(another, next(iter(one.values())))
+    if against == BASE:
+        another = dict.fromkeys(one, next(iter(another.values())))
     return [[a - b for a, b in zip(one[seed], another[seed])] for seed in one if seed in another]
 
 
-def spread_of(rows: Any) -> Spread | None:
+def spread_of(methods: Sequence[list[list[float]]]) -> Spread | None:
     """How seeds differ, of the methods with several."""
-    return pooled([found for each in rows if each and (found := crossed(each).seeds)])
+    return pooled([found for rows in methods if rows and (found := crossed(rows).seeds)])
 
 
 def verdict(difference: Crossed, sure: bool) -> str:
@@ -244,36 +309,19 @@ def verdict(difference: Crossed, sure: bool) -> str:
     return BETTER if low > 0 else WORSE if high < 0 else UNSURE
 
 
-# ---- curves
-
-
-def curve(method: Method, x: str, y: str) -> list[tuple[float, float]]:
-    """Mean over seeds at each step: y, a metric or "reward" (held-out), over x: updates or one of SUMS."""
-    of_runs = [points(run, x, y) for run in method.runs.values()]
-    steps = [step for step in of_runs[0] if all(step in each for each in of_runs)]
-    return [tuple(fmean(each[step][axis] for each in of_runs) for axis in (0, 1)) for step in steps]
-
-
-SUMS = {
-    "trained": ("demo_tokens", "rollout_tokens"),
-    "generated": ("generated_tokens",),
-    "seconds": ("seconds_rollout", "seconds_train"),
-}
-
-
-def points(run: Record, x: str, y: str) -> dict[int, tuple[float, float]]:
+def points(run: Record, x: str, y: str, on: str | None) -> dict[int, tuple[float, float]]:
     """By step."""
-    steps = run["steps"]
-    if x == "updates":
-        places = [run["settings"]["train"]["updates_per_rollout"]] * len(steps)
-    else:
-        places = [sum(step.get(key) or 0 for key in SUMS[x]) for step in steps]
-    at = dict(zip([0, *(step["step"] for step in steps)], itertools.accumulate(places, initial=0)))
+    places = itertools.accumulate(spent(run, x), initial=0.0)
+    at = dict(zip([0, *(step["step"] for step in run["steps"])], places))
     if y == "reward":
-        found = {each["step"]: each["reward"] for each in run["curve"]}
+        found = {each["step"]: each["reward"] for each in run["curve"] if each.get("on") == on}
     else:
-        found = {step["step"]: share_of_demos(step) if y == "demo_share" else step.get(y) for step in steps}
-    return {step: (at[step], value) for step, value in found.items() if value is not None and step in at}
+        found = {step["step"]: share_of_demos(step) if y == "demo_share" else step.get(y) for step in run["steps"]}
+    return {
+        step: (at[step], value)
+        for step, value in found.items()
+        if value is not None and step in at and not math.isnan(at[step])
+    }
 
 
 def share_of_demos(step: dict[str, Any]) -> float | None:

@@ -24,6 +24,7 @@ checkpoint, or begins anew where it has none. A run that fails is told, and the 
 
 import itertools
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from typing import Any
 from srft.config import Config
 from srft.errors import UserError, nearest
 from srft.rundir import read_status
-from srft.settings import check_keys, configured, over, read_recipe, read_toml
+from srft.settings import check_keys, configured, over, pairs, read_recipe, read_toml
 
 KEYS: dict[str, tuple[type, str]] = {
     "like": (str, "the file of another study"),
@@ -45,6 +46,7 @@ KEYS: dict[str, tuple[type, str]] = {
 }
 BASE = "base"  # the method that does nothing
 EVALUATION = "eval"  # what `srft eval` wrote, in a run's directory
+OF_TRIALS = ("train.seed", "data.seed", "run.dir")  # what each run has of its own
 ALONE = [sys.executable, "-m", "srft"]
 
 
@@ -91,9 +93,13 @@ def load_study(path: str, overrides: list[str] | None = None) -> Study:
 
     Raises UserError for what is wrong with it, before anything runs.
     """
+    for key, _ in pairs(overrides or []):
+        if key in OF_TRIALS:
+            raise UserError(f"--{key}: each run of a study has its own; write study.seeds or study.dir in {path}")
     tree, study = read_study(path)
     where = f"{path}: study"
-    directory = Path(study.get("dir", f"runs/{Path(path).stem}")).expanduser()
+    directory = directory_of(study.get("dir", f"runs/{Path(path).stem}"), where)
+    launch = launch_of(study, where)
     trials = []
     for method, seed in order_of(*methods_of(study, where)):
         name = f"{method.name}-{seed}" if method.name != BASE else BASE
@@ -105,7 +111,27 @@ def load_study(path: str, overrides: list[str] | None = None) -> Study:
         trials.append(Trial(method.name, seed, config))
     if not trials[0].config.eval.sets:
         del trials[0]  # there is nothing to measure the base on
-    return Study(directory, shlex.split(study.get("launch", "")) or ALONE, trials)
+    return Study(directory, launch, trials)
+
+
+def directory_of(name: str, where: str) -> Path:
+    if not name.strip() or "{time}" in name:
+        raise UserError(f"{where}.dir: expected the name of a directory that stays the same, found {name!r}")
+    directory = Path(name).expanduser()
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{where}.dir: {directory} is a file; name a directory")
+    return directory
+
+
+def launch_of(study: dict[str, Any], where: str) -> list[str]:
+    """The command that runs srft, in words."""
+    try:
+        words = shlex.split(study.get("launch", ""))
+    except ValueError as error:
+        raise UserError(f"{where}.launch: expected {KEYS['launch'][1]}, found {study['launch']!r}: {error}") from error
+    if words and not shutil.which(words[0]):
+        raise UserError(f"{where}.launch: there is no command {words[0]!r}")
+    return words or ALONE
 
 
 def read_study(path: str, *seen: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -114,21 +140,21 @@ def read_study(path: str, *seen: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     where, study = f"{path}: study", tree.pop("study", None)
     if not isinstance(study, dict):
         raise UserError(
-            f"{path}: expected a table [study] with recipes = [...], found {'none' if study is None else study!r}"
+            f"{path}: expected a table [study] with recipes = [...], found {'none' if study is None else repr(study)}"
         )
     for key, value in study.items():
         if key not in KEYS:
             raise UserError(f"{where}: unknown key {key!r}{nearest(key, KEYS)} (keys: {', '.join(KEYS)})")
         if not isinstance(value, KEYS[key][0]):
             raise UserError(f"{where}.{key}: expected {KEYS[key][1]}, found {value!r}")
+    list(check_keys(tree, f"{path}: "))
     if "like" not in study:
         return tree, study
     this = Path(path).expanduser().resolve()
-    other = this.parent / study.pop("like")
+    other = (this.parent / study.pop("like")).resolve()
     if other in (this, *seen):
         raise UserError(f"{where}.like: {other.name} is like this one; name another study")
     settings, of_other = read_study(str(other), this, *seen)
-    list(check_keys(tree, f"{path}: "))
     whole = {key: value for key, value in of_other.items() if key != "dir"} | study
     others = {name: each for name, each in of_other.get("variants", {}).items() if name not in whole.get("recipes", [])}
     return over(settings, tree), whole | {"variants": others | study.get("variants", {})}
@@ -156,19 +182,28 @@ def methods_of(study: dict[str, Any], where: str) -> tuple[list[Method], list[Me
     for name in names:
         if not isinstance(name, str):
             raise UserError(f"{where}.recipes: expected names of recipes, found {name!r}")
-        recipes.append(Method(name, seeds, [read_recipe(name)]))
+        recipes.append(Method(name, seeds, [recipe_of(name, where)]))
     for name, variant in tables.items():
         if not isinstance(variant, dict) or not isinstance(variant.get("recipe", ""), str):
             raise UserError(
                 f'{where}.variants.{name}: expected a table with recipe = "…" and settings, found {variant!r}'
             )
-        if "/" in name:
-            raise UserError(f"{where}.variants.{name}: a name is part of a directory's, and has no /")
+        if "/" in name or "{time}" in name or name.startswith("."):
+            raise UserError(
+                f"{where}.variants.{name}: a name is part of a directory's: no /, no dot first, no {{time}}"
+            )
         changes = {key: value for key, value in variant.items() if key not in ("recipe", "seeds")}
-        recipe = [read_recipe(variant["recipe"])] if "recipe" in variant else []
-        own = variant.get("seeds", seeds) and seeds_of({"seeds": seeds} | variant, f"{where}.variants.{name}")
+        recipe = [recipe_of(variant["recipe"], f"{where}.variants.{name}")] if "recipe" in variant else []
+        own = [] if variant.get("seeds") == [] else seeds_of({"seeds": seeds} | variant, f"{where}.variants.{name}")
         variants.append(Method(name, own, [*recipe, changes]))
     return recipes, variants
+
+
+def recipe_of(name: str, where: str) -> dict[str, Any]:
+    try:
+        return read_recipe(name)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def seeds_of(table: dict[str, Any], where: str) -> list[int]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from srft.pages import render, svg
-from srft.study.comparison import Comparison, Method, compare, curve, differing
+from srft.study.comparison import Comparison, Method, differing
 from srft.study.matrix import BASE
 
 CURVES = [  # title, metric, unit of y
@@ -27,7 +27,7 @@ def page(comparison: Comparison, name: str, table: list[list[str]], notes: Seque
     most = max(len(method.runs) for method in methods)
     several = [each for each in methods if len(each.runs) == most]
     others = [each for each in methods if each not in several]
-    blocks = [each for group in (several, others) for each in chunks(group, SEVERAL)]
+    groups = [each for group in (several, others) for each in chunks(group, SEVERAL)]
     return render(
         "compare.html",
         name=name,
@@ -35,7 +35,7 @@ def page(comparison: Comparison, name: str, table: list[list[str]], notes: Seque
         notes=notes,
         matrix=matrix_of(comparison, several),
         sets=sets_of(comparison),
-        blocks=[block for group in blocks if (block := drawn(group))],
+        blocks=[block for group in groups if (block := drawn(comparison, group))["figures"]],
         against=comparison.against,
         settings=settings_of(comparison),
         verdicts={"better": "good", "worse": "bad"},
@@ -47,14 +47,14 @@ def chunks(items: list[Method], size: int) -> Iterator[list[Method]]:
         yield items[start : start + size]
 
 
-def drawn(methods: list[Method]) -> dict[str, Any]:
+def drawn(comparison: Comparison, methods: list[Method]) -> dict[str, Any]:
     """The figures of some methods."""
     figures = []
     for axis, over in AXES.items():
-        lines = {each.name: curve(each, axis, "reward") for each in methods}
+        lines = {each.name: comparison.curve(each, axis, "reward") for each in methods}
         figures.append(("Held-out reward", lines, "", over))
     for title, key, unit in CURVES:
-        lines = {each.name: curve(each, "updates", key) for each in methods}
+        lines = {each.name: comparison.curve(each, "updates", key) for each in methods}
         figures.append((title, lines, unit, "updates"))
     drawings = []
     for title, lines, unit, over in figures:
@@ -69,14 +69,12 @@ def drawn(methods: list[Method]) -> dict[str, Any]:
 
 def matrix_of(comparison: Comparison, methods: Sequence[Method]) -> dict[str, Any] | None:
     """Each of some methods against each: differences of the outcome."""
-    names = [each.name for each in comparison.ordered if each in methods]
+    outcome = comparison.outcome
+    names = [each.name for each in comparison.ordered if each in methods and each.name in outcome.values]
     if len(names) < 2:
         return None
-    records = [run for method in comparison.methods.values() for run in method.runs.values()]
-    rows = []
-    against = {name: compare(records, name).outcome.cells for name in names}
-    for name in names:
-        rows.append({"name": name, "cells": [against[other].get(name) if other != name else None for other in names]})
+    columns = {against: outcome.cells(against) for against in names}
+    rows = [{"name": name, "cells": [columns[each][name] for each in names]} for name in names]
     return {"names": names, "rows": rows}
 
 
@@ -85,8 +83,9 @@ def sets_of(comparison: Comparison) -> list[dict[str, Any]]:
     tables = []
     for name in dict.fromkeys(each.name for each in comparison.columns):
         columns = [each for each in comparison.columns if each.name == name]
-        methods = [each.name for each in comparison.ordered if each.name in columns[0].cells]
-        rows = [{"name": method, "cells": [each.cells[method] for each in columns]} for method in methods]
+        cells = [each.cells(comparison.against) for each in columns]
+        methods = [each.name for each in comparison.ordered if each.name in cells[0]]
+        rows = [{"name": method, "cells": [each[method] for each in cells]} for method in methods]
         tables.append({"name": name, "prompts": columns[0].prompts, "scores": [c.score for c in columns], "rows": rows})
     return tables
 

@@ -4,8 +4,9 @@ A record is one JSON object:
     method, seed      as in the study; of other runs the directory's name and train.seed
     origin, settings  code and machine, and the whole configuration
     steps             lines of metrics.jsonl
-    curve             [{step, reward, loss}] of the evaluations during the run
+    curve             [{step, on, reward, loss}] of the evaluations during the run
     sets              [{name, group, on, samples, rewards: [[…] of each prompt], finished, tokens}] of those after it
+Only what has the same `on` was measured on the same prompts, sampled and graded in the same way.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from srft.config import Config
 from srft.errors import UserError
 from srft.metrics import mean
 from srft.rundir import ORIGIN, finite, read_jsonl, read_status
@@ -21,62 +23,91 @@ from srft.settings import load
 from srft.study.matrix import BASE, EVALUATION
 
 Record = dict[str, Any]
-KEYS = ("method", "seed", "origin", "settings", "steps", "curve", "sets")
+KEYS = {"method": str, "seed": int, "origin": dict, "settings": dict, "steps": list, "curve": list, "sets": list}
+OF_SET = {"name": str, "group": str, "on": str, "samples": int, "rewards": list}
 DIGITS = 5
 
 
-def record_of(directory: Path) -> Record:
-    """Of a run that finished, or of a base that was measured. Raises UserError where it is neither."""
-    config_file = directory / "config.toml"
+def is_base(directory: Path) -> bool:
+    """Whether it holds an evaluation of a model that no run made."""
+    return (directory / EVALUATION / "config.toml").is_file() and not (directory / "config.toml").exists()
+
+
+def is_run(directory: Path) -> bool:
+    return (directory / "config.toml").is_file() and (directory / "status.json").is_file()
+
+
+def record_of(directory: Path, asked: Config | None = None) -> Record:
+    """Of a run that finished, or of a base that was measured. asked: the settings it was asked for.
+
+    Raises UserError where it is neither, or is damaged.
+    """
+    base = is_base(directory)
+    if not base and not is_run(directory):
+        raise UserError(f"{directory}: expected a directory of a run, of a study, or one that srft compare wrote")
+    try:
+        return of_base(directory) if base else of_run(directory, asked)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f"{directory}: the run's files are damaged: {type(error).__name__}: {error}") from error
+
+
+def of_base(directory: Path) -> Record:
     evaluated = directory / EVALUATION
-    base = not config_file.is_file() and (evaluated / "config.toml").is_file()
-    if not base:
-        status = read_status(directory)
-        if not config_file.is_file() or status is None:
-            raise UserError(f"{directory}: expected the directory of a run, a study, or records of runs")
-        if status["state"] != "finished":
-            raise UserError(f"{directory}: the run is {status['state']}, after step {status['step']}; let it finish")
-    config = load(str(evaluated / "config.toml" if base else config_file))
-    name, seed = directory.resolve().name, config.train.seed
-    evaluations = read_jsonl(directory / "evaluation.jsonl")
-    found = {
-        "steps": read_jsonl(directory / "metrics.jsonl"),
-        "curve": [{key: row.get(key) for key in ("step", "reward", "loss")} for row in evaluations],
-        "sets": list(sets_of(evaluated) if evaluated.is_dir() else held_out_of(evaluations)),
-    }
-    return {
-        "method": BASE if base else name.removesuffix(f"-{seed}"),
-        "seed": seed,
-        "origin": json.loads((directory / ORIGIN).read_text()) if (directory / ORIGIN).exists() else {},
-        "settings": dataclasses.asdict(config),
-        **rounded(finite(found)),
-    }
+    settings = dataclasses.asdict(load(str(evaluated / "config.toml")))
+    sets = rounded(finite(list(sets_of(evaluated, settings))))
+    return {"method": BASE, "seed": 0, "origin": {}, "settings": settings, "steps": [], "curve": [], "sets": sets}
 
 
-def sets_of(evaluated: Path) -> Iterator[dict[str, Any]]:
-    """What `srft eval` found, in the order of its sets."""
+def of_run(directory: Path, asked: Config | None) -> Record:
+    status, config = read_status(directory) or {"state": "damaged", "step": 0}, load(str(directory / "config.toml"))
+    if status["state"] != "finished":
+        raise UserError(f"{directory}: the run is {status['state']}, after step {status['step']}; let it finish")
+    settings = dataclasses.asdict(asked or config)
+    seed, name = config.train.seed, directory.resolve().name
+    method = name.removesuffix(f"-{seed}")
+    if method == BASE:
+        raise UserError(f"{directory}: {BASE} is the model as it was; give the directory of the run another name")
+    steps, evaluations = read_jsonl(directory / "metrics.jsonl"), read_jsonl(directory / "evaluation.jsonl")
+    if len(steps) != status["step"]:
+        raise UserError(f"{directory}: metrics.jsonl has {len(steps)} of the run's {status['step']} steps")
+    measured = directory / EVALUATION
+    sets = list(sets_of(measured, settings)) if measured.is_dir() else []
+    if not sets and evaluations and evaluations[-1]["step"] == status["step"]:  # of the run's end, not of its middle
+        sets = list(held_out_of(evaluations[-1], settings))
+    curve = [{key: row.get(key) for key in ("step", "on", "reward", "loss")} for row in evaluations]
+    origin = json.loads((directory / ORIGIN).read_text(encoding="utf-8")) if (directory / ORIGIN).exists() else {}
+    found = rounded(finite({"steps": steps, "curve": curve, "sets": sets}))
+    return {"method": method, "seed": seed, "origin": origin, "settings": settings, **found}
+
+
+def sets_of(evaluated: Path, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What `srft eval` found, in the order of its sets. What could not be graded is wrong, as in its table."""
     scores = json.loads((evaluated / "scores.json").read_text(encoding="utf-8"))
     generations = read_jsonl(evaluated / "generations.jsonl")
     for each in scores.get("sets", []):
-        yield measured(each["set"], each, [row for row in generations if row["set"] == each["set"]])
+        rows = [row for row in generations if row["set"] == each["set"]]
+        rewards = [[reward or 0.0 for reward in row["rewards"]] for row in rows]
+        yield as_set(each["set"], each, rows, rewards, settings["reward"]["mark"])
 
 
-def held_out_of(evaluations: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Of a run that was measured on nothing else, its last evaluation."""
-    if evaluations and evaluations[-1]["generations"]:
-        yield measured("held-out", evaluations[-1], evaluations[-1]["generations"])
+def held_out_of(evaluation: dict[str, Any], settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What the run itself found last; what was not scored is left out, as in its table."""
+    if rows := evaluation["generations"]:
+        graded = " ".join(str(settings["reward"][key]) for key in ("name", "weights", "mark"))
+        yield as_set("held-out", evaluation, rows, [row["rewards"] for row in rows], graded)
 
 
-def measured(name: str, scores: dict[str, Any], generations: list[dict[str, Any]]) -> dict[str, Any]:
+def as_set(
+    name: str, scores: dict[str, Any], rows: list[dict[str, Any]], rewards: list[list[float | None]], graded: str
+) -> dict[str, Any]:
     return {
         "name": name,
         "group": scores.get("group", ""),
-        "on": scores.get("on", ""),
+        "on": f"{scores['on']} {graded}",
         "samples": scores["samples"],
-        # One that could not be graded is wrong, as in the table of `srft eval`.
-        "rewards": [[reward or 0.0 for reward in row["rewards"]] for row in generations],
-        "finished": mean([float(each) for row in generations for each in row["finished"]]),
-        "tokens": mean([float(each) for row in generations for each in row["tokens"]]),
+        "rewards": rewards,
+        "finished": mean([float(each) for row in rows for each in row["finished"]]),
+        "tokens": mean([float(each) for row in rows for each in row["tokens"]]),
     }
 
 
@@ -95,9 +126,16 @@ def read_record(file: Path) -> Record:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read as a record of a run: {error}") from error
-    if not isinstance(record, dict) or (lacking := [key for key in KEYS if key not in record]):
-        found = f"it has no {lacking[0]}" if isinstance(record, dict) else "it is no JSON object"
-        raise UserError(f"{file}: not a record of a run, as `srft compare` writes them: {found}")
+    no_record = f"{file}: not a record of a run, as `srft compare` writes them"
+    if not isinstance(record, dict):
+        raise UserError(f"{no_record}: it is no JSON object")
+    sets = [(each if isinstance(each, dict) else {}, OF_SET) for each in record.get("sets") or []]
+    for table, keys in [(record, KEYS), *sets]:
+        for key, kind in keys.items():
+            if not isinstance(table.get(key), kind):
+                raise UserError(f"{no_record}: {key}: expected {kind.__name__}, found {table.get(key)!r}")
+    if "/" in record["method"] or record["method"].startswith("."):
+        raise UserError(f"{no_record}: method: it names a file, and {record['method']!r} is no name of one")
     return record
 
 
@@ -106,7 +144,7 @@ def written(record: Record) -> str:
     lines = []
     for key in KEYS:
         value = record[key]
-        if key in ("steps", "curve", "sets"):
+        if isinstance(value, list):
             rows = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in value)
             lines.append(f' "{key}": [\n  {rows}\n ]' if value else f' "{key}": []')
         else:

@@ -1,6 +1,7 @@
 """The runs of a study, one after the other; what is finished is skipped."""
 
 import itertools
+import json
 import shlex
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import sys
 from srft.checkpoint import newest_with_state
 from srft.errors import UserError
 from srft.rundir import holding, let_go, write_whole
-from srft.settings import to_toml
+from srft.settings import SECTIONS, load, to_toml
 from srft.signals import Interrupted, listening
 from srft.study.matrix import ALONE, BASE, EVALUATION, Study, Trial
 
@@ -30,12 +31,19 @@ def run_study(study: Study) -> list[Trial]:
 
 def check_unchanged(trial: Trial) -> None:
     """Raise UserError where the run was begun with other settings: its numbers would stand beside those of others."""
-    settings = to_toml(trial.config)
-    if trial.settings.exists() and trial.settings.read_text(encoding="utf-8") != settings:
-        raise UserError(
-            f"{trial.settings}: the study was begun with other settings; put them back, or give the new ones another "
-            "study.dir"
-        )
+    for file in (trial.settings, trial.directory / "config.toml"):
+        if not file.exists():
+            continue
+        of_run = file.parent == trial.directory
+        asked, begun = trial.config, load(str(file))
+        if of_run and asked.train.epochs:  # the run says how many steps those are
+            begun.train.steps, begun.train.epochs = asked.train.steps, asked.train.epochs
+        for section in SECTIONS:
+            one, another = vars(getattr(begun, section)), vars(getattr(asked, section))
+            if changed := [name for name in one if one[name] != another[name]]:
+                key = f"{section}.{changed[0]}"
+                found = f"begun with {key} {one[changed[0]]!r}, now it is {another[changed[0]]!r}"
+                raise UserError(f"{file}: {found}; put it back, or give the study another study.dir")
 
 
 def ran(study: Study, trial: Trial, number: int) -> bool:
@@ -55,7 +63,7 @@ def trains(study: Study, trial: Trial, title: str) -> bool:
     elif trial.directory.exists():
         command += ["--run.overwrite", "true"]
     code = completed(command, title)
-    if trial.state == "interrupted":  # by a signal that this process did not get
+    if trial.state == "interrupted" and not 0 <= code < 128:  # by a signal that this process did not get
         raise Interrupted(signal.SIGTERM)
     return ended(title, 0 if trial.trained else code or 1)
 
@@ -68,9 +76,9 @@ def measures(trial: Trial, title: str) -> bool:
     if trial.method != BASE:
         command += ["--checkpoint", str(trial.directory / "final")]
     code = completed(command, title)
-    if not code:
+    if not code and "left_out" not in json.loads((begun / "scores.json").read_text(encoding="utf-8")):
         begun.rename(trial.directory / EVALUATION)
-    return ended(title, code)
+    return ended(title, 0 if trial.measured else code or 1)
 
 
 def ended(title: str, code: int) -> bool:

@@ -73,7 +73,11 @@ def test_of_one_seed_the_interval_is_over_prompts_unless_it_is_known_how_seeds_d
 def test_shares_stay_between_0_and_1_and_few_that_are_alike_are_not_sure():
     low, high = crossed([[0.0] * 30] * 3, share=True).interval
     assert low == 0 and 0.05 < high < 0.2
-    assert crossed([[0.0] * 30] * 3).interval == (0, 0)  # a difference that is the same everywhere
+    for alike in (0.0, 1.0):  # differences that are the same everywhere
+        low, high = crossed([[alike] * 30] * 3).interval
+        assert alike - 0.15 < low < alike - 0.05 and alike + 0.05 < high < alike + 0.15
+    low, high = crossed([[1.0] * 2] * 2).interval
+    assert low < 0  # of two prompts nothing is sure
     low, high = crossed([[0.0] * 29 + [0.125]] * 3, share=True).interval
     assert low >= 0
 

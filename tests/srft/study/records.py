@@ -42,6 +42,6 @@ def a_record(method: str, seed: int, sets: list[dict[str, Any]], steps: int = 2,
                    rollout_grad_norm=1.0)
             for n in range(steps)
         ],
-        "curve": [{"step": 0, "reward": 0.0, "loss": None}, {"step": steps, "reward": 0.25 + seed, "loss": 1.0}],
+        "curve": [{"step": n, "on": "here", "reward": reward} for n, reward in ((0, 0.0), (steps, 0.25 + seed))],
         "sets": sets,
     }  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import t
 
 from srft.errors import UserError
-from srft.study.comparison import BETTER, UNPAIRED, UNSURE, WORSE, compare, curve
+from srft.study.comparison import BETTER, UNPAIRED, UNSURE, WORSE, Comparison, compare
 from tests.srft.study.records import a_record, a_set, a_step
 
 PROMPTS = 12
@@ -15,6 +15,11 @@ PROMPTS = 12
 
 def runs(method: str, *of_seeds: list[list[float]], on: str = "here", **train) -> list[dict]:
     return [a_record(method, seed, [a_set("sums", rewards, on=on)], **train) for seed, rewards in enumerate(of_seeds)]
+
+
+def cells(records: list[dict], against: str = "") -> dict:
+    found = compare(records, against)
+    return found.outcome.cells(found.against)
 
 
 def right(count: int, samples: int = 2) -> list[list[float]]:
@@ -31,12 +36,12 @@ def test_scores_differences_and_verdicts():
     ]
     found = compare(records)
     assert found.against == "srft" and [each.name for each in found.ordered] == ["good", "srft", "alike", "bad"]
-    cells = found.outcome.cells
+    cells_of = found.outcome.cells("srft")
     assert found.outcome.score == "avg@2" and found.outcome.prompts == PROMPTS
-    assert cells["srft"].score.mean == pytest.approx(15 / 36) and cells["srft"].verdict == ""
-    assert [cells[name].verdict for name in ("good", "bad", "alike")] == [BETTER, WORSE, UNSURE]
-    assert cells["good"].difference.mean == pytest.approx(34 / 36 - 15 / 36)
-    assert compare(records, "good").outcome.cells["srft"].verdict == WORSE
+    assert cells_of["srft"].score.mean == pytest.approx(15 / 36) and cells_of["srft"].verdict == ""
+    assert [cells_of[name].verdict for name in ("good", "bad", "alike")] == [BETTER, WORSE, UNSURE]
+    assert cells_of["good"].difference.mean == pytest.approx(34 / 36 - 15 / 36)
+    assert cells(records, "good")["srft"].verdict == WORSE
 
 
 def test_differences_are_paired_by_seed_and_prompt():
@@ -44,21 +49,21 @@ def test_differences_are_paired_by_seed_and_prompt():
     levels = numpy.random.default_rng(0).uniform(0, 0.9, (3, PROMPTS)).tolist()
     base = [[[level, level] for level in of_seed] for of_seed in levels]
     more = [[[level + 0.05, level + 0.05] for level in of_seed] for of_seed in levels]
-    found = compare([*runs("srft", *base), *runs("more", *reversed(more))], "srft")
-    assert found.outcome.cells["more"].verdict == UNSURE  # other seeds
-    found = compare([*runs("srft", *base), *runs("more", *more)], "srft")
-    difference = found.outcome.cells["more"].difference
-    assert difference.interval == pytest.approx((0.05, 0.05)) and found.outcome.cells["more"].verdict == BETTER
+    noise = numpy.random.default_rng(1).normal(0, 0.02, (3, PROMPTS))
+    more = [[[a + e, a + e] for a, e in zip(*of_seed)] for of_seed in zip([[r[0] for r in row] for row in more], noise)]
+    assert cells([*runs("srft", *base), *runs("more", *reversed(more))])["more"].verdict == UNSURE  # other seeds
+    found = cells([*runs("srft", *base), *runs("more", *more)])["more"]
+    assert found.verdict == BETTER and found.difference.mean == pytest.approx(0.05, abs=0.02)
 
 
 def test_one_seed_borrows_the_spread_of_others_and_alone_cannot_tell():
     several = [*runs("srft", right(4), right(5), right(6)), *runs("other", right(6), right(5), right(7))]
     one = runs("one", right(11))
-    assert compare([*several, *one]).outcome.cells["one"].verdict == BETTER
-    found = compare([*runs("srft", right(4)), *one])
-    assert found.outcome.cells["one"].verdict == UNPAIRED and found.outcome.cells["one"].difference.mean > 0
+    assert cells([*several, *one])["one"].verdict == BETTER
+    found = cells([*runs("srft", right(4)), *one])["one"]
+    assert found.verdict == UNPAIRED and found.difference.mean > 0
     # differences of seeds: other − srft = 2, 0, 1 of 12 prompts; of `one` 7 more prompts are right
-    found = compare([*several, *one]).outcome.cells["one"].difference
+    found = cells([*several, *one])["one"].difference
     by_seeds, by_prompts = (1 / 12) ** 2, (7 / 12 * 5 / 12) / 11
     freedom = (by_seeds + by_prompts) ** 2 / (by_seeds**2 / 2 + by_prompts**2 / 11)
     half = t.ppf(0.975, freedom) * math.sqrt(by_seeds + by_prompts)
@@ -66,18 +71,24 @@ def test_one_seed_borrows_the_spread_of_others_and_alone_cannot_tell():
 
 
 def test_seeds_that_only_one_method_has_are_left_out_of_the_difference():
-    found = compare([*runs("srft", right(4), right(5)), *runs("more", right(6), right(6), right(12))])
-    assert found.outcome.cells["more"].score.mean == pytest.approx(24 / 36)
-    assert found.outcome.cells["more"].difference.mean == pytest.approx(3 / 24)
+    found = cells([*runs("srft", right(4), right(5)), *runs("more", right(6), right(6), right(12))])["more"]
+    assert found.score.mean == pytest.approx(24 / 36) and found.seeds == 3
+    assert found.difference.mean == pytest.approx(3 / 24) and found.paired == 2
     apart = [{**runs("more", right(6))[0], "seed": 7}]
-    assert compare([*runs("srft", right(4)), *apart]).outcome.cells["more"].difference is None
+    found = compare([*runs("srft", right(4)), *apart])
+    assert found.outcome.cells("srft")["more"].difference is None
+    assert found.dropped == ["more: no seed in common with srft."]
 
 
 def test_the_base_is_paired_with_every_seed():
     base = {**runs("base", right(1))[0], "steps": [], "curve": []}
-    found = compare([base, *runs("srft", right(4), right(5), right(6))])
-    assert found.against == "srft" and found.outcome.cells["base"].verdict == WORSE
-    assert found.outcome.cells["base"].difference.mean == pytest.approx(1 / 12 - 15 / 36)
+    records = [base, *runs("srft", right(4), right(5), right(6)), *runs("one", right(9))]
+    found = cells(records, "srft")["base"]
+    assert found.verdict == WORSE and found.difference.mean == pytest.approx(1 / 12 - 15 / 36)
+    back = cells(records, "base")["srft"]
+    assert back.difference.mean == pytest.approx(-found.difference.mean) and back.paired == 3
+    # how seeds differ is not told by a method that has none
+    assert cells(records, "srft")["one"].verdict == UNPAIRED
 
 
 def test_sets_passes_and_groups():
@@ -93,14 +104,18 @@ def test_sets_passes_and_groups():
         ("sums", "avg@4"), ("sums", "pass@2"), ("sums", "pass@4"), ("words", "avg@1"), ("texts", "avg@1"),
         ("others: 2 sets", "avg"),
     ]  # fmt: skip
-    scores = {each: [column.cells[each].score.mean for column in found.columns] for each in ("srft", "grpo")}
+    scores = {each: [column.cells("srft")[each].score.mean for column in found.columns] for each in ("srft", "grpo")}
     assert scores["srft"] == pytest.approx([0.25, 0.5, 1, 0, 1, 2 / 5])  # the prompts of a group count alike
     assert scores["grpo"] == pytest.approx([0.5, 5 / 6, 1, 1, 1, 1])
 
 
 def test_what_was_measured_in_another_way_is_no_cell():
     found = compare([*runs("srft", right(4)), *runs("other", right(6), on="elsewhere")])
-    assert set(found.outcome.cells) == {"srft"} and [each.name for each in found.ordered] == ["srft", "other"]
+    assert set(found.outcome.cells("srft")) == {"srft"} and [each.name for each in found.ordered] == ["srft", "other"]
+    assert found.dropped == ["other: not measured on sums as srft was."]
+    part = [*runs("srft", right(4)), runs("srft", right(4), right(4), on="elsewhere")[1]]
+    with pytest.raises(UserError, match="no scores of completions to compare"):
+        compare(part)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +129,8 @@ def test_what_was_measured_in_another_way_is_no_cell():
             "",
             "srft: its runs differ in train.lr: 5e-05",
         ),
-        ([a_record("srft", 0, [])], "", "srft was measured on nothing: give its runs eval.sets"),
+        ([a_record("srft", 0, [])], "", "no run: no scores of completions to compare"),
+        ([*runs("a", right(4)), a_record("b", 0, [])], "b", "b: no scores of completions to compare"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(records, against, message):
@@ -122,14 +138,52 @@ def test_what_cannot_be_compared_is_refused(records, against, message):
         compare(records, against)
 
 
+def of(found: Comparison, x: str, y: str) -> list[tuple[float, float]]:
+    return found.curve(found.methods["srft"], x, y)
+
+
 def test_budgets_and_curves():
     records = runs("srft", right(4), right(5), updates_per_rollout=2)
-    found = compare(records).methods["srft"]
-    assert found.budget == {"updates": 4, "trained": 60, "generated": 50, "seconds": 6}
-    assert curve(found, "updates", "reward") == [(0, 0), (4, 0.75)]
-    assert curve(found, "trained", "reward") == [(0, 0), (60, 0.75)]
-    assert curve(found, "seconds", "reward_mean") == [(3, 0), (6, pytest.approx(0.1))]
-    assert curve(found, "generated", "demo_share") == [(25, 0.75), (50, 0.75)]
-    assert curve(found, "updates", "rollout_entropy") == []
-    records[1]["steps"].append(a_step(3, reward_mean=1.0))
-    assert [x for x, _ in curve(compare(records).methods["srft"], "updates", "reward_mean")] == [2, 4]
+    found = compare(records)
+    assert found.methods["srft"].budget == {"updates": 4, "trained": 120, "generated": 50, "seconds": 6}
+    assert of(found, "updates", "reward") == [(0, 0), (4, 0.75)]
+    assert of(found, "trained", "reward") == [(0, 0), (120, 0.75)]
+    assert of(found, "seconds", "reward_mean") == [(3, 0), (6, pytest.approx(0.1))]
+    assert of(found, "generated", "demo_share") == [(25, 0.75), (50, 0.75)]
+    assert of(found, "updates", "rollout_entropy") == []
+    records[1]["steps"].append(a_step(3, reward_mean=1.0, updates=1))
+    found = compare(records)
+    assert [x for x, _ in of(found, "updates", "reward_mean")] == [2, 4]
+    assert found.methods["srft"].budget["updates"] == 4.5
+
+
+def test_what_steps_do_not_say_is_not_known():
+    records = runs("srft", right(4))
+    for step in records[0]["steps"]:
+        del step["generated_tokens"]
+    found = compare(records)
+    assert math.isnan(found.methods["srft"].budget["generated"]) and found.methods["srft"].budget["trained"] == 60
+    assert of(found, "generated", "reward_mean") == []
+
+
+def test_held_out_rewards_that_were_measured_in_another_way_are_not_drawn():
+    records = [*runs("srft", right(4)), *runs("other", right(4))]
+    records[1]["curve"][1]["on"] = "elsewhere"
+    found = compare(records)
+    assert len(of(found, "updates", "reward")) == 2
+    assert len(found.curve(found.methods["other"], "updates", "reward")) == 1
+
+
+def test_what_was_not_scored_is_left_out_of_all():
+    """A prompt that one run could not score counts in none; of one that was scored in part the rest does."""
+    one, another = [[1.0, 0.0], [None, None], [1.0, 1.0]], [[0.0, 0.0], [1.0, 1.0], [None, 1.0]]
+    found = compare([*runs("srft", one), *runs("other", another)])
+    scores = {name: cell.score.mean for name, cell in found.outcome.cells("srft").items()}
+    assert scores == {"srft": 0.75, "other": 0.5} and found.outcome.prompts == 2
+
+
+def test_runs_of_one_method_may_differ_in_what_changes_no_number():
+    records = runs("srft", right(4), right(5))
+    records[1]["settings"]["run"]["checkpoint_every"] = 7
+    records[1]["settings"]["rollout"]["batch_size"] = 7
+    assert compare(records).outcome.cells("srft")["srft"].seeds == 2

@@ -32,7 +32,7 @@ def test_a_study_runs_all_and_then_nothing(study_file, tmp_path, capfd):
         "grpo-0 (2 of 2): finished before",
     ]
     assert (tmp_path / "runs/mine/sft-0/metrics.jsonl").read_bytes() == written
-    with pytest.raises(UserError, match=r"sft-0.toml: the study was begun with other settings"):
+    with pytest.raises(UserError, match=r"sft-0.toml: begun with train.steps 2, now it is 3; put it back"):
         run_study(load_study(file, ["--train.steps", "3"]))
 
 
@@ -69,7 +69,8 @@ def test_a_stopped_study_goes_on_and_gives_the_same_table(study_file, tmp_path):
     assert again.returncode == 0 and f"going on after step {done}" in again.stdout, again.stderr
     assert "base (1 of 2): finished before" in again.stdout
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 61))
-    assert (log.parent / "eval-1" / "generations.jsonl").read_text() == '{"set": "chain_sum"}'
+    aside = log.parent / "previous-1" / "eval-1" / "generations.jsonl"
+    assert aside.read_text() == '{"set": "chain_sum"}'
 
     straight = tmp_path / "straight.toml"
     straight.write_text((tmp_path / file).read_text())
