@@ -70,7 +70,7 @@ def trains(study: Study, trial: Trial, title: str) -> bool:
 
 def measures(trial: Trial, title: str) -> bool:
     """Its evaluation gets its name when it is whole."""
-    trial.directory.mkdir(exist_ok=True)
+    trial.directory.mkdir(parents=True, exist_ok=True)
     begun = next(each for n in itertools.count(1) if not (each := trial.directory / f"{EVALUATION}-{n}").exists())
     command = [*ALONE, "eval", str(trial.settings), "--eval.dir", str(begun)]
     if trial.method != BASE:

@@ -8,7 +8,8 @@ import pytest
 from srft.cli import main
 from srft.errors import UserError
 from srft.study import main_compare
-from srft.study.record import read_record, written
+from srft.study.compare import name_of
+from srft.study.record import written
 from tests.srft.study.records import a_record, a_set
 from tests.srft.test_report import Checker
 
@@ -85,11 +86,50 @@ def test_what_is_no_run_is_refused(made, capsys, arguments, message):
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_a_record_comes_back_from_its_file(tmp_path):
-    record = a_record("sft", 1, [a_set("sums", [[1, 0.5]])])
-    (tmp_path / "sft-1.json").write_text(written(record))
-    assert read_record(tmp_path / "sft-1.json") == json.loads(json.dumps(record))
-    (tmp_path / "none.json").write_text(written({**record, "steps": [], "sets": []}))
-    assert read_record(tmp_path / "none.json")["steps"] == []
-    with pytest.raises(UserError, match="cannot be read"):
-        read_record(tmp_path / "absent.json")
+def test_nothing_of_others_is_written_over(made, tmp_path, capsys):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "index.html").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for where, message in (("site", "site is not empty, and no comparison is in it"), ("file", "file is a file")):
+        assert main(["compare", "made", "--dir", where]) == 2 and message in capsys.readouterr().err
+    assert (tmp_path / "site" / "index.html").read_text() == "mine"
+
+
+def test_records_of_an_earlier_comparison_do_not_come_back(made, tmp_path):
+    some = [str(made / "runs" / f"{method}-{seed}.json") for method in ("sft", "grpo") for seed in range(3)]
+    main_compare(some, directory="other")
+    main_compare(some[:3], directory="other")
+    assert list(main_compare(["other"]).methods) == ["sft"]
+
+
+def test_a_comparison_is_against_the_same_again(made):
+    assert main_compare([str(made)], "grpo").against == "grpo"
+    assert main_compare([str(made)]).against == "grpo"
+
+
+def test_a_study_as_a_directory_and_several_together(made, tmp_path, capsys):
+    """Each method has the study's name first; a base that is the same is there once."""
+    base = {**a_record("base", 0, [a_set("sums", rewards(1))]), "steps": [], "curve": []}
+    for study, right in (("few", 3), ("many", 8)):
+        directory = tmp_path / study
+        (directory / "runs").mkdir(parents=True)
+        records = [base, *(a_record("sft", seed, [a_set("sums", rewards(right))]) for seed in range(2))]
+        for record in records:
+            (directory / "runs" / f"{name_of(record)}.json").write_text(written(record))
+        (directory / "comparison.json").write_text(json.dumps({"runs": [name_of(record) for record in records]}))
+    found = main_compare(["few", "many"], directory="both")
+    assert list(found.methods) == ["few.sft", "many.sft", "base"]
+    assert found.outcome.cells("few.sft")["many.sft"].difference.mean == pytest.approx(0.5)
+    (tmp_path / "many" / "runs" / "base.json").write_text(written({**base, "sets": [a_set("sums", rewards(2))]}))
+    with pytest.raises(UserError, match="their bases are not the same model, or were measured in different ways"):
+        main_compare(["few", "many"], directory="both")
+
+
+def test_names_that_mean_something_to_others(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for method in ("_a", "$x$", "<script>"):
+        (tmp_path / f"{len(method)}.json").write_text(written(a_record(method, 0, [a_set("sums", rewards(4))])))
+    main_compare(["2.json", "3.json", "8.json"], directory="d")
+    page = (tmp_path / "d" / "index.html").read_text()
+    Checker().feed(page)
+    assert "<script>" not in page and page.count("> _a</text>") >= 4

@@ -47,7 +47,18 @@ def test_the_runs_of_a_study_and_their_order(study_file):
         ("[study]\n", "mine.toml: study: nothing to run: name recipes or variants"),
         ('[study]\nrecipe = ["sft"]', "mine.toml: study: unknown key 'recipe'; did you mean 'recipes'"),
         ('[study]\nrecipes = "sft"', "mine.toml: study.recipes: expected a list of names of recipes, found 'sft'"),
-        ('[study]\nrecipes = ["stf"]', "recipe 'stf' is not known; did you mean 'sft'"),
+        ('[study]\nrecipes = ["stf"]', "mine.toml: study: recipe 'stf' is not known; did you mean 'sft'"),
+        (
+            '[study]\nrecipes = ["sft"]\ndir = "runs/{time}"',
+            "mine.toml: study.dir: expected the name of a directory that",
+        ),
+        ('[study]\nrecipes = ["sft"]\ndir = ""', "mine.toml: study.dir: expected the name of a directory that stays"),
+        ('[study]\nrecipes = ["sft"]\ndir = "mine.toml"', "mine.toml: study.dir: mine.toml is a file"),
+        ('[study]\nrecipes = ["sft"]\nlaunch = "a \'b"', "mine.toml: study.launch: expected a command, such as"),
+        ('[study]\nrecipes = ["sft"]\nlaunch = "nosuch -m"', "mine.toml: study.launch: there is no command 'nosuch'"),
+        ('[study.variants."{time}"]\nrecipe = "sft"', "a name is part of a directory's"),
+        ('[study.variants.base]\nrecipe = "sft"', "study: 'base' is there twice"),
+        ("[study.variants.a]\nseeds = 0", "mine.toml: study.variants.a.seeds: expected different whole numbers"),
         ('[study]\nrecipes = ["sft", "sft"]', "mine.toml: study: 'sft' is there twice"),
         ('[study]\nrecipes = ["sft"]\nseeds = [0, 0]', "mine.toml: study.seeds: expected different whole numbers"),
         ('[study]\nrecipes = ["sft"]\nseeds = ["a"]', "mine.toml: study.seeds: expected different whole numbers"),
@@ -90,6 +101,12 @@ def test_a_study_like_another(study_file, tmp_path):
     like.write_text('[study]\nlike = "absent.toml"')
     with pytest.raises(UserError, match=r"absent\.toml: cannot be read"):
         load_study("studies/other.toml")
+
+
+@pytest.mark.parametrize("key", ["train.seed", "data.seed", "run.dir"])
+def test_what_each_run_has_of_its_own_is_not_overridden(study_file, key):
+    with pytest.raises(UserError, match=f"--{key}: each run of a study has its own"):
+        load_study(study_file('[study]\nrecipes = ["sft"]'), [f"--{key}", "3"])
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "studies").glob("*.toml")), ids=lambda file: file.stem)

@@ -5,14 +5,19 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from srft.errors import UserError
-from srft.rundir import read_status
-from srft.settings import load
-from srft.study import load_study, main_compare, run_study
+from srft.rundir import read_status, write_status
+from srft.settings import load, to_toml
+from srft.signals import Interrupted
+from srft.study import load_study, main_compare, run_study, runs
+from srft.study.runs import check_unchanged
 from tests.srft.study.conftest import JOB
+
+SETS = '[{task = "chain_sum", prompts = 3, samples = 2}, {task = "products", prompts = 2, group = "others"}]'
 
 
 def test_a_study_runs_all_and_then_nothing(study_file, tmp_path, capfd):
@@ -43,7 +48,57 @@ def test_a_run_that_fails_does_not_stop_the_others(study_file, tmp_path, capfd):
     assert read_status(tmp_path / "runs/mine/good-0")["state"] == "finished"
 
 
-SETS = '[{task = "chain_sum", prompts = 3, samples = 2}, {task = "products", prompts = 2, group = "others"}]'
+def test_runs_that_were_begun_otherwise_are_refused_before_anything_runs(study_file, tmp_path):
+    """By what the settings are, not by how they were written; also where a run was put there by hand."""
+    file = study_file('[study]\nrecipes = ["sft"]')
+    (trial,) = load_study(file).trials
+    trial.settings.parent.mkdir(parents=True)
+    trial.settings.write_text("# of another version\n" + to_toml(trial.config))
+    check_unchanged(trial)
+    trial.directory.mkdir()
+    other = load(None, ["--train.steps", "9", "--run.dir", str(trial.directory)])
+    (trial.directory / "config.toml").write_text(to_toml(other))
+    with pytest.raises(UserError, match=r"sft-0/config.toml: begun with model.path 'smollm2', now it is"):
+        run_study(load_study(file))
+
+
+def test_steps_that_follow_from_epochs_are_no_other_settings(study_file):
+    file = study_file('[study]\nrecipes = ["sft"]', JOB.replace("steps = 2", "epochs = 1"))
+    (trial,) = load_study(file).trials
+    trial.directory.mkdir(parents=True)
+    resolved = load_study(file).trials[0].config
+    resolved.train.steps, resolved.train.epochs = 20, 0.0
+    (trial.directory / "config.toml").write_text(to_toml(resolved))
+    check_unchanged(trial)
+
+
+def test_a_run_that_was_interrupted_before_and_fails_now_does_not_stop_the_others(study_file, tmp_path, monkeypatch):
+    file = study_file('[study]\nrecipes = ["sft", "grpo"]')
+    study, commands = load_study(file), []
+    monkeypatch.setattr(runs, "completed", lambda command, title: commands.append(command) or 2)
+    first = study.trials[0].directory
+    first.mkdir(parents=True)
+    write_status(first, "interrupted", 1, 2, "SIGTERM")
+    assert run_study(study) == study.trials and len(commands) == 2
+    monkeypatch.setattr(runs, "completed", lambda command, title: 128 + signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        run_study(study)
+
+
+def test_an_evaluation_that_left_a_set_out_is_made_again(study_file, tmp_path, monkeypatch, capfd):
+    file = study_file('[study]\nrecipes = ["sft"]', JOB.replace("[eval]", f"[eval]\nsets = {SETS}"))
+    base = load_study(file).trials[0]
+
+    def evaluated(command, title, left_out=True):
+        directory = Path(command[command.index("--eval.dir") + 1])
+        directory.mkdir()
+        (directory / "scores.json").write_text(json.dumps({"sets": []} | ({"left_out": ["x"]} if left_out else {})))
+        return 0
+
+    monkeypatch.setattr(runs, "completed", evaluated)
+    assert not runs.measures(base, "base") and not base.measured
+    monkeypatch.setattr(runs, "completed", lambda *each: evaluated(*each, left_out=False))
+    assert runs.measures(base, "base") and base.measured and (base.directory / "eval-1").is_dir()
 
 
 def test_a_stopped_study_goes_on_and_gives_the_same_table(study_file, tmp_path):
