@@ -90,7 +90,8 @@ def crossed(values: Sequence[Sequence[float]], known: Spread | None = None, shar
         left = (values[s][p] - of_seeds[s] - of_prompts[p] + center for s in range(seeds) for p in range(prompts))
         in_both = math.fsum(each**2 for each in left) / ((seeds - 1) * (prompts - 1)) / (seeds * prompts)
     total = max(by_seeds + by_prompts - in_both, by_seeds, by_prompts)
-    if not total and all(-1 <= value <= 1 for value in of_prompts):  # alike: as sure as two prompts more would leave it
+    of_shares = all(-1 <= value <= 1 for value in of_prompts)
+    if not total and of_shares:  # alike: as sure as two prompts more would leave it
         total = by_prompts = variance([*of_prompts, -1.0, 1.0]) / prompts
     if not total:
         return Crossed(center, (center, center), found)
@@ -100,7 +101,8 @@ def crossed(values: Sequence[Sequence[float]], known: Spread | None = None, shar
         middle = fmean(more)
         return Crossed(center, wilson(center, middle * (1 - middle) / total, quantile), found)
     half = quantile * math.sqrt(total)
-    return Crossed(center, (center - half, center + half), found)
+    low, high = center - half, center + half
+    return Crossed(center, (max(low, -1.0), min(high, 1.0)) if of_shares else (low, high), found)
 
 
 def student(freedom: float) -> float:
