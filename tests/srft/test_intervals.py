@@ -61,10 +61,10 @@ def test_an_interval_over_seeds_and_prompts_by_hand():
 
 
 def test_of_one_seed_the_interval_is_over_prompts_unless_it_is_known_how_seeds_differ():
-    values = [[0.0, 1.0, 1.0, 0.0, 1.0]]
+    values = [[0.0, 2.0, 2.0, 0.0, 2.0]]
     low, high = crossed(values).interval
-    assert high - low == pytest.approx(2 * t.ppf(0.975, 4) * math.sqrt(0.3 / 5))
-    wider = crossed(values, Spread(0.5, 6)).interval
+    assert high - low == pytest.approx(2 * t.ppf(0.975, 4) * math.sqrt(1.2 / 5))
+    wider = crossed(values, Spread(2.0, 6)).interval
     assert wider[0] < low - 0.5 and wider[1] > high + 0.5
     assert all(map(math.isnan, crossed([[1.0]]).interval))
     assert pooled([]) is None and pooled([Spread(1.0, 1), Spread(4.0, 2)]) == (3.0, 3)
