@@ -27,7 +27,7 @@ from typing import Any
 
 from srft.config import Config
 from srft.data import Example, load_examples, read_examples, rows_of
-from srft.errors import UserError, nearest
+from srft.errors import UserError, check_known
 from srft.rewards import is_answer
 
 KEYS: dict[str, tuple[Any, str]] = {
@@ -105,8 +105,8 @@ def load_set(entry: str | dict[str, Any], where: str, config: Config) -> Benchma
         rows = len(examples)
     group = entry.get("group") or ("letter" if all(each.choices for each in examples) else "math-verify")
     name = entry.get("name") or examples[0].task
-    sampling = {"samples": entry.get("samples", config.eval.samples), "temperature": entry.get("temperature")}
-    return Benchmark(name, group, examples=examples, rows=rows, drops=drops, **sampling)
+    samples, temperature = entry.get("samples", config.eval.samples), entry.get("temperature")
+    return Benchmark(name, group, samples, examples, rows, drops, temperature)
 
 
 def made_set(entry: dict[str, Any], where: str, config: Config) -> Benchmark:
@@ -119,14 +119,13 @@ def made_set(entry: dict[str, Any], where: str, config: Config) -> Benchmark:
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     group, samples = entry.get("group", "reasoning-gym"), entry.get("samples", config.eval.samples)
-    own = {"task_args": task_args, "temperature": entry.get("temperature")}
-    return Benchmark(entry.get("name", task), group, samples, examples, len(examples), **own)
+    name, temperature = entry.get("name", task), entry.get("temperature")
+    return Benchmark(name, group, samples, examples, len(examples), temperature=temperature, task_args=task_args)
 
 
 def check_set(entry: dict[str, Any], where: str) -> None:
+    check_known(entry, KEYS, where)
     for key, value in entry.items():
-        if key not in KEYS:
-            raise UserError(f"{where}: unknown key {key!r}{nearest(key, KEYS)} (keys: {', '.join(KEYS)})")
         kind, expected = KEYS[key]
         fits = isinstance(value, kind) and not isinstance(value, bool)
         if fits and isinstance(value, (int, float)):

@@ -2,7 +2,7 @@
 
 import difflib
 import errno
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class UserError(Exception):
@@ -16,6 +16,13 @@ def missing(package: str, purpose: str = "", extra: str = "train") -> UserError:
     """The error for an optional package that is not installed: `raise missing("gguf", "this file") from error`."""
     needed = f" for {purpose}" if purpose else ""
     return UserError(f"the package {package!r} is needed{needed}: pip install 'srft-kernels[{extra}]'")
+
+
+def check_known(table: Iterable[str], keys: Collection[str], where: str) -> None:
+    """Raise UserError, beginning with `where`, for a key of a table that is not one of `keys`."""
+    for key in table:
+        if key not in keys:
+            raise UserError(f"{where}: unknown key {key!r}{nearest(key, keys)} (keys: {', '.join(keys)})")
 
 
 def nearest(name: str, known: Iterable[str], count: int = 1) -> str:

@@ -75,12 +75,17 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
+def levels_of(samples: int) -> list[int]:
+    """Of how many samples pass@ is told: 1, 2, 4, … and all."""
+    return sorted({2**i for i in range(samples.bit_length()) if 2**i <= samples} | {samples})
+
+
 def scores_of(generations: list[dict[str, Any]], samples: int) -> Scores:
     """Prompts count alike; completions that were not scored are left out, and prompts without a scored one too."""
     scored = [[r for r in g["rewards"] if r is not None] for g in generations]
     scored = [rewards for rewards in scored if rewards]
     correct = [sum(r >= SOLVED for r in rewards) for rewards in scored]
-    levels = sorted({2**i for i in range(samples.bit_length()) if 2**i <= samples} | {samples})
+    levels = levels_of(samples)
     means = [mean(rewards) for rewards in scored]
     passed = {
         k: [pass_at_k(len(rewards), c, k) for rewards, c in zip(scored, correct) if len(rewards) >= k] for k in levels

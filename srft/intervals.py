@@ -127,6 +127,11 @@ def interval_of_mean(means: Sequence[float], intervals: Sequence[Interval]) -> I
     return mean(list(means)) - lower / len(means), mean(list(means)) + upper / len(means)
 
 
-def shown(interval: Interval) -> str:
-    """Nothing of one that is unknown."""
-    return "" if any(map(math.isnan, interval)) else f"{interval[0]:.3f} – {interval[1]:.3f}"
+def shown(interval: Sequence[float | None] | None, form: str = "{:.3f} – {:.3f}") -> str:
+    """For people; nothing of one that is unknown: NaN, or None where it is from JSON."""
+    return "" if not interval or any(end is None or math.isnan(end) for end in interval) else form.format(*interval)
+
+
+def shown_signed(interval: Interval) -> str:
+    """Of a difference."""
+    return shown(interval, "{:+.3f} … {:+.3f}")

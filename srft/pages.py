@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from srft.errors import missing
+from srft.intervals import shown, shown_signed
 
 COLORS = ["#4c78d8", "#e07b39", "#3a9d6e", "#b565c9", "#c9a227", "#d1495b", "#2aa1b3", "#8a7f72"]  # on light and dark
 DASHES = ["-", (0, (4, 2)), (0, (1, 1.5))]  # where there are more lines than colours
+LEGEND = 3  # columns of it
 INK = "#010203"  # stands for the page's text colour until the SVG is written
 
 
@@ -29,7 +31,7 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "interval": interval}
+    environment.filters |= {"number": number, "interval": shown, "signed": shown_signed}
     return environment.get_template(template).render(**values)
 
 
@@ -45,23 +47,17 @@ def number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def interval(ends: list[float | None] | None) -> str:
-    """An interval for people; nothing where it is not known."""
-    return "" if not ends or None in ends or math.isnan(ends[0]) else f"{ends[0]:.3f} – {ends[1]:.3f}"
-
-
 def svg(
     title: str,
     lines: dict[str, list[tuple[float, float]]],
     unit: str,
     changes: Sequence[float] = (),
     over: str = "",
-    legend: int = 3,
 ) -> str:
     """One small figure as an <svg> element whose text takes the colour and the font of the page.
 
     lines: an empty one keeps its colour, and is not there.   unit: of the y axis.   changes: where upright lines are.
-    over: what the x axis is.   legend: columns of it.
+    over: what the x axis is.
     """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -69,7 +65,7 @@ def svg(
 
     # hashsalt: ids of clip paths are hashes, and must differ between the figures of one page
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9}):
-        rows = math.ceil(len(lines) / legend) - 1
+        rows = math.ceil(len(lines) / LEGEND) - 1
         figure = Figure(figsize=(4.2, 2.3 + 0.16 * rows + 0.12 * bool(over)), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
@@ -95,7 +91,7 @@ def svg(
         axes.set_ylabel(unit, color=INK)
         axes.set_xlabel(over, color=INK)
         if len(lines) > 1:
-            columns = min(legend, len(lines))
+            columns = min(LEGEND, len(lines))
             figure.legend(loc="outside upper left", ncols=columns, frameon=False, labelcolor=INK, fontsize=8)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -10,6 +10,7 @@ from typing import Any
 from srft.config import Config, DataConfig
 from srft.data import Example, digest
 from srft.errors import UserError, first_line
+from srft.settings import differing, flat
 
 MAY_CHANGE = {
     "model": {"device", "attention", "gradient_checkpointing", "trust_remote_code"},
@@ -29,16 +30,11 @@ DATA = "data.json"  # in a run's directory: which examples it has
 def check_settings(before: Config, now: Config) -> None:
     """Raise UserError where a setting of a run differs from what it began with, and may not."""
     bounded = now.data.overlong != "error"  # then it says which rows there are
-    changed = [
-        (f"{section.name}.{field.name}", getattr(getattr(before, section.name), field.name), value)
-        for section in dataclasses.fields(Config)
-        for field in dataclasses.fields(getattr(now, section.name))
-        if (value := getattr(getattr(now, section.name), field.name))
-        != getattr(getattr(before, section.name), field.name)
-        and (field.name not in MAY_CHANGE.get(section.name, ()) or (field.name == "token_budget" and bounded))
-    ]
-    if changed:
-        said = "; ".join(f"{key} was {shortened(old)}, is {shortened(new)}" for key, old, new in changed)
+    free = {f"{section}.{name}" for section, names in MAY_CHANGE.items() for name in names}
+    free -= {"train.token_budget"} if bounded else set()
+    found = differing(*(flat(dataclasses.asdict(config)) for config in (before, now)))
+    if changed := {key: values for key, values in found.items() if key not in free}:
+        said = "; ".join(f"{key} was {shortened(old)}, is {shortened(new)}" for key, (old, new) in changed.items())
         may = ", ".join(f"train.{name}" for name in sorted(MAY_CHANGE["train"]))
         raise UserError(
             f"--resume: that would be another run: {said}. What may change: {may}, eval.*, run.* but run.dir, and "

@@ -30,16 +30,8 @@ from srft.tracker import Tracker
 
 ORIGIN = "origin.json"
 OURS = (
-    *(
-        "config.toml",
-        ORIGIN,
-        "data.json",
-        "status.json",
-        "metrics.jsonl",
-        "samples.jsonl",
-        "evaluation.jsonl",
-        "report.html",
-    ),
+    *("config.toml", ORIGIN, "data.json", "status.json", "report.html"),
+    *("metrics.jsonl", "samples.jsonl", "evaluation.jsonl"),
     *("checkpoint-*", "final", "interrupted-*", "eval", "eval-*", "tensorboard", "wandb"),
 )
 RUN = ("status.json", "data.json")  # by which a run's directory is known; a config.toml may be anyone's
@@ -52,7 +44,7 @@ def create_run_dir(config: RunConfig) -> Path:
     before it had anything: what an earlier run wrote there then moves to `previous-1` (or the next free number) inside
     of it. Nothing is ever deleted, and nothing moves that no run wrote.
     """
-    path = _named(config.dir, "run.dir")
+    path = named(config.dir, "run.dir")
     if path.exists() and not path.is_dir():
         raise UserError(f"run.dir: {path} is a file; name a directory")
     try:
@@ -71,7 +63,7 @@ def create_run_dir(config: RunConfig) -> Path:
 
 def create_eval_dir(name: str) -> Path:
     """Make `eval.dir` and return it; {time} becomes the time now. One with something in it is refused."""
-    path = _named(name, "eval.dir")
+    path = named(name, "eval.dir")
     try:
         if "{time}" in name:
             return _new(path)
@@ -116,7 +108,7 @@ def rewind_run_dir(path: Path, step: int, config: str) -> None:
             write_whole(file, text)
 
 
-def _named(name: str, option: str) -> Path:
+def named(name: str, option: str) -> Path:
     """What a setting names, with the time now for {time}."""
     if not name.strip():
         raise UserError(f"{option}: expected the name of a directory, found none")

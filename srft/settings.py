@@ -88,6 +88,16 @@ def over(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return tree | {section: tree.get(section, {}) | values for section, values in changes.items()}
 
 
+def flat(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Settings by section.name."""
+    return {f"{section}.{name}": value for section, own in settings.items() for name, value in own.items()}
+
+
+def differing(one: dict[str, Any], another: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What two of them, by section.name, do not have in common."""
+    return {key: (one.get(key), another.get(key)) for key in {**one, **another} if one.get(key) != another.get(key)}
+
+
 def stage_table(entry: Any, number: int) -> dict[str, Any]:
     """The entry of train.stages with that number as tables of sections, and its name: what a recipe says written out.
 

@@ -13,17 +13,15 @@ def drawn(stage: Stage, number: int) -> list[Problem]:
     their own. It follows from train.seed and the data alone: a run of more steps begins as one of fewer.
     """
     train, number = stage.config.train, number - stage.before
-    shown = [problem for problem in stage.problems if problem.demonstration]
+    size, share = train.prompts_per_step, train.demo_share
+    shown = [problem for problem in stage.problems if problem.demonstration] if share else []
+    if len(shown) in (0, len(stage.problems)):
+        return in_turn(stage.problems, stage.order, number, size)
     others = [problem for problem in stage.problems if not problem.demonstration]
-    if not train.demo_share or not shown or not others:
-        return in_turn(stage.problems, stage.order, number, train.prompts_per_step)
-    count = max(1, round(train.demo_share * train.prompts_per_step))
-    if train.demo_share < 1:
-        count = max(1, min(count, train.prompts_per_step - 1))
-    rest = train.prompts_per_step - count
+    count = max(1, min(round(share * size), size if share == 1 else size - 1))
     return [
         *in_turn(shown, f"{stage.order}/demonstrations", number, count),
-        *in_turn(others, stage.order, number, rest),
+        *in_turn(others, stage.order, number, size - count),
     ]
 
 

@@ -6,17 +6,16 @@ which the same is made again where the runs themselves are not.
 
 import json
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from srft.errors import UserError
-from srft.intervals import Crossed, shown
+from srft.intervals import Crossed, shown, shown_signed
 from srft.pages import require_packages
-from srft.rundir import finite, read_status, write_whole
+from srft.rundir import finite, named, read_status, write_whole
 from srft.study.comparison import Cell, Column, Comparison, compare
-from srft.study.matrix import BASE, load_study
+from srft.study.matrix import BASE, directory_of, load_study
 from srft.study.page import page
 from srft.study.record import Record, is_base, is_run, read_record, record_of, written
 from srft.tables import aligned, markdown
@@ -118,13 +117,13 @@ def place(paths: Sequence[str], directory: str) -> Path:
     """
     first = Path(paths[0]).expanduser()
     if directory:
-        where = Path(directory).expanduser()
+        where = named(directory, "--dir")
     elif len(paths) == 1 and first.suffix == ".toml":
-        where = load_study(paths[0]).directory / "comparison"
+        where = directory_of(paths[0]) / "comparison"
     elif len(paths) == 1 and (first / NUMBERS).is_file():
         where = first
     else:
-        where = Path("comparisons") / time.strftime("%Y-%m-%dT%H-%M-%S")
+        where = named("comparisons/{time}", "--dir")
     if where.exists() and not where.is_dir():
         raise UserError(f"--dir: {where} is a file; name a directory")
     if where.is_dir() and any(where.iterdir()) and not (where / NUMBERS).is_file():
@@ -169,8 +168,7 @@ def cells_of(cell: Cell | None) -> list[str]:
 def difference_of(difference: Crossed | None) -> list[str]:
     if difference is None:
         return ["", ""]
-    low, high = difference.interval
-    return [f"{difference.mean:+.3f}", "" if math.isnan(low) else f"{low:+.3f} … {high:+.3f}"]
+    return [f"{difference.mean:+.3f}", shown_signed(difference.interval)]
 
 
 def notes_of(comparison: Comparison, missing: Sequence[str]) -> list[str]:

@@ -14,8 +14,9 @@ from statistics import fmean
 from typing import Any
 
 from srft.errors import UserError, nearest
-from srft.evaluation import SOLVED, pass_at_k
+from srft.evaluation import SOLVED, levels_of, pass_at_k
 from srft.intervals import Crossed, Spread, crossed, pooled
+from srft.settings import differing, flat
 from srft.study.matrix import BASE
 from srft.study.record import Record
 
@@ -44,7 +45,7 @@ class Method:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return flat(next(iter(self.runs.values()))["settings"])
+        return compared(next(iter(self.runs.values())))
 
     @property
     def budget(self) -> dict[str, float]:
@@ -213,7 +214,7 @@ def methods_of(records: Sequence[Record]) -> dict[str, Method]:
         method = methods.setdefault(record["method"], Method(record["method"], {}))
         if record["seed"] in method.runs:
             raise UserError(f"{method.name}: two runs of seed {record['seed']}; give one of them another name")
-        if method.runs and (other := differing(method.settings, flat(record["settings"]))):
+        if method.runs and (other := differing(method.settings, compared(record))):
             key, (one, another) = next(iter(other.items()))
             raise UserError(
                 f"{method.name}: its runs differ in {key}: {one!r} and {another!r}; runs of one method differ in seeds"
@@ -222,14 +223,10 @@ def methods_of(records: Sequence[Record]) -> dict[str, Method]:
     return methods
 
 
-def flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """By section.name, without what runs of one method may differ in."""
-    pairs = {f"{section}.{name}": value for section, own in settings.items() for name, value in own.items()}
-    return {key: value for key, value in pairs.items() if key not in OWN and not key.startswith("run.")}
-
-
-def differing(one: dict[str, Any], another: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    return {key: (one.get(key), another.get(key)) for key in {**one, **another} if one.get(key) != another.get(key)}
+def compared(record: Record) -> dict[str, Any]:
+    """Its settings by section.name, without what runs of one method may differ in."""
+    settings = flat(record["settings"])
+    return {key: value for key, value in settings.items() if key not in OWN and not key.startswith("run.")}
 
 
 def sets_of(method: Method) -> dict[str, dict[str, Any]]:
@@ -245,10 +242,10 @@ def of_run(run: Record, wanted: dict[str, Any]) -> dict[str, Any] | None:
 
 def columns_of(wanted: dict[str, Any], methods: dict[str, Method]) -> list[Column]:
     """avg@k of a set, and pass@n for n = 2, 4, … k."""
-    samples = wanted["samples"]
-    levels = sorted({2**i for i in range(1, samples.bit_length()) if 2**i <= samples} | ({samples} - {1}))
-    averages = column(wanted["name"], f"avg@{samples}", methods, [wanted], mean_of_scored)
-    return [averages, *(column(wanted["name"], f"pass@{n}", methods, [wanted], partial(passed, n=n)) for n in levels)]
+    name, samples = wanted["name"], wanted["samples"]
+    passes = [(f"pass@{n}", partial(passed, n=n)) for n in levels_of(samples) if n > 1]
+    scores = [(f"avg@{samples}", mean_of_scored), *passes]
+    return [column(name, score, methods, [wanted], value) for score, value in scores]
 
 
 def mean_of_scored(rewards: list[float | None]) -> float | None:

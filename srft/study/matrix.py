@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from srft.config import Config
-from srft.errors import UserError, nearest
+from srft.errors import UserError, check_known
 from srft.rundir import read_status
 from srft.settings import check_keys, configured, over, pairs, read_recipe, read_toml
 
@@ -98,7 +98,7 @@ def load_study(path: str, overrides: list[str] | None = None) -> Study:
             raise UserError(f"--{key}: each run of a study has its own; write study.seeds or study.dir in {path}")
     tree, study = read_study(path)
     where = f"{path}: study"
-    directory = directory_of(study.get("dir", f"runs/{Path(path).stem}"), where)
+    directory = directory_of(path, study)
     launch = launch_of(study, where)
     trials = []
     for method, seed in order_of(*methods_of(study, where)):
@@ -114,7 +114,10 @@ def load_study(path: str, overrides: list[str] | None = None) -> Study:
     return Study(directory, launch, trials)
 
 
-def directory_of(name: str, where: str) -> Path:
+def directory_of(path: str, study: dict[str, Any] | None = None) -> Path:
+    """Where a study's runs are. study: its table, where it was read."""
+    study, where = read_study(path)[1] if study is None else study, f"{path}: study"
+    name = study.get("dir", f"runs/{Path(path).stem}")
     if not name.strip() or "{time}" in name:
         raise UserError(f"{where}.dir: expected the name of a directory that stays the same, found {name!r}")
     directory = Path(name).expanduser()
@@ -142,9 +145,8 @@ def read_study(path: str, *seen: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UserError(
             f"{path}: expected a table [study] with recipes = [...], found {'none' if study is None else repr(study)}"
         )
+    check_known(study, KEYS, where)
     for key, value in study.items():
-        if key not in KEYS:
-            raise UserError(f"{where}: unknown key {key!r}{nearest(key, KEYS)} (keys: {', '.join(KEYS)})")
         if not isinstance(value, KEYS[key][0]):
             raise UserError(f"{where}.{key}: expected {KEYS[key][1]}, found {value!r}")
     list(check_keys(tree, f"{path}: "))

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from srft.pages import render, svg
-from srft.study.comparison import Comparison, Method, differing
+from srft.settings import differing
+from srft.study.comparison import Comparison, Method
 from srft.study.matrix import BASE
 
 CURVES = [  # title, metric, unit of y
@@ -80,11 +81,11 @@ def matrix_of(comparison: Comparison, methods: Sequence[Method]) -> dict[str, An
 
 def sets_of(comparison: Comparison) -> list[dict[str, Any]]:
     """Each set as a table: a row for each method, a column for each score."""
-    tables = []
+    tables, order = [], [each.name for each in comparison.ordered]
     for name in dict.fromkeys(each.name for each in comparison.columns):
         columns = [each for each in comparison.columns if each.name == name]
         cells = [each.cells(comparison.against) for each in columns]
-        methods = [each.name for each in comparison.ordered if each.name in cells[0]]
+        methods = [each for each in order if each in cells[0]]
         rows = [{"name": method, "cells": [each[method] for each in cells]} for method in methods]
         tables.append({"name": name, "prompts": columns[0].prompts, "scores": [c.score for c in columns], "rows": rows})
     return tables

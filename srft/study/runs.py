@@ -6,11 +6,12 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 
 from srft.checkpoint import newest_with_state
 from srft.errors import UserError
 from srft.rundir import holding, let_go, write_whole
-from srft.settings import SECTIONS, load, to_toml
+from srft.settings import differing, flat, load, to_toml
 from srft.signals import Interrupted, listening
 from srft.study.matrix import ALONE, BASE, EVALUATION, Study, Trial
 
@@ -38,12 +39,9 @@ def check_unchanged(trial: Trial) -> None:
         asked, begun = trial.config, load(str(file))
         if of_run and asked.train.epochs:  # the run says how many steps those are
             begun.train.steps, begun.train.epochs = asked.train.steps, asked.train.epochs
-        for section in SECTIONS:
-            one, another = vars(getattr(begun, section)), vars(getattr(asked, section))
-            if changed := [name for name in one if one[name] != another[name]]:
-                key = f"{section}.{changed[0]}"
-                found = f"begun with {key} {one[changed[0]]!r}, now it is {another[changed[0]]!r}"
-                raise UserError(f"{file}: {found}; put it back, or give the study another study.dir")
+        for key, (one, another) in differing(flat(asdict(begun)), flat(asdict(asked))).items():
+            found = f"begun with {key} {one!r}, now it is {another!r}"
+            raise UserError(f"{file}: {found}; put it back, or give the study another study.dir")
 
 
 def ran(study: Study, trial: Trial, number: int) -> bool:

@@ -2,6 +2,8 @@
 
 import ast
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 from srft.settings import SECTIONS
@@ -64,3 +66,13 @@ def test_the_page_names_every_room():
         if name not in ("__init__.py", "__main__.py"):
             named = [f"`{folder}/`" in line and f"`{name}`" in line for line in lines]
             assert any(named) if folder else any(f"`{name}`" in line.split("|")[1] for line in lines), file
+
+
+def test_the_loop_imports_with_torch_and_transformers_alone():
+    optional = "reasoning_gym math_verify pyarrow tensorboard jsonargparse matplotlib gguf vllm"
+    code = (
+        f"import sys\nfor name in {optional.split()!r}: sys.modules[name] = None\n"
+        "import srft.config, srft.trainer, srft.learn.packing, srft.learn.credit, srft.evaluate, srft.report\n"
+        "assert 'srft.ranks.torchrun' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

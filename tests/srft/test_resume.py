@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from srft import run as run_module
 from srft.checkpoint import resumable
 from srft.errors import UserError
 from srft.run import run
 from srft.settings import load
+from srft.trainer import Trainer
 from tests.srft.test_run import lines_of, small_run
 
 
@@ -164,3 +168,53 @@ def test_epochs_give_way_to_steps_and_count_what_is_left_of_the_rows(tiny_dir, t
 def test_another_directory_is_another_run(stopped):
     with pytest.raises(UserError, match=r"run.dir was '.*run', is 'elsewhere'"):
         again(stopped, "--run.dir", "elsewhere")
+
+
+@pytest.mark.parametrize("dtype, killed", [("float32", True), ("bfloat16", True), ("bfloat16", False)])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(tiny_dir, tmp_path, monkeypatch, dtype, killed):
+    def failing(self, number, step=Trainer.step):
+        if number == 4:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    monkeypatch.setattr(run_module.report, "build", lambda path: path / "report.html")  # takes the longest
+    timed = ("seconds_rollout", "seconds_train", "tokens_per_second", "peak_memory_mb")
+    more = ["--model.dtype", dtype, "--run.checkpoint_every", "2", "--eval.every", "3", "--train.steps", "5"]
+    more += ["--train.lr", "1e-3", "--train.updates_per_rollout", "2"]
+    run(small_run(tiny_dir, tmp_path / "whole", *more))
+    stopped = tmp_path / "stopped"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "step", failing)
+        if killed:
+            patch.setattr(run_module.Run, "saved", lambda _: iter(()))
+        run(small_run(tiny_dir, stopped, *more))
+    assert resumable(str(stopped)) == stopped / f"checkpoint-{2 if killed else 3}"
+    resumed = run(load(str(stopped / "config.toml"), []), resumed=resumable(str(stopped)))
+    assert resumed.directory == stopped and resumed.report == stopped / "report.html"
+    for name in ("metrics.jsonl", "samples.jsonl", "evaluation.jsonl"):
+        expected, found = (lines_of(each / name) for each in (tmp_path / "whole", stopped))
+        assert [{k: v for k, v in line.items() if k not in timed} for line in found] == [
+            {k: v for k, v in line.items() if k not in timed} for line in expected
+        ]
+    weights = [load_file(each / "final" / "model.safetensors") for each in (tmp_path / "whole", stopped)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    if killed:  # what came after the checkpoint was done again
+        assert [line["step"] for line in lines_of(stopped / "previous-1" / "metrics.jsonl")] == [1, 2, 3]
+    # the state of the optimizer is three times the model: only the newest checkpoint has it
+    assert [each.name for each in stopped.glob("checkpoint-*") if (each / "state").exists()] == ["checkpoint-4"]
+
+
+def test_a_run_goes_on_only_where_there_is_something_left_to_do(tiny_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module.report, "build", lambda path: path / "report.html")
+    directory = tmp_path / "run"
+    result = run(small_run(tiny_dir, directory, "--run.checkpoint_every", "1"))
+    config, last = load(str(directory / "config.toml"), []), resumable(str(directory))
+    before = (directory / "metrics.jsonl").read_bytes()
+    again = run(config, resumed=last)
+    assert (again.before, again.after) == (result.before, result.after)
+    assert (directory / "metrics.jsonl").read_bytes() == before
+    with pytest.raises(UserError, match=r"checkpoint-2: 2 steps are done; train.steps 1 is fewer"):
+        run(load(str(directory / "config.toml"), ["--train.steps", "1"]), resumed=last)
+    (last / "state" / ".metadata").unlink()
+    with pytest.raises(UserError, match=r"state: cannot be loaded: .*; take another checkpoint"):
+        run(config, resumed=last)
