@@ -39,6 +39,7 @@ def check_unchanged(trial: Trial) -> None:
         asked, begun = trial.config, load(str(file))
         if of_run and asked.train.epochs:  # the run says how many steps those are
             begun.train.steps, begun.train.epochs = asked.train.steps, asked.train.epochs
+        begun.run.overwrite = asked.run.overwrite  # of that start, which may have found a run without a checkpoint
         for key, (one, another) in differing(flat(asdict(begun)), flat(asdict(asked))).items():
             found = f"begun with {key} {one!r}, now it is {another!r}"
             raise UserError(f"{file}: {found}; put it back, or give the study another study.dir")
