@@ -72,6 +72,17 @@ def test_steps_that_follow_from_epochs_are_no_other_settings(study_file):
     check_unchanged(trial)
 
 
+def test_a_run_that_left_no_checkpoint_is_made_again_and_the_study_then_goes_on(study_file, tmp_path):
+    """Twice the same study: what the second start says about what the first left is not held against the third."""
+    file = study_file('[study]\nrecipes = ["sft"]')
+    (trial,) = load_study(file).trials
+    trial.directory.mkdir(parents=True)
+    (trial.directory / "metrics.jsonl").write_text('{"step": 1}\n')
+    write_status(trial.directory, "running", 1, 2)
+    assert run_study(load_study(file)) == [] and (trial.directory / "previous-1" / "metrics.jsonl").exists()
+    assert run_study(load_study(file)) == []
+
+
 def test_a_run_that_was_interrupted_before_and_fails_now_does_not_stop_the_others(study_file, tmp_path, monkeypatch):
     file = study_file('[study]\nrecipes = ["sft", "grpo"]')
     study, commands = load_study(file), []
