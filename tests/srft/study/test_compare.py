@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -64,6 +65,15 @@ def test_records_give_the_same_again(made, tmp_path):
     table = [(each / "table.md").read_text().splitlines() for each in (made, tmp_path / "third")]
     assert sorted(table[0]) == sorted(table[1])  # methods that are equally good are in the order of the files
     assert all(file.read_text() == (tmp_path / "third" / "runs" / file.name).read_text() for file in files)
+
+
+STUDIES = Path(__file__).parents[3] / "studies"
+
+
+@pytest.mark.parametrize("study", sorted(each.parent.name for each in STUDIES.glob("*/comparison.json")))
+def test_what_is_told_of_our_studies_is_what_their_records_give(study, tmp_path):
+    main_compare([str(STUDIES / study)], directory=str(tmp_path))
+    assert (tmp_path / "comparison.json").read_text() == (STUDIES / study / "comparison.json").read_text()
 
 
 @pytest.mark.parametrize(
