@@ -68,12 +68,15 @@ class Benchmark:
         return f"{len(self.examples)} prompts × {self.samples} samples"
 
 
-def load_sets(config: Config) -> list[Benchmark]:
-    """What eval.sets names; raises UserError for what is wrong in it, and with file and line for a broken row."""
-    sets = [load_set(entry, f"eval.sets[{place}]", config) for place, entry in enumerate(config.eval.sets, 1)]
+def load_sets(config: Config, option: str = "eval.sets") -> list[Benchmark]:
+    """What eval.sets names; raises UserError for what is wrong in it, and with file and line for a broken row.
+
+    option: what messages call it.
+    """
+    sets = [load_set(entry, f"{option}[{place}]", config) for place, entry in enumerate(config.eval.sets, 1)]
     names = [each.name for each in sets]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"eval.sets: two sets are called {twice[0]!r}; give one of them another name")
+        raise UserError(f"{option}: two sets are called {twice[0]!r}; give one of them another name")
     return sets
 
 
@@ -86,8 +89,8 @@ def load_set(entry: str | dict[str, Any], where: str, config: Config) -> Benchma
     broken = "drop" if drops else "error"
     data = dataclasses.replace(config.data, columns=entry.get("columns", {}), turns="last", broken=broken)
     try:
-        examples = [row[-1] for row in read_examples(entry["file"], data, "eval.sets")]
-        rows = sum(1 for _ in rows_of(entry["file"], "eval.sets")) if drops else len(examples)
+        examples = [row[-1] for row in read_examples(entry["file"], data, where.partition("[")[0])]
+        rows = sum(1 for _ in rows_of(entry["file"], where.partition("[")[0])) if drops else len(examples)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     check_files(examples, where)

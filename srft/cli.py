@@ -24,8 +24,9 @@ srft: single-stage supervised + reinforcement fine-tuning of language models
   srft eval  [CONFIG.toml] [--checkpoint DIR] [--section.key value …]    avg@k, pass@k: held-out prompts or benchmarks
   srft study STUDY.toml [--section.key value …]         the same job by several methods and seeds, one after the other
   srft compare STUDY.toml | RUN… [--against METHOD]     methods beside each other: a table and a page, with intervals
+  srft analyze BASE RUN… [--section.key value …]        what training changed, token by token
   srft data check FILE… [--section.key value …]         what is in data files, and what is wrong with them
-  srft report RUN_DIR                                   write RUN_DIR/report.html again from the run's files
+  srft report [--watch] RUN_DIR                         write RUN_DIR/report.html again, or show it as the run goes on
   srft COMMAND --help                                   more on one command; `srft train --help` lists every setting
 
 Examples
@@ -152,10 +153,32 @@ Runs sft-0 and sft-1, of seeds 0 and 1, are two of the method sft; they may diff
 study's directory, else comparisons/ and the time.
 """
 
+ANALYZE_HELP = """\
+srft analyze BASE RUN… [CONFIG.toml] [--section.key value …]
+
+What training changed in models, token by token, on the held-out prompts of the first run and on other tasks: one page
+and one JSON in analyze.dir. BASE and RUN are each a run (its last model; its checkpoints are on the map), a checkpoint,
+or any model; all have to have one tokenizer. Settings are those of the first run, which CONFIG.toml replaces.
+  srft analyze smollm2 runs/2026-01-31-12-00-00
+  srft analyze smollm2 runs/study/sft-0 runs/study/grpo-0 runs/study/srft_paper-0 --analyze.prompts 64
+
+On the page: KL(base ‖ model) per token, the predictor of what is forgotten (arXiv 2509.04259), against reward and
+against that of other tasks; which tokens became likelier or less likely, by where they stand and by the entropy they
+had, and the texts coloured by it; rewards where a few per cent of the tokens, those that changed most, are swapped
+between base and model while they write (arXiv 2603.22446); a map of models and their checkpoints; entropies and the
+weights e^-H and e^H that SRFT makes of them; the gradients of demonstrations and of rollouts beside each other; which
+weights have changed.
+"""
+
 REPORT_HELP = """\
 srft report RUN_DIR
+srft report --watch RUN_DIR [--port 8000]
 
-Writes RUN_DIR/report.html again: one self-contained page with the curves, the configuration and the samples.
+Writes RUN_DIR/report.html again: one self-contained page with the curves, the configuration and the samples, and what
+looks wrong in the last steps with what to try.
+
+--watch shows that page while the run goes on, to browsers on this machine only: from elsewhere by way of
+ssh -L 8000:localhost:8000. It writes nothing, and may be started and ended at any time.
 """
 
 
@@ -198,6 +221,7 @@ def dispatch(arguments: list[str], ranks: Ranks) -> int:
         "data": (check_data, DATA_HELP + known_names()),
         "study": (study, STUDY_HELP),
         "compare": (compare, COMPARE_HELP),
+        "analyze": (analyze, ANALYZE_HELP),
         "report": (report, REPORT_HELP),
     }
     command, *rest = arguments or [""]
@@ -245,15 +269,7 @@ def evaluate(arguments: list[str]) -> None:
     overrides, names = take_options(overrides, "--recipe")
     if checkpoint and Path(checkpoint).is_dir():
         directory = Path(checkpoint)
-        if not path:
-            path = next(
-                (
-                    str(each / "config.toml")
-                    for each in (directory, directory.parent)
-                    if (each / "config.toml").is_file()
-                ),
-                None,
-            )
+        path = path or settings_near(directory)
         if not (directory / "config.json").is_file() and (directory / "config.toml").is_file():
             checkpoint = str(model_of_run(directory))
     config = load(path, overrides, names)
@@ -316,11 +332,40 @@ def compare(arguments: list[str]) -> None:
     main_compare(arguments, against or "", directory or "")
 
 
+def analyze(arguments: list[str]) -> None:
+    paths = list(itertools.takewhile(lambda each: not each.startswith("--"), arguments))
+    overrides = arguments[len(paths) :]
+    overrides, names = take_options(overrides, "--recipe")
+    files = [each for each in paths if each.endswith(".toml")]
+    base, *runs = [each for each in paths if each not in files] or [""]
+    if not runs or len(files) > 1:
+        raise UserError("srft analyze takes a base and what was made of it: srft analyze smollm2 RUN_DIR")
+    config = load(files[0] if files else settings_near(Path(runs[0])), overrides, names)
+    from srft.analysis import main_analyze
+
+    main_analyze(config, base, runs)
+
+
+def settings_near(directory: Path) -> str | None:
+    """The settings of the run that the directory is, or lies in."""
+    near = (each / "config.toml" for each in (directory, directory.parent))
+    return next((str(each) for each in near if directory.is_dir() and each.is_file()), None)
+
+
 def report(arguments: list[str]) -> None:
-    if len(arguments) != 1:
+    arguments, port = take_option(arguments, "--port")
+    watched = "--watch" in arguments
+    arguments = [each for each in arguments if each != "--watch"]
+    if len(arguments) != 1 or arguments[0].startswith("--"):
         raise UserError(f"srft report takes one run directory, found {' '.join(arguments) or 'none'}")
     if not Path(arguments[0]).is_dir():
         raise UserError(f"{arguments[0]}: there is no such run directory")
+    if port is not None and not (watched and port.isdecimal() and int(port) < 2**16):
+        raise UserError(f"--port {port}: expected {EXPECTED['--port']}, beside --watch")
+    if watched:
+        from srft.watch import PORT, main_watch
+
+        return main_watch(arguments[0], PORT if port is None else int(port))
     from srft.report import build
 
     print(build(Path(arguments[0])))
@@ -344,6 +389,7 @@ EXPECTED = {
     "--resume": "the directory of a run",
     "--against": "the name of a method",
     "--dir": "the name of a directory",
+    "--port": "a number from 0 (any that is free) to 65535",
     "--recipe": f"the name of a recipe, one of {', '.join(recipes())}",
 }
 

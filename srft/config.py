@@ -40,12 +40,14 @@ class Section:
         section = type(self).__name__.removesuffix("Config").lower()
         for each in dataclasses.fields(self):
             key, value = f"{section}.{each.name}", getattr(self, each.name)
-            if isinstance(value, (int, float)):
-                low, above, high, below = (each.metadata[bound] for bound in ("low", "above", "high", "below"))
-                if not (low <= value <= high and above < value < below and math.isfinite(value)):
+            low, above, high, below = (each.metadata[bound] for bound in ("low", "above", "high", "below"))
+            for number in value if isinstance(value, list) else [value]:
+                if not isinstance(number, (int, float)):
+                    continue
+                if not (low <= number <= high and above < number < below and math.isfinite(number)):
                     bounds = [f"at least {low}"] * (low > -math.inf) + [f"more than {above}"] * (above > -math.inf)
                     bounds += [f"at most {high}"] * (high < math.inf) + [f"less than {below}"] * (below < math.inf)
-                    raise UserError(f"{key}: expected {' and '.join(bounds) or 'a finite number'}, found {value}")
+                    raise UserError(f"{key}: expected {' and '.join(bounds) or 'a finite number'}, found {number}")
             choices = typing.get_args(hints[each.name])
             if value is None and type(None) not in choices:
                 raise UserError(f"{key}: a value is needed")
@@ -222,6 +224,25 @@ class EvalConfig(Section):
 
 
 @dataclass
+class AnalyzeConfig(Section):
+    prompts: int = option(32, "held-out prompts that srft analyze looks at, and prompts of each other task", low=1)
+    samples: int = option(2, "completions of each, for rewards and gradients; the first is read token by token", low=1)
+    tokens: int = option(1024, "of each text at most so many tokens are read", low=1)
+    others: Tables = option(  # noqa: RUF009
+        [
+            {"task": "basic_arithmetic", "task_args": {"min_terms": 2, "max_terms": 2, "allow_parentheses": False}},
+            {"task": "products", "task_args": {"min_digits": 1, "max_digits": 1}},
+        ],
+        "other tasks, to see what is forgotten: tables or files as in eval.sets; those in data.tasks are left out",
+    )
+    shares: list[float] = option(  # noqa: RUF009
+        [0.02, 0.05, 0.2], "shares of the tokens to swap with the base; []: none", above=0, below=1
+    )
+    checkpoints: int = option(8, "at most so many checkpoints of each run on the map", low=0)
+    dir: str = option("analyses/{time}", "where srft analyze writes; {time} becomes its start")
+
+
+@dataclass
 class RunConfig(Section):
     dir: str = option("runs/{time}", "where the run writes; {time} becomes the start of the run, ~ your home")
     tracker: Literal["none", "wandb", "trackio", "tensorboard"] = option("none", "where metrics go besides the files")
@@ -245,4 +266,5 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    analyze: AnalyzeConfig = field(default_factory=AnalyzeConfig)
     run: RunConfig = field(default_factory=RunConfig)

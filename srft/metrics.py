@@ -17,6 +17,7 @@ DESCRIPTIONS = {
     "rollout_loss": "rollout term, mean over rollout tokens",
     "demo_entropy": "entropy on demonstration tokens (nats)",
     "rollout_entropy": "entropy on rollout tokens (nats)",
+    "rollout_surprise": "−log p of rollout tokens, mean (nats); of samples of the policy it is near their entropy",
     "demo_entropy_weight": "e^{±H} in the SFT term, mean over demonstration tokens",
     "rollout_entropy_weight": "e^{H} in the rollout term, mean over rollout tokens",
     "demo_weight": "weight of the SFT term, coefficient included",

@@ -44,7 +44,7 @@ def require_packages(page: str) -> None:
 
 def number(value: float | None, digits: int = 3) -> str:
     """A number for people; a dash for what is not known."""
-    return "–" if value is None else f"{value:.{digits}f}"
+    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def svg(
@@ -53,11 +53,12 @@ def svg(
     unit: str,
     changes: Sequence[float] = (),
     over: str = "",
+    whole: bool = True,
 ) -> str:
     """One small figure as an <svg> element whose text takes the colour and the font of the page.
 
     lines: an empty one keeps its colour, and is not there.   unit: of the y axis.   changes: where upright lines are.
-    over: what the x axis is.
+    over: what the x axis is.   whole: it counts something.
     """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -74,9 +75,9 @@ def svg(
             if not points:
                 continue
             x, y = zip(*points)
-            marker = "o" if len(x) < 40 else ""
+            marker, size = "o" if len(x) < 40 else "", 5 if len(x) == 1 else 2.6
             label = f"{' ' * name.startswith('_')}{name}".replace("$", "\\$")  # to matplotlib these mean something
-            axes.plot(x, y, color=color, linestyle=dash, linewidth=1.6, marker=marker, markersize=2.6, label=label)
+            axes.plot(x, y, color=color, linestyle=dash, linewidth=1.6, marker=marker, markersize=size, label=label)
         for x in changes:
             axes.axvline(x, color=INK, alpha=0.45, linewidth=0.9, linestyle=(0, (3, 3)))
         axes.grid(color=INK, alpha=0.12, linewidth=0.6)
@@ -86,7 +87,8 @@ def svg(
             axes.spines[side].set_color(INK)
             axes.spines[side].set_alpha(0.35)
         axes.tick_params(colors=INK, length=0)
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        if whole:
+            axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.ticklabel_format(useOffset=False)
         axes.set_ylabel(unit, color=INK)
         axes.set_xlabel(over, color=INK)

@@ -4,23 +4,30 @@ Curves are SVG drawn by matplotlib, written into the page; nothing is fetched wh
 """
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from srft.errors import UserError
 from srft.evaluation import Evaluation
+from srft.health import health
 from srft.metrics import DESCRIPTIONS
 from srft.pages import render, require_packages, svg
 from srft.rundir import read_jsonl, read_status, write_whole
 from srft.settings import toml_loads
 
+Lines = dict[str, list[tuple[float, float]]]
+
 # Title, the keys drawn in it, and what the y axis shows. Keys that a run does not have are left out.
+FIRST = [
+    ("Entropy", ["demo_entropy", "rollout_entropy"], "nats"),
+    ("Weights", ["demo_weight", "rollout_weight"], "coefficients included"),
+    ("Entropy weights", ["demo_entropy_weight", "rollout_entropy_weight"], ""),
+]
 CURVES = [
     ("Reward of the rollouts", ["reward_mean", "reward_demo", "informative"], ""),
     ("Loss", ["loss"], ""),
     ("Parts of the loss", ["demo_sft_loss", "demo_rl_loss", "rollout_loss"], "mean per token"),
-    ("Entropy", ["demo_entropy", "rollout_entropy"], "nats"),
-    ("Entropy weights", ["demo_entropy_weight", "rollout_entropy_weight"], ""),
     ("Length of a rollout", ["response_tokens"], "tokens"),
     ("Gradient norm", ["grad_norm"], ""),
     ("Learning rate", ["learning_rate"], ""),
@@ -33,6 +40,12 @@ SHOWN_PROMPTS = 8
 def build(run_dir: Path) -> Path:
     """Write `run_dir/report.html` and return its path. Raises UserError where there is no run to report on."""
     run_dir = Path(run_dir)
+    write_whole(run_dir / "report.html", html(run_dir))
+    return run_dir / "report.html"
+
+
+def html(run_dir: Path, live: str = "") -> str:
+    """The page. live: what is written so far, where a server shows it anew when that changes (watch.py)."""
     if not (run_dir / "config.toml").is_file():
         raise UserError(f"{run_dir}: there is no config.toml in it, so it is not the directory of a run")
     require_packages("report.html")
@@ -41,8 +54,10 @@ def build(run_dir: Path) -> Path:
     evaluations = [{"loss": None, **each} for each in read_jsonl(run_dir / "evaluation.jsonl")]
     evaluations = [e for e in evaluations if Evaluation.of(e).comparable(Evaluation.of(evaluations[-1]))]
     older = next((each.name for each in run_dir.glob("interrupted-*")), None)
-    page = render(
+    return render(
         "report.html",
+        live=live,
+        health=health(steps),
         name=run_dir.resolve().name,
         steps=steps,
         first=evaluations[0] if evaluations else None,
@@ -57,8 +72,6 @@ def build(run_dir: Path) -> Path:
         samples=read_jsonl(run_dir / "samples.jsonl")[-12:],
         config=config,
     )
-    write_whole(run_dir / "report.html", page)
-    return run_dir / "report.html"
 
 
 def stopped(status: dict[str, Any] | None, logged: int) -> str:
@@ -128,15 +141,20 @@ def pairs(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def curves(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> list[dict[str, str]]:
     """[{title, svg}]; a figure with nothing in it is left out."""
-    figures, changes = [], changes_of_stage(steps)
+    figures, changes = list(lines_of(FIRST, steps)), changes_of_stage(steps)
     if len(evaluations) > 1:
         for title, key, unit in (("Held-out reward", "reward", ""), ("Held-out loss", "loss", "nats per token")):
             points = [(each["step"], each[key]) for each in evaluations if each[key] is not None]
             figures.append((title, {title.lower(): points} if points else {}, unit))
-    for title, keys, unit in CURVES:
+    figures += lines_of(CURVES, steps)
+    return [{"title": title, "svg": svg(title, lines, unit, changes)} for title, lines, unit in figures if lines]
+
+
+def lines_of(curves: list[tuple[str, list[str], str]], steps: list[dict[str, Any]]) -> Iterator[tuple[str, Lines, str]]:
+    """Title, lines that have something in them, and unit of each figure."""
+    for title, keys, unit in curves:
         lines = {
             key.replace("_", " "): [(step["step"], step[key]) for step in steps if step.get(key) is not None]
             for key in keys
         }
-        figures.append((title, {name: points for name, points in lines.items() if points}, unit))
-    return [{"title": title, "svg": svg(title, lines, unit, changes)} for title, lines, unit in figures if lines]
+        yield title, {name: points for name, points in lines.items() if points}, unit

@@ -61,17 +61,17 @@ def create_run_dir(config: RunConfig) -> Path:
     return path
 
 
-def create_eval_dir(name: str) -> Path:
-    """Make `eval.dir` and return it; {time} becomes the time now. One with something in it is refused."""
-    path = named(name, "eval.dir")
+def create_eval_dir(name: str, option: str = "eval.dir") -> Path:
+    """Make the directory and return it; {time} becomes the time now. One with something in it is refused."""
+    path = named(name, option)
     try:
         if "{time}" in name:
             return _new(path)
         path.mkdir(parents=True, exist_ok=True)
         if any(path.iterdir()):
-            raise UserError(f"eval.dir: {path} exists and is not empty; name another directory")
+            raise UserError(f"{option}: {path} exists and is not empty; name another directory")
     except OSError as error:
-        raise UserError(f"eval.dir: cannot write into {path}: {error.strerror}; name another directory") from error
+        raise UserError(f"{option}: cannot write into {path}: {error.strerror}; name another directory") from error
     return path
 
 

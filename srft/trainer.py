@@ -249,6 +249,7 @@ class Trainer:
         values = self.objective.metrics(stats, tokens) | {
             "demo_entropy": stats.entropy[is_demo].mean(),
             "rollout_entropy": stats.entropy[~is_demo].mean(),
+            "rollout_surprise": -stats.logprobs[~is_demo].mean(),
             "demo_entropy_weight": demo_weight[is_demo].mean(),
             "rollout_entropy_weight": rollout_weight[~is_demo].mean(),
         }

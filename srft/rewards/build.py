@@ -4,7 +4,6 @@ scorer = build_reward(config.reward, config.data)
 check_answers(scorer, config.data, held_out, train)             # before a model is loaded
 """
 
-import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -29,8 +28,6 @@ def build_reward(config: RewardConfig, data: DataConfig) -> Scorer:
     if config.weights and len(config.weights) != len(names):
         found = f"found {len(config.weights)} for {len(names)} functions"
         raise UserError(f"reward.weights: expected one number per function of reward.name, {found}")
-    if not all(math.isfinite(weight) for weight in config.weights):
-        raise UserError(f"reward.weights: expected finite numbers, found {config.weights}")
     rewards = [reward_of(name, config, data) for name in names]
     name = ", ".join(each.name for each in rewards)
     return Scorer(name, *rewards, weights=config.weights, seconds=config.timeout, workers=config.workers)

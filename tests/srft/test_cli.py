@@ -53,13 +53,14 @@ def failure(capsys, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--help"], ["srft train [CONFIG.toml]", "srft eval", "srft report RUN_DIR", "Examples", "--debug"]),
+        (["--help"], ["srft train [CONFIG.toml]", "srft eval", "srft report [--watch] RUN_DIR", "Examples", "--debug"]),
         (
             ["train", "--help"],
             ["--train.lr", "--data.train_file", "def my_function(prompts, completions", '{"prompt":'],
         ),
         (["eval", "--help"], ["--checkpoint", "avg@k"]),
-        (["report", "-h"], ["RUN_DIR/report.html"]),
+        (["report", "-h"], ["RUN_DIR/report.html", "--watch"]),
+        (["analyze", "--help"], ["srft analyze BASE RUN…", "KL(base ‖ model)"]),
     ],
 )
 def test_help_teaches(arguments, expected, capsys):

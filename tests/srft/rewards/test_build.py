@@ -44,7 +44,7 @@ def test_wrong_names(name, data, expected):
     ("weights", "expected"),
     [
         ([1.0], r"reward\.weights: expected one number per function of reward\.name, found 1 for 2 functions"),
-        ([1.0, float("nan")], r"reward\.weights: expected finite numbers, found \[1\.0, nan\]"),
+        ([1.0, float("nan")], r"reward\.weights: expected a finite number, found nan"),
     ],
 )
 def test_wrong_weights(weights, expected):
