@@ -60,7 +60,7 @@ def prune(run: Path, keep: int, rewards: dict[int, float]) -> None:
 
     rewards: by step, of the evaluations; a checkpoint of a step without one cannot be the best.
     """
-    steps = sorted(int(each.name[11:]) for each in run.glob("checkpoint-*") if each.name[11:].isdecimal())
+    steps = steps_of(run)
     rated = [step for step in steps if math.isfinite(rewards.get(step, math.nan))]
     kept = {*steps[-keep:], *sorted(rated, key=lambda step: (rewards[step], step))[-1:]}
     for step in sorted({*steps} - kept):
@@ -129,6 +129,11 @@ def newest_model(directory: Path) -> Path | None:
 def newest_with_state(run: Path) -> Path | None:
     checkpoints = [each.parent for each in run.glob(f"checkpoint-*/{STATE}") if each.parent.name[11:].isdecimal()]
     return max(checkpoints, key=step_of, default=None)
+
+
+def steps_of(run: Path) -> list[int]:
+    """Of the run's checkpoints, in order."""
+    return sorted(int(each.name[11:]) for each in run.glob("checkpoint-*") if each.name[11:].isdecimal())
 
 
 def step_of(checkpoint: Path) -> int:

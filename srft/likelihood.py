@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 
 import srft_kernels as sk
-from srft.learn.packing import Sequence, pack
-from srft.model import head_of, hidden_states
+from srft.learn.packing import Sequence, pack, predictors
+from srft.model import head_of
 from srft.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -37,8 +37,7 @@ def demonstration_loss(
     for m in microbatches:
 
         def logprobs(m=m) -> torch.Tensor:
-            hidden = hidden_states(model, m.input_ids, m.attention_mask, m.position_ids).flatten(0, 1)[m.hidden_index]
-            return sk.linear_logprobs(hidden, target=m.target, **head_of(model)).logprobs
+            return sk.linear_logprobs(predictors(model, m), target=m.target, **head_of(model)).logprobs
 
         found = ranks.forward(logprobs).double()
         total += torch.stack([-found.sum(), found.new_tensor(len(found))])

@@ -38,11 +38,11 @@ import srft_kernels as sk
 from srft.data import Problem, Prompter
 from srft.learn.credit import Group, advantages_of, informative, reward_metrics, scored, sequences_of, switched
 from srft.learn.order import drawn
-from srft.learn.packing import Microbatch, Sequence, pack
+from srft.learn.packing import Microbatch, Sequence, pack, predictors
 from srft.learn.sharing import sharing_limit
 from srft.learn.stages import Stage, stage_at
 from srft.metrics import add_squares, mean, peak_memory_mb
-from srft.model import LoadedModel, head_of, hidden_states
+from srft.model import LoadedModel, head_of
 from srft.optim import Optimizer
 from srft.ranks import Ranks
 from srft.rewards import Scorer
@@ -260,8 +260,7 @@ class Trainer:
 
         Prompts and padding stay behind. To be called where the head is whole: within `ranks.forward`.
         """
-        inputs = microbatch.input_ids, microbatch.attention_mask, microbatch.position_ids
-        hidden = hidden_states(self.loaded.model, *inputs).flatten(0, 1)[microbatch.hidden_index]
+        hidden = predictors(self.loaded.model, microbatch)
         temperature = self.config.rollout.temperature if self.learns_from_rollouts else 1.0
         return {"input": hidden, "target": microbatch.target, "temperature": temperature, **head_of(self.loaded.model)}
 

@@ -29,7 +29,8 @@ class CrossEngine(TransformersEngine):
 
     def _batch(self, prompts, owners, generation, processors):
         swap = Swap(self.other, [len(prompts[i]) for i in owners], self.threshold)
-        rows = super()._batch(prompts, owners, generation, LogitsProcessorList([swap, *processors]))
+        with self.other._plain_sampling():
+            rows = super()._batch(prompts, owners, generation, LogitsProcessorList([swap, *processors]))
         swapped = torch.stack(swap.swapped, 1).tolist()  # (rows, steps)
         for row, of_row in zip(rows, swapped):
             length = len(self._rollout(row).tokens)
@@ -65,11 +66,7 @@ class Swap:
         given = {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)[:, seen:], "logits_to_keep": 1}
         given |= {"use_cache": self.cache is not None, other.cache_name: self.cache}
         known = {name: value for name, value in given.items() if name in other.accepted}
-        training = other.model.training
-        other.model.eval()
-        logits = other.model(input_ids=input_ids[:, seen:], attention_mask=mask, **known).logits[:, -1]
-        other.model.train(training)
-        return logits
+        return other.model(input_ids=input_ids[:, seen:], attention_mask=mask, **known).logits[:, -1]
 
 
 def jensen_shannon(one: Tensor, another: Tensor) -> Tensor:  # (n, V), (n, V)

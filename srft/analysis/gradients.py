@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import srft_kernels as sk
-from srft.learn.packing import Sequence, pack
-from srft.model import LoadedModel, head_of, hidden_states
+from srft.learn.packing import Sequence, pack, predictors
+from srft.model import LoadedModel, head_of
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,7 @@ def gradient(
     """Of each weight, in fp32; 0 without sequences."""
     parameters = [each for each in loaded.model.parameters() if each.requires_grad]
     for m in pack(sequences, token_budget=token_budget, pad_id=loaded.pad_id, device=loaded.device):
-        hidden = hidden_states(loaded.model, m.input_ids, m.attention_mask, m.position_ids).flatten(0, 1)[
-            m.hidden_index
-        ]
-        head = head_of(loaded.model)
+        hidden, head = predictors(loaded.model, m), head_of(loaded.model)
         out = sk.linear_loss(
             hidden, target=m.target, objective=sk.srft_paper(), temperature=temperature, **head, **m.annotations
         )

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from srft.checkpoint import newest_model
+from srft.checkpoint import newest_model, steps_of
 from srft.errors import UserError
 from srft.model import EMBEDDED
 
@@ -39,7 +39,7 @@ def subject(path: str, name: str = "", most: int = 0) -> Subject:
     model = directory / "final" if (directory / "final").is_dir() else newest_model(directory)
     if model is None:
         raise UserError(f"{path}: there is no model in it; name the directory of a run that has saved one, or a model")
-    steps = sorted(int(each.name[11:]) for each in directory.glob("checkpoint-*") if each.name[11:].isdecimal())
+    steps = steps_of(directory)
     kept = steps if len(steps) <= most else [steps[i * len(steps) // most] for i in range(most)]
     checkpoints = {step: str(directory / f"checkpoint-{step}") for step in kept}
     others = {step: each for step, each in checkpoints.items() if Path(each) != model}

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import srft_kernels as sk
-from srft.learn.packing import Sequence, pack
-from srft.model import LoadedModel, head_of, hidden_states
+from srft.learn.packing import Sequence, pack, predictors
+from srft.model import LoadedModel, head_of
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,10 @@ def read(loaded: LoadedModel, sequences: SequenceOf[Sequence], token_budget: int
     training = loaded.model.training
     loaded.model.eval()
     microbatches = pack(sequences, token_budget=token_budget, pad_id=loaded.pad_id, device=loaded.device)
-    hidden = torch.cat(
-        [
-            hidden_states(loaded.model, m.input_ids, m.attention_mask, m.position_ids).flatten(0, 1)[m.hidden_index]
-            for m in microbatches
-        ]
-    )
+    order = torch.cat([m.step_index for m in microbatches]).argsort()
+    hidden = torch.cat([predictors(loaded.model, m) for m in microbatches])[order]
+    target = torch.cat([m.target for m in microbatches])[order]
     loaded.model.train(training)
-    order = torch.cat([m.step_index for m in microbatches])
-    hidden = torch.empty_like(hidden).index_copy_(0, order, hidden)
-    target = torch.cat([m.target for m in microbatches])
-    target = torch.empty_like(target).index_copy_(0, order, target)
     head = {
         name: value.detach() if isinstance(value, Tensor) else value for name, value in head_of(loaded.model).items()
     }

@@ -13,11 +13,16 @@ loss and gradient whatever the token budget is.
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 import srft_kernels as sk
+from srft.model import hidden_states
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -196,6 +201,12 @@ def pack(
         groups = cut(token_budget)
     mine = [microbatch(group) for group in groups[rank::ranks]]
     return mine if len(groups[::ranks]) == len(mine) else [*mine, without_targets(microbatch(groups[-1]))]
+
+
+def predictors(model: "PreTrainedModel", microbatch: Microbatch) -> Tensor:
+    """(n, H) the hidden states that predict its targets; prompts and padding stay behind."""
+    inputs = microbatch.input_ids, microbatch.attention_mask, microbatch.position_ids
+    return hidden_states(model, *inputs).flatten(0, 1)[microbatch.hidden_index]
 
 
 def without_targets(microbatch: Microbatch) -> Microbatch:
