@@ -127,7 +127,7 @@ Where eval.sets names sets, each run is measured on them, and so is the model as
 what is finished is skipped. `srft compare STUDY.toml` tells what came out, also before all has run.
 STUDY.toml is a CONFIG.toml with a table [study]:
   [study]
-  recipes = ["sft", "grpo", "srft_paper"]     # `srft train --help` lists all
+  methods = ["sft", "grpo", "srft_paper"]     # recipes, which `srft train --help` lists, and variants
   seeds = [0, 1, 2]
   dir = "runs/mine"                           # default: runs/ and the name of the file
   launch = "torchrun --standalone --nproc_per_node=8 -m srft"     # default: one process

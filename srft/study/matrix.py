@@ -1,13 +1,13 @@
 """A study, `srft study STUDY.toml`: the same job by several methods and seeds, one run after the other.
 
     [study]
-    recipes = ["srft_paper", "sft", "grpo"]                 # the most telling first
+    methods = ["srft_paper", "sft", "grpo"]                 # names of recipes and variants, the most telling first
     seeds = [0, 1, 2]                                       # of training and of the train prompts
     dir = "runs/chain_sum"                                  # default: runs/ and the name of the file
 
-    [study.variants.srft_plus]                              # methods of one's own: a recipe, and settings over it
+    [study.variants.srft_plus]                              # a method of one's own: a recipe, and settings over it
     recipe = "srft_paper"
-    seeds = [0]                                             # default: those above; []: not at all
+    seeds = [0]                                             # default: those above
     loss = {options = {entropy_sign = 1}}
 
     [train]                                                 # and what all of them have in common, as in a CONFIG.toml
@@ -16,8 +16,9 @@
     [study]                                                 # or all that another study has, and this in place of that
     like = "chain_sum.toml"
 
-Every method runs with the first seed, then every one with the second, and so on; variants come after all recipes. So a
-study that is stopped still says something. Where eval.sets names sets, the model is measured on them as it is at first,
+Every method runs with the first seed, then every one with the second, and so on; variants that methods does not name
+come after them, those of another study not at all where this one has methods of its own. So a study that is stopped
+still says something. Where eval.sets names sets, the model is measured on them as it is at first,
 and after each run. Started again a study goes on: what is finished is skipped, a stopped run goes on from its
 checkpoint, or begins anew where it has none. A run that fails is told, and the others follow.
 """
@@ -38,7 +39,7 @@ from srft.settings import check_keys, configured, over, pairs, read_recipe, read
 
 KEYS: dict[str, tuple[type, str]] = {
     "like": (str, "the file of another study"),
-    "recipes": (list, "a list of names of recipes"),
+    "methods": (list, "a list of names of recipes and variants"),
     "seeds": (list, "a list of whole numbers"),
     "variants": (dict, "a table of methods"),
     "dir": (str, "the name of a directory"),
@@ -143,7 +144,7 @@ def read_study(path: str, *seen: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     where, study = f"{path}: study", tree.pop("study", None)
     if not isinstance(study, dict):
         raise UserError(
-            f"{path}: expected a table [study] with recipes = [...], found {'none' if study is None else repr(study)}"
+            f"{path}: expected a table [study] with methods = [...], found {'none' if study is None else repr(study)}"
         )
     check_known(study, KEYS, where)
     for key, value in study.items():
@@ -158,7 +159,8 @@ def read_study(path: str, *seen: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UserError(f"{where}.like: {other.name} is like this one; name another study")
     settings, of_other = read_study(str(other), this, *seen)
     whole = {key: value for key, value in of_other.items() if key != "dir"} | study
-    others = {name: each for name, each in of_other.get("variants", {}).items() if name not in whole.get("recipes", [])}
+    named = study.get("methods")
+    others = {name: each for name, each in of_other.get("variants", {}).items() if named is None or name in named}
     return over(settings, tree), whole | {"variants": others | study.get("variants", {})}
 
 
@@ -172,19 +174,15 @@ class Method:
 
 
 def methods_of(study: dict[str, Any], where: str) -> tuple[list[Method], list[Method]]:
-    """The recipes and the variants."""
-    names = study.get("recipes", [])
-    tables = study.get("variants", {})
-    seeds = seeds_of(study, where)
+    """Those that it names, and its other variants."""
+    names, tables, seeds = study.get("methods", []), study.get("variants", {}), seeds_of(study, where)
     if not names and not tables:
-        raise UserError(f"{where}: nothing to run: name recipes or variants")
-    if twice := [name for name in [*names, *tables] if [BASE, *names, *tables].count(name) > 1]:
+        raise UserError(f"{where}: nothing to run: name methods, or give variants")
+    if odd := [name for name in names if not isinstance(name, str)]:
+        raise UserError(f"{where}.methods: expected names of recipes and variants, found {odd[0]!r}")
+    if twice := [name for name in [*names, *tables] if names.count(name) > 1 or name == BASE]:
         raise UserError(f"{where}: {twice[0]!r} is there twice; give one of them another name")
-    recipes, variants = [], []
-    for name in names:
-        if not isinstance(name, str):
-            raise UserError(f"{where}.recipes: expected names of recipes, found {name!r}")
-        recipes.append(Method(name, seeds, [recipe_of(name, where)]))
+    variants = {}
     for name, variant in tables.items():
         if not isinstance(variant, dict) or not isinstance(variant.get("recipe", ""), str):
             raise UserError(
@@ -196,9 +194,10 @@ def methods_of(study: dict[str, Any], where: str) -> tuple[list[Method], list[Me
             )
         changes = {key: value for key, value in variant.items() if key not in ("recipe", "seeds")}
         recipe = [recipe_of(variant["recipe"], f"{where}.variants.{name}")] if "recipe" in variant else []
-        own = [] if variant.get("seeds") == [] else seeds_of({"seeds": seeds} | variant, f"{where}.variants.{name}")
-        variants.append(Method(name, own, [*recipe, changes]))
-    return recipes, variants
+        own = seeds_of({"seeds": seeds} | variant, f"{where}.variants.{name}")
+        variants[name] = Method(name, own, [*recipe, changes])
+    named = [variants.pop(name, None) or Method(name, seeds, [recipe_of(name, where)]) for name in names]
+    return named, list(variants.values())
 
 
 def recipe_of(name: str, where: str) -> dict[str, Any]:
@@ -216,10 +215,10 @@ def seeds_of(table: dict[str, Any], where: str) -> list[int]:
     return seeds
 
 
-def order_of(recipes: list[Method], variants: list[Method]) -> Iterator[tuple[Method, int]]:
-    """The methods and their seeds, after the base."""
+def order_of(*groups: list[Method]) -> Iterator[tuple[Method, int]]:
+    """The methods and their seeds, after the base, one group after the other."""
     yield Method(BASE, [0], []), 0
-    for methods in (recipes, variants):
+    for methods in groups:
         for rank in itertools.count():
             of_rank = [(method, method.seeds[rank]) for method in methods if rank < len(method.seeds)]
             if not of_rank:

@@ -20,7 +20,7 @@ loss = {options = {entropy_sign = 1}}
 
 def test_the_runs_of_a_study_and_their_order(study_file):
     study = load_study(
-        study_file('[study]\nrecipes = ["sft", "sft_grpo"]\nseeds = [0, 3]' + VARIANT), ["--train.lr", "1e-3"]
+        study_file('[study]\nmethods = ["sft", "sft_grpo"]\nseeds = [0, 3]' + VARIANT), ["--train.lr", "1e-3"]
     )
     names = [trial.directory.name for trial in study.trials]
     assert names == ["sft-0", "sft_grpo-0", "sft-3", "sft_grpo-3", "plus-0", "plus-3"]
@@ -43,25 +43,27 @@ def test_the_runs_of_a_study_and_their_order(study_file):
 @pytest.mark.parametrize(
     ("study", "message"),
     [
-        ("", r"mine.toml: expected a table \[study\] with recipes"),
-        ("[study]\n", "mine.toml: study: nothing to run: name recipes or variants"),
-        ('[study]\nrecipe = ["sft"]', "mine.toml: study: unknown key 'recipe'; did you mean 'recipes'"),
-        ('[study]\nrecipes = "sft"', "mine.toml: study.recipes: expected a list of names of recipes, found 'sft'"),
-        ('[study]\nrecipes = ["stf"]', "mine.toml: study: recipe 'stf' is not known; did you mean 'sft'"),
+        ("", r"mine.toml: expected a table \[study\] with methods"),
+        ("[study]\n", "mine.toml: study: nothing to run: name methods, or give variants"),
+        ('[study]\nmethod = ["sft"]', "mine.toml: study: unknown key 'method'; did you mean 'methods'"),
+        ('[study]\nmethods = "sft"', "mine.toml: study.methods: expected a list of names of recipes"),
+        ("[study]\nmethods = [3]", "mine.toml: study.methods: expected names of recipes and variants, found 3"),
+        ('[study]\nmethods = ["stf"]', "mine.toml: study: recipe 'stf' is not known; did you mean 'sft'"),
         (
-            '[study]\nrecipes = ["sft"]\ndir = "runs/{time}"',
+            '[study]\nmethods = ["sft"]\ndir = "runs/{time}"',
             "mine.toml: study.dir: expected the name of a directory that",
         ),
-        ('[study]\nrecipes = ["sft"]\ndir = ""', "mine.toml: study.dir: expected the name of a directory that stays"),
-        ('[study]\nrecipes = ["sft"]\ndir = "mine.toml"', "mine.toml: study.dir: mine.toml is a file"),
-        ('[study]\nrecipes = ["sft"]\nlaunch = "a \'b"', "mine.toml: study.launch: expected a command, such as"),
-        ('[study]\nrecipes = ["sft"]\nlaunch = "nosuch -m"', "mine.toml: study.launch: there is no command 'nosuch'"),
+        ('[study]\nmethods = ["sft"]\ndir = ""', "mine.toml: study.dir: expected the name of a directory that stays"),
+        ('[study]\nmethods = ["sft"]\ndir = "mine.toml"', "mine.toml: study.dir: mine.toml is a file"),
+        ('[study]\nmethods = ["sft"]\nlaunch = "a \'b"', "mine.toml: study.launch: expected a command, such as"),
+        ('[study]\nmethods = ["sft"]\nlaunch = "nosuch -m"', "mine.toml: study.launch: there is no command 'nosuch'"),
         ('[study.variants."{time}"]\nrecipe = "sft"', "a name is part of a directory's"),
         ('[study.variants.base]\nrecipe = "sft"', "study: 'base' is there twice"),
+        ("[study.variants.a]\nseeds = []", "mine.toml: study.variants.a.seeds: expected different whole numbers"),
         ("[study.variants.a]\nseeds = 0", "mine.toml: study.variants.a.seeds: expected different whole numbers"),
-        ('[study]\nrecipes = ["sft", "sft"]', "mine.toml: study: 'sft' is there twice"),
-        ('[study]\nrecipes = ["sft"]\nseeds = [0, 0]', "mine.toml: study.seeds: expected different whole numbers"),
-        ('[study]\nrecipes = ["sft"]\nseeds = ["a"]', "mine.toml: study.seeds: expected different whole numbers"),
+        ('[study]\nmethods = ["sft", "sft"]', "mine.toml: study: 'sft' is there twice"),
+        ('[study]\nmethods = ["sft"]\nseeds = [0, 0]', "mine.toml: study.seeds: expected different whole numbers"),
+        ('[study]\nmethods = ["sft"]\nseeds = ["a"]', "mine.toml: study.seeds: expected different whole numbers"),
         ("[study.variants]\na = 3", "mine.toml: study.variants.a: expected a table with recipe"),
         ("[study.variants.a]\nloss = {presett = 3}", r"unknown key 'loss.presett'"),
         ("[study.variants.a]\nloss = {average = 'x'}", r"loss.average: expected one of token.* \(of a in mine.toml\)"),
@@ -74,7 +76,7 @@ def test_what_is_no_study_is_refused(study_file, study, message):
 
 def test_a_study_like_another(study_file, tmp_path):
     (tmp_path / "studies").mkdir()
-    study_file('[study]\nrecipes = ["sft", "grpo"]\nseeds = [0, 3]\ndir = "elsewhere"' + VARIANT)
+    study_file('[study]\nmethods = ["sft", "grpo"]\nseeds = [0, 3]\ndir = "elsewhere"' + VARIANT)
     (tmp_path / "mine.toml").rename(tmp_path / "studies" / "first.toml")
     like = tmp_path / "studies" / "other.toml"
     like.write_text('[study]\nlike = "first.toml"\nseeds = [1]\n[train]\nlr = 1e-3\n[rollout]\nper_prompt = 3')
@@ -85,14 +87,14 @@ def test_a_study_like_another(study_file, tmp_path):
     config = study.trials[0].config
     assert (config.train.lr, config.train.steps) == (1e-3, 2)
     assert (config.rollout.per_prompt, config.rollout.max_new_tokens) == (3, 4)
-    own = '[study]\nlike = "first.toml"\nrecipes = ["sft"]\nseeds = [0]\n'
-    like.write_text(own + "[study.variants]\nmore = {train = {steps = 9}}\nplus = {seeds = []}")
+    own = '[study]\nlike = "first.toml"\nmethods = ["sft"]\nseeds = [0]\n'
+    like.write_text(own + "[study.variants]\nmore = {train = {steps = 9}}")
     trials = load_study("studies/other.toml").trials
     assert [(each.method, each.config.train.steps) for each in trials] == [("sft", 2), ("more", 9)]
-    like.write_text('[study]\nlike = "first.toml"\nrecipes = ["plus", "sft"]')
-    with pytest.raises(UserError, match="recipe 'plus' is not known"):
-        load_study("studies/other.toml")
-    like.write_text('[study]\nlike = "first.toml"\nrecipes = ["sft"]\n[trian]\nlr = 1')
+    like.write_text(own.replace('"sft"', '"plus", "sft"'))
+    trials = load_study("studies/other.toml").trials
+    assert [(each.method, each.config.loss.options) for each in trials] == [("plus", {"entropy_sign": 1}), ("sft", {})]
+    like.write_text('[study]\nlike = "first.toml"\nmethods = ["sft"]\n[trian]\nlr = 1')
     with pytest.raises(UserError, match=r"studies/other.toml: unknown section \[trian\]; did you mean 'train'"):
         load_study("studies/other.toml")
     like.write_text('[study]\nlike = "other.toml"')
@@ -106,7 +108,7 @@ def test_a_study_like_another(study_file, tmp_path):
 @pytest.mark.parametrize("key", ["train.seed", "data.seed", "run.dir"])
 def test_what_each_run_has_of_its_own_is_not_overridden(study_file, key):
     with pytest.raises(UserError, match=f"--{key}: each run of a study has its own"):
-        load_study(study_file('[study]\nrecipes = ["sft"]'), [f"--{key}", "3"])
+        load_study(study_file('[study]\nmethods = ["sft"]'), [f"--{key}", "3"])
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "studies").glob("*.toml")), ids=lambda file: file.stem)

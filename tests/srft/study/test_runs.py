@@ -21,7 +21,7 @@ SETS = '[{task = "chain_sum", prompts = 3, samples = 2}, {task = "products", pro
 
 
 def test_a_study_runs_all_and_then_nothing(study_file, tmp_path, capfd):
-    file = study_file('[study]\nrecipes = ["sft", "grpo"]')
+    file = study_file('[study]\nmethods = ["sft", "grpo"]')
     assert run_study(load_study(file)) == []
     for name in ("sft-0", "grpo-0"):
         directory = tmp_path / "runs" / "mine" / name
@@ -50,7 +50,7 @@ def test_a_run_that_fails_does_not_stop_the_others(study_file, tmp_path, capfd):
 
 def test_runs_that_were_begun_otherwise_are_refused_before_anything_runs(study_file, tmp_path):
     """By what the settings are, not by how they were written; also where a run was put there by hand."""
-    file = study_file('[study]\nrecipes = ["sft"]')
+    file = study_file('[study]\nmethods = ["sft"]')
     (trial,) = load_study(file).trials
     trial.settings.parent.mkdir(parents=True)
     trial.settings.write_text("# of another version\n" + to_toml(trial.config))
@@ -63,7 +63,7 @@ def test_runs_that_were_begun_otherwise_are_refused_before_anything_runs(study_f
 
 
 def test_steps_that_follow_from_epochs_are_no_other_settings(study_file):
-    file = study_file('[study]\nrecipes = ["sft"]', JOB.replace("steps = 2", "epochs = 1"))
+    file = study_file('[study]\nmethods = ["sft"]', JOB.replace("steps = 2", "epochs = 1"))
     (trial,) = load_study(file).trials
     trial.directory.mkdir(parents=True)
     resolved = load_study(file).trials[0].config
@@ -74,7 +74,7 @@ def test_steps_that_follow_from_epochs_are_no_other_settings(study_file):
 
 def test_a_run_that_left_no_checkpoint_is_made_again_and_the_study_then_goes_on(study_file, tmp_path):
     """Twice the same study: what the second start says about what the first left is not held against the third."""
-    file = study_file('[study]\nrecipes = ["sft"]')
+    file = study_file('[study]\nmethods = ["sft"]')
     (trial,) = load_study(file).trials
     trial.directory.mkdir(parents=True)
     (trial.directory / "metrics.jsonl").write_text('{"step": 1}\n')
@@ -84,7 +84,7 @@ def test_a_run_that_left_no_checkpoint_is_made_again_and_the_study_then_goes_on(
 
 
 def test_a_run_that_was_interrupted_before_and_fails_now_does_not_stop_the_others(study_file, tmp_path, monkeypatch):
-    file = study_file('[study]\nrecipes = ["sft", "grpo"]')
+    file = study_file('[study]\nmethods = ["sft", "grpo"]')
     study, commands = load_study(file), []
     monkeypatch.setattr(runs, "completed", lambda command, title: commands.append(command) or 2)
     first = study.trials[0].directory
@@ -97,7 +97,7 @@ def test_a_run_that_was_interrupted_before_and_fails_now_does_not_stop_the_other
 
 
 def test_an_evaluation_that_left_a_set_out_is_made_again(study_file, tmp_path, monkeypatch, capfd):
-    file = study_file('[study]\nrecipes = ["sft"]', JOB.replace("[eval]", f"[eval]\nsets = {SETS}"))
+    file = study_file('[study]\nmethods = ["sft"]', JOB.replace("[eval]", f"[eval]\nsets = {SETS}"))
     base = load_study(file).trials[0]
 
     def evaluated(command, title, left_out=True):
@@ -114,7 +114,7 @@ def test_an_evaluation_that_left_a_set_out_is_made_again(study_file, tmp_path, m
 
 def test_a_stopped_study_goes_on_and_gives_the_same_table(study_file, tmp_path):
     job = JOB.replace("steps = 2", "steps = 60").replace("[eval]", f"[eval]\nsets = {SETS}")
-    file = study_file('[study]\nrecipes = ["sft"]\n', job + "[run]\ncheckpoint_every = 100\n")
+    file = study_file('[study]\nmethods = ["sft"]\n', job + "[run]\ncheckpoint_every = 100\n")
     command = [sys.executable, "-m", "srft", "study", file]
     log = tmp_path / "runs/mine/sft-0/metrics.jsonl"
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
