@@ -40,6 +40,8 @@ def check_unchanged(trial: Trial) -> None:
         if of_run and asked.train.epochs:  # the run says how many steps those are
             begun.train.steps, begun.train.epochs = asked.train.steps, asked.train.epochs
         begun.run.overwrite = asked.run.overwrite  # of that start, which may have found a run without a checkpoint
+        if of_run:  # which is measured on the sets when it has ended
+            begun.eval.sets = asked.eval.sets
         for key, (one, another) in differing(flat(asdict(begun)), flat(asdict(asked))).items():
             found = f"begun with {key} {one!r}, now it is {another!r}"
             raise UserError(f"{file}: {found}; put it back, or give the study another study.dir")
@@ -56,7 +58,7 @@ def ran(study: Study, trial: Trial, number: int) -> bool:
 
 
 def trains(study: Study, trial: Trial, title: str) -> bool:
-    command = [*study.launch, "train", str(trial.settings)]
+    command = [*study.launch, "train", str(trial.settings), "--eval.sets", "[]"]
     if newest_with_state(trial.directory):
         command = [*study.launch, "train", "--resume", str(trial.directory)]
     elif trial.directory.exists():

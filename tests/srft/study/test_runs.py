@@ -122,7 +122,7 @@ def test_a_stopped_study_goes_on_and_gives_the_same_table(study_file, tmp_path):
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
     told = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + signal.SIGTERM, told
+    assert process.returncode == 128 + signal.SIGTERM and "has no effect" not in told, told
     done = read_status(log.parent)["step"]
     assert 2 < done < 60 and read_status(log.parent)["state"] == "interrupted"
     # the base was measured, which is something to look at already
