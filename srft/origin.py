@@ -8,19 +8,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from srft.model import LoadedModel
 
 HERE = Path(__file__).resolve().parent
 
 
-def origin(device: str) -> dict[str, str]:
-    """What is known of the code and the machine of this process, whose model is on `device`, as text by name."""
+def origin(loaded: "LoadedModel") -> dict[str, str]:
+    """What is known of the code and the machine of this process, and of which type its model is, as text by name."""
     import torch
     import transformers
 
     packages = {"torch": torch.__version__, "transformers": transformers.__version__}
     machine = f"{os.cpu_count()} × {processor()}"
-    if device.startswith("cuda"):
-        machine = f"{torch.cuda.get_device_name(device)}, {machine}"
+    if loaded.device.type == "cuda":
+        machine = f"{torch.cuda.get_device_name(loaded.device)}, {machine}"
     try:
         version = importlib.metadata.version("srft-kernels")
     except importlib.metadata.PackageNotFoundError:  # it runs from a checkout
@@ -31,6 +35,7 @@ def origin(device: str) -> dict[str, str]:
         **packages,
         "python": platform.python_version(),
         "machine": machine,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
         "command": " ".join(["srft", *sys.argv[1:]]),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

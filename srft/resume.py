@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from srft.config import Config, DataConfig
-from srft.data import Example, digest
+from srft.data import Example, digest, digest_of_files
 from srft.errors import UserError, first_line
 from srft.settings import differing, flat
 
@@ -60,8 +60,8 @@ def check_stages(checkpoint: Path, before: Sequence[int], now: Sequence[int], do
         )
 
 
-def fingerprint(train: Sequence[Example], held_out: Sequence[Example]) -> dict[str, Any]:
-    """What tells whether data are still those of a run."""
+def fingerprint(train: Sequence[Example], held_out: Sequence[Example], config: DataConfig) -> dict[str, Any]:
+    """What tells whether data are still those of a run; and of its files, whether those of another run are the same."""
 
     def of(examples: Sequence[Example]) -> dict[str, Any]:
         lie_anywhere = [dataclasses.asdict(dataclasses.replace(each, source="")) for each in examples]
@@ -70,7 +70,7 @@ def fingerprint(train: Sequence[Example], held_out: Sequence[Example]) -> dict[s
                 del each["choices"]  # runs of older versions knew none
         return {"examples": len(examples), "sha256": digest(lie_anywhere)}
 
-    return {"train": of(train), "held_out": of(held_out)}
+    return {"train": of(train), "held_out": of(held_out), "files": digest_of_files(config)}
 
 
 def check_data(directory: Path, config: DataConfig, now: dict[str, Any]) -> None:

@@ -339,7 +339,7 @@ def prepared(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> J
         check()
     if supervised:
         examples = jobs.with_demonstrations(examples)
-    data = resume.fingerprint(examples, held_out)
+    data = resume.fingerprint(examples, held_out, config.data)
     if any(each != data for each in ranks.gather(data)):
         given = (
             "give all of them the same files" if config.data.train_file else "data.tasks makes others in each process"
@@ -383,7 +383,7 @@ def opened(job: Job, ranks: Ranks, resumed: Path | None, done: int) -> Path:
     try:
         if ranks.main:
             if not (directory / ORIGIN).exists():  # that of the run's beginning
-                write_whole(directory / ORIGIN, json.dumps(origin(str(job.trainer.loaded.device)), indent=1))
+                write_whole(directory / ORIGIN, json.dumps(origin(job.trainer.loaded), indent=1))
             write_whole(directory / resume.DATA, json.dumps(job.data, indent=1))
             write_whole(directory / "config.toml", settings)
     except BaseException:

@@ -22,10 +22,13 @@ def wrong(example: Example, chance: random.Random) -> str:
 
 def main(file: str, share: str = "0.3") -> None:
     data = load_study(str(Path(__file__).with_name("chain_sum.toml"))).trials[0].config.data
+    if not 0 <= (part := float(share)) <= 1:
+        raise SystemExit(f"share: expected a number from 0 to 1, found {share}")
     chance = random.Random(0)
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
     with open(file, "w", encoding="utf-8") as out:
         for example in load_examples(dataclasses.replace(data, size=0, seed=0), "train"):
-            shown = wrong(example, chance) if chance.random() < float(share) else example.demonstration
+            shown = wrong(example, chance) if chance.random() < part else example.demonstration
             row = {"prompt": example.prompt, "demonstration": shown, "answer": example.answer}
             out.write(json.dumps(row) + "\n")
 

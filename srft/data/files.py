@@ -3,6 +3,7 @@
 for examples in read_examples("train.jsonl", config.data): …      # those of one row, of its last turn at the end
 """
 
+import hashlib
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from srft.config import DataConfig
 from srft.data.columns import ALIASES, Columns
 from srft.data.examples import Example
-from srft.data.rows import Row, read_rows
+from srft.data.rows import Row, files_of, read_rows
 from srft.errors import UserError, nearest
 
 
@@ -40,6 +41,19 @@ class Reading:
 
 def names(files: str | list[str]) -> list[str]:
     return [files] if isinstance(files, str) else list(files)
+
+
+def digest_of_files(config: DataConfig) -> str:
+    """A text that is the same for the same bytes; "" where there are none, as of tasks and of what a hub holds."""
+    found, read = hashlib.sha256(), False
+    for option in ("train_file", "eval_file"):
+        for name in names(getattr(config, option) or []):
+            for file in files_of(name, f"data.{option}")[0]:
+                with open(file, "rb") as stream:
+                    while block := stream.read(1 << 20):
+                        found.update(block)
+                        read = True
+    return found.hexdigest()[:16] if read else ""
 
 
 def rows_of(files: str | list[str], option: str = "data.train_file") -> Iterator[Row]:

@@ -42,31 +42,38 @@ class Row:
 
 def read_rows(path: str, option: str = "data.train_file") -> Iterator[Row]:
     """The rows of what `path` names, files in the order of their names; raises UserError for what cannot be read."""
-    file = Path(path).expanduser()
     empty = True
-    for row in rows_of_hub(path, option) if is_hub_name(path) else rows_of_files(path, file, option):
+    for row in rows_of_hub(path, option) if is_hub_name(path) else rows_of_files(path, option):
         empty = False
         yield row
     if empty:
         raise UserError(f"{path}: the file has no rows; each one needs a prompt or messages")
 
 
-def rows_of_files(path: str, file: Path, option: str) -> Iterator[Row]:
-    named, task = [str(file)], stem(file)
+def files_of(path: str, option: str = "data.train_file") -> tuple[list[str], str]:
+    """The files that `path` names, in the order of their names, and what their rows are called; none of a hub."""
+    file = Path(path).expanduser()
+    if is_hub_name(path):
+        return [], path
     if file.is_dir():
-        named, task = shards(path, file, option), file.resolve().name
-    elif not file.is_file() and glob.has_magic(path):
-        named = sorted(each for each in glob.glob(str(file), recursive=True) if known(each))
-        task = task.split("*")[0].strip("-_.") or file.parent.name
-        if not named:
+        return shards(path, file, option), file.resolve().name
+    if not file.is_file() and glob.has_magic(path):
+        found = sorted(each for each in glob.glob(str(file), recursive=True) if known(each))
+        if not found:
             raise UserError(f"{path}: no file of a known format has such a name ({', '.join(READERS)})")
-        check_splits(path, named, option)
-    elif not known(path):
+        check_splits(path, found, option)
+        return found, stem(file).split("*")[0].strip("-_.") or file.parent.name
+    if not known(path):
         raise UserError(f"{path}: expected a file that ends in {', '.join(READERS)}, each also with .gz")
-    elif not file.is_file():
+    if not file.is_file():
         raise UserError(f"{path}: there is no such file")
+    return [str(file)], stem(file)
+
+
+def rows_of_files(path: str, option: str) -> Iterator[Row]:
+    named, task = files_of(path, option)
     for each in named:
-        shown = path if each == str(file) else each
+        shown = path if each == str(Path(path).expanduser()) else each
         suffix = kind(each)
         try:
             with (gzip.open if each.endswith(".gz") else open)(each, "rb") as stream:

@@ -18,9 +18,11 @@ from srft.study.comparison import Cell, Column, Comparison, compare
 from srft.study.matrix import BASE, directory_of, load_study
 from srft.study.page import page
 from srft.study.record import Record, is_base, is_run, read_record, record_of, written
+from srft.study.runs import check_unchanged
 from srft.tables import aligned, markdown
 
 RECORDS, NUMBERS = "runs", "comparison.json"
+COMPARISON = "comparison"  # where that of a study is, beside its runs
 
 
 def main_compare(paths: Sequence[str], against: str = "", directory: str = "") -> Comparison:
@@ -38,9 +40,11 @@ def main_compare(paths: Sequence[str], against: str = "", directory: str = "") -
     table, notes = rows_of(comparison), notes_of(comparison, missing)
     html = page(comparison, where.resolve().name, table, notes)
     (where / RECORDS).mkdir(parents=True, exist_ok=True)
-    for record in records:
-        write_whole(where / RECORDS / f"{name_of(record)}.json", written(record))
-    numbers = json.dumps(as_json(comparison, records), indent=1, ensure_ascii=False)
+    if [where] != [*map(Path, paths)]:  # there they are already
+        for record in records:
+            write_whole(where / RECORDS / f"{name_of(record)}.json", written(record))
+    runs = [name_of(record) for record in records]
+    numbers = json.dumps(as_json(comparison, runs, missing), indent=1, ensure_ascii=False)
     write_whole(where / NUMBERS, numbers + "\n")
     write_whole(where / "table.md", "\n\n".join([markdown(table), *notes]) + "\n")
     write_whole(where / "index.html", html)
@@ -60,10 +64,12 @@ def gathered(paths: Sequence[str]) -> tuple[list[Record], list[str]]:
     groups, missing = [], []
     for path in map(Path, paths):
         found, lacking = of_path(path.expanduser())
-        groups.append((path.stem, found))
+        groups.append((path, found))
         missing += lacking
-    if sum(len(found) > 1 for _, found in groups) > 1:
-        groups = [(stem, [renamed(record, stem) for record in found]) for stem, found in groups]
+    several = [path for path, _ in groups if not is_one(path.expanduser())]
+    if len(several) > 1:
+        labels = labels_of(several)
+        groups = [(path, [renamed(record, labels.get(path, "")) for record in found]) for path, found in groups]
     records = [record for _, found in groups for record in found]
     bases = [record for record in records if record["method"] == BASE]
     if any(base["sets"] != bases[0]["sets"] for base in bases):
@@ -71,14 +77,31 @@ def gathered(paths: Sequence[str]) -> tuple[list[Record], list[str]]:
     return [record for record in records if record["method"] != BASE or record is bases[0]], missing
 
 
+def is_one(path: Path) -> bool:
+    """Is it a run, or the record of one? Else it is of several."""
+    return path.suffix == ".json" or is_run(path) or is_base(path)
+
+
+def labels_of(paths: Sequence[Path]) -> dict[Path, str]:
+    """What tells studies from each other: the last part of their paths that differs."""
+    named = {path: path.resolve().with_suffix("" if path.suffix == ".toml" else path.suffix) for path in paths}
+    parts = {path: (each.parent if each.name == COMPARISON else each).parts for path, each in named.items()}
+    for place in range(1, max(map(len, parts.values()))):
+        labels = {path: each[-place] for path, each in parts.items() if len(each) >= place}
+        if len({*labels.values()}) == len(paths):
+            return labels
+    raise UserError(f"{' '.join(map(str, paths))}: the same study twice, or one within another; name each once")
+
+
 def renamed(record: Record, study: str) -> Record:
-    return record if record["method"] == BASE else {**record, "method": f"{study}.{record['method']}"}
+    return record if record["method"] == BASE or not study else {**record, "method": f"{study}.{record['method']}"}
 
 
 def of_path(path: Path) -> tuple[list[Record], list[str]]:
     """Of a study, a run, a record, or all records of a comparison; and what of it is not there yet."""
     if path.suffix == ".toml":
         trials = load_study(str(path)).trials
+        check_unchanged(trials)
         done = [trial for trial in trials if trial.trained and trial.measured]
         missing = [trial.directory.name for trial in trials if trial not in done]
         return [{**record_of(each.directory, each.config), "method": each.method} for each in done], missing
@@ -87,8 +110,9 @@ def of_path(path: Path) -> tuple[list[Record], list[str]]:
     if not path.exists():
         raise UserError(f"{path}: there is no such run, study or record")
     if (path / NUMBERS).is_file():
-        names = known(path).get("runs", [])
-        return [read_record(path / RECORDS / f"{name}.json") for name in names], []
+        before = known(path)
+        found = [read_record(path / RECORDS / f"{name}.json") for name in before["runs"]]
+        return found, before.get("missing", [])
     if path.is_dir() and not is_run(path) and not is_base(path):
         inside = sorted(each for each in path.iterdir() if is_run(each) or is_base(each))
         done = [each for each in inside if is_base(each) or (read_status(each) or {}).get("state") == "finished"]
@@ -105,8 +129,9 @@ def known(directory: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise UserError(f"{directory / NUMBERS}: cannot be read: {error}") from error
-    if not isinstance(found, dict) or not isinstance(found.get("runs"), list):
-        raise UserError(f"{directory / NUMBERS}: expected what srft compare wrote, with a list of runs")
+    kinds = {"runs": list, "missing": list, "against": str}
+    if not isinstance(found, dict) or any(not isinstance(found.get(key, kind()), kind) for key, kind in kinds.items()):
+        raise UserError(f"{directory / NUMBERS}: expected what srft compare wrote, with runs and missing as lists")
     return found
 
 
@@ -119,7 +144,7 @@ def place(paths: Sequence[str], directory: str) -> Path:
     if directory:
         where = named(directory, "--dir")
     elif len(paths) == 1 and first.suffix == ".toml":
-        where = directory_of(paths[0]) / "comparison"
+        where = directory_of(paths[0]) / COMPARISON
     elif len(paths) == 1 and (first / NUMBERS).is_file():
         where = first
     else:
@@ -192,11 +217,11 @@ def notes_of(comparison: Comparison, missing: Sequence[str]) -> list[str]:
         lines.append(f"Of {count} verdicts about equal methods one in 20 would be wrong by chance.")
     if missing:
         lines.append(f"Not finished: {', '.join(missing)}.")
-    lines += comparison.dropped
+    lines += comparison.remarks
     return [*lines, *(f"Made with {each}." for each in comparison.machines)]
 
 
-def as_json(comparison: Comparison, records: Sequence[Record]) -> dict[str, Any]:
+def as_json(comparison: Comparison, runs: Sequence[str], missing: Sequence[str]) -> dict[str, Any]:
     """Every number of the page."""
 
     def plain(cell: Cell) -> dict[str, Any]:
@@ -216,5 +241,5 @@ def as_json(comparison: Comparison, records: Sequence[Record]) -> dict[str, Any]
         for each in comparison.columns
     ]
     methods = {name: {"seeds": sorted(method.runs), **method.budget} for name, method in comparison.methods.items()}
-    runs = [name_of(record) for record in records]
-    return finite({"against": comparison.against, "runs": runs, "methods": methods, "columns": columns})
+    told = {"against": comparison.against, "runs": runs, "missing": missing}
+    return finite({**told, "methods": methods, "columns": columns})

@@ -8,7 +8,7 @@ are compared with is paired: of each seed and each prompt that both have. Its in
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -27,6 +27,7 @@ OWN = {
     *("train.seed", "data.seed", "model.device", "rollout.batch_size", "eval.batch_size", "eval.dir"),
     *("reward.workers", "reward.timeout"),
 }
+ALIKE = {"dtype": "the type of the model", "files": "what was in their data files"}  # as their origins say
 PACKAGES = {"torch": "torch", "transformers": "transformers", "Python": "python"}  # as in a run's origin
 SUMS = {  # of a step; tokens that were trained on several times count as often
     "updates": lambda step: step["updates"],
@@ -114,12 +115,11 @@ class Column:
 
 @dataclass(frozen=True)
 class Comparison:
-    """against: the method that the others are compared with. dropped: what is not compared, and why."""
+    """against: the method that the others are compared with."""
 
     methods: dict[str, Method]
     against: str
     columns: list[Column]
-    dropped: list[str] = field(default_factory=list)
 
     @property
     def outcome(self) -> Column:
@@ -135,6 +135,11 @@ class Comparison:
             return -cells[method.name].score.mean if method.name in cells else math.inf
 
         return sorted(self.methods.values(), key=lost)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What somebody would look for and why it is not there, and where a comparison is of more than methods."""
+        return [*dropped_of(self), *of_other_data(self)]
 
     @property
     def machines(self) -> list[str]:
@@ -173,30 +178,45 @@ def compare(records: Sequence[Record], against: str = "") -> Comparison:
     trained = [name for name in methods if name != BASE]
     if not trained:
         raise UserError("there is no run to compare: none has finished")
-    measured = [name for name in trained if sets_of(methods[name])]
-    if not measured or (against and not sets_of(methods[against])):
+    measured = [name for name in trained if common_sets(methods[name])]
+    if not measured or (against and not common_sets(methods[against])):
         found = f"{against or 'no run'}: no scores of completions to compare"
         raise UserError(f"{found}: give the runs eval.prompts or eval.sets, and data with answers")
     against = against or measured[0]
-    sets = sets_of(methods[against])
+    sets = common_sets(methods[against])
     columns = [each for wanted in sets.values() for each in columns_of(wanted, methods)]
     first = next(iter(sets.values()))["group"]
     for group in dict.fromkeys(each["group"] for each in sets.values() if each["group"] != first):
         own = [each for each in sets.values() if each["group"] == group]
         if len(own) > 1:
-            columns.append(column(f"{group}: {len(own)} sets", "avg", methods, own, mean_of_scored))
-    found = Comparison(methods, against, [each for each in columns if each.prompts])
-    return replace(found, dropped=list(dropped_of(found)))
+            columns.append(column(f"{group}: prompts of {len(own)} sets", "avg", methods, own, mean_of_scored))
+    if not columns[0].prompts:
+        raise UserError(
+            f"{columns[0].name}: none of its prompts was scored in all runs; without the run that lacks it?"
+        )
+    return Comparison(methods, against, [each for each in columns if each.prompts])
+
+
+def of_other_data(comparison: Comparison) -> Iterator[str]:
+    """Methods whose runs of one seed had not the same train prompts."""
+    first = comparison.methods[comparison.against].runs
+    for name, method in comparison.methods.items():
+        if name == BASE:
+            continue
+        pairs = [(run, first[seed]) for seed, run in method.runs.items() if seed in first]
+        if any(run["settings"]["data"].get("seed") != other["settings"]["data"].get("seed") for run, other in pairs):
+            yield f"{name}: of one seed it had other train prompts than {comparison.against} (data.seed)."
+        elif any(unlike(run["origin"], other["origin"], "files") for run, other in pairs):
+            yield f"{name}: it had other data files than {comparison.against}."
 
 
 def dropped_of(comparison: Comparison) -> Iterator[str]:
-    """What somebody would look for, and why it is not there."""
     outcome, against = comparison.outcome, comparison.against
     cells = outcome.cells(against)
     for name, method in comparison.methods.items():
         runs = list(method.runs.values())
         named = dict.fromkeys(each["name"] for run in runs for each in run["sets"])
-        for lost in [each for each in named if each not in sets_of(method)]:
+        for lost in [each for each in named if each not in common_sets(method)]:
             yield f"{lost}: not all runs of {name} were measured on it in the same way."
         cell = cells.get(name)
         if cell is None:
@@ -219,8 +239,20 @@ def methods_of(records: Sequence[Record]) -> dict[str, Method]:
             raise UserError(
                 f"{method.name}: its runs differ in {key}: {one!r} and {another!r}; runs of one method differ in seeds"
             )
+        for key, what in ALIKE.items():
+            first = next(iter(method.runs.values()), record)
+            if unlike(first["origin"], record["origin"], key):
+                found = f"{first['origin'][key]} and {record['origin'][key]}"
+                raise UserError(
+                    f"{method.name}: its runs differ in {what}: {found}; runs of one method differ in seeds"
+                )
         method.runs[record["seed"]] = record
     return methods
+
+
+def unlike(one: dict[str, Any], another: dict[str, Any], key: str) -> bool:
+    """Do two origins say different things? Those of earlier versions say less."""
+    return None not in (one.get(key), another.get(key)) and one[key] != another[key]
 
 
 def compared(record: Record) -> dict[str, Any]:
@@ -229,13 +261,13 @@ def compared(record: Record) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in OWN and not key.startswith("run.")}
 
 
-def sets_of(method: Method) -> dict[str, dict[str, Any]]:
+def common_sets(method: Method) -> dict[str, dict[str, Any]]:
     """What all of its runs were measured on, by name."""
     first, *others = method.runs.values()
-    return {each["name"]: each for each in first["sets"] if all(of_run(run, each) is not None for run in others)}
+    return {each["name"]: each for each in first["sets"] if all(found_in(run, each) is not None for run in others)}
 
 
-def of_run(run: Record, wanted: dict[str, Any]) -> dict[str, Any] | None:
+def found_in(run: Record, wanted: dict[str, Any]) -> dict[str, Any] | None:
     """What a run has of a set; None where it was not measured on it, or in another way."""
     return next((each for each in run["sets"] if (each["name"], each["on"]) == (wanted["name"], wanted["on"])), None)
 
@@ -269,10 +301,13 @@ def column(
     values: dict[str, Values] = {}
     for method in methods.values():
         for seed, run in method.runs.items():
-            own = [of_run(run, each) for each in sets]
+            own = [found_in(run, each) for each in sets]
             if None not in own:
                 values.setdefault(method.name, {})[seed] = [value(row) for each in own for row in each["rewards"]]
     rows = [row for of_seeds in values.values() for row in of_seeds.values()]
+    if len(counts := {len(row) for row in rows}) > 1:
+        found = " and ".join(map(str, sorted(counts)))
+        raise UserError(f"{name}: records have {found} prompts of it, though measured in the same way: one is damaged")
     kept = [place for place, of_prompt in enumerate(zip(*rows)) if None not in of_prompt]
     return Column(
         name,

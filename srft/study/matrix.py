@@ -24,16 +24,18 @@ checkpoint, or begins anew where it has none. A run that fails is told, and the 
 """
 
 import itertools
+import os
+import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from srft.config import Config
-from srft.errors import UserError, check_known
+from srft.errors import UserError, check_known, nearest
 from srft.rundir import read_status
 from srft.settings import check_keys, configured, over, pairs, read_recipe, read_toml
 
@@ -48,6 +50,7 @@ KEYS: dict[str, tuple[type, str]] = {
 BASE = "base"  # the method that does nothing
 EVALUATION = "eval"  # what `srft eval` wrote, in a run's directory
 OF_TRIALS = ("train.seed", "data.seed", "run.dir")  # what each run has of its own
+NAME_HAS = "at most 100 characters, no space, / or braces, no dot first"
 ALONE = [sys.executable, "-m", "srft"]
 
 
@@ -94,15 +97,21 @@ def load_study(path: str, overrides: list[str] | None = None) -> Study:
 
     Raises UserError for what is wrong with it, before anything runs.
     """
-    for key, _ in pairs(overrides or []):
-        if key in OF_TRIALS:
-            raise UserError(f"--{key}: each run of a study has its own; write study.seeds or study.dir in {path}")
+    over_all = {".".join(key.split(".")[:2]): f"--{key}" for key, _ in pairs(overrides or [])}
     tree, study = read_study(path)
     where = f"{path}: study"
+    for key, written in {**{key: f"{path}: {key}" for key in check_keys(tree, f"{path}: ")}, **over_all}.items():
+        if key in OF_TRIALS:
+            raise UserError(f"{written}: each run of a study has its own; write study.seeds or study.dir in {path}")
     directory = directory_of(path, study)
     launch = launch_of(study, where)
     trials = []
     for method, seed in order_of(*methods_of(study, where)):
+        for key in itertools.chain(*(check_keys(each, f"{where}.variants.{method.name}: ") for each in method.changes)):
+            if key in OF_TRIALS:
+                raise UserError(f"{where}.variants.{method.name}: {key}: each run of a study has its own")
+            if key in over_all:
+                raise UserError(f"{over_all[key]}: {method.name} has its own, which makes it what it is; write {path}")
         name = f"{method.name}-{seed}" if method.name != BASE else BASE
         own = {"train": {"seed": seed}, "data": {"seed": seed}, "run": {"dir": str(directory / name)}}
         try:
@@ -121,9 +130,13 @@ def directory_of(path: str, study: dict[str, Any] | None = None) -> Path:
     name = study.get("dir", f"runs/{Path(path).stem}")
     if not name.strip() or "{time}" in name:
         raise UserError(f"{where}.dir: expected the name of a directory that stays the same, found {name!r}")
-    directory = Path(name).expanduser()
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"{where}.dir: {directory} is a file; name a directory")
+    try:
+        directory = Path(name).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{where}.dir: {name!r}: there is no such home directory") from error
+    there = next(each for each in (directory, *directory.parents) if os.path.lexists(each))
+    if not there.is_dir():
+        raise UserError(f"{where}.dir: {there} is no directory; name one that is, or that is not there yet")
     return directory
 
 
@@ -180,30 +193,37 @@ def methods_of(study: dict[str, Any], where: str) -> tuple[list[Method], list[Me
         raise UserError(f"{where}: nothing to run: name methods, or give variants")
     if odd := [name for name in names if not isinstance(name, str)]:
         raise UserError(f"{where}.methods: expected names of recipes and variants, found {odd[0]!r}")
-    if twice := [name for name in [*names, *tables] if names.count(name) > 1 or name == BASE]:
-        raise UserError(f"{where}: {twice[0]!r} is there twice; give one of them another name")
+    if BASE in (*names, *tables):
+        raise UserError(f"{where}: {BASE!r} is the model as it is, and measured anyway; give the method another name")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{where}.methods: {twice[0]!r} is there twice")
     variants = {}
     for name, variant in tables.items():
         if not isinstance(variant, dict) or not isinstance(variant.get("recipe", ""), str):
             raise UserError(
                 f'{where}.variants.{name}: expected a table with recipe = "…" and settings, found {variant!r}'
             )
-        if "/" in name or "{time}" in name or name.startswith("."):
-            raise UserError(
-                f"{where}.variants.{name}: a name is part of a directory's: no /, no dot first, no {{time}}"
-            )
+        if not is_name(name):
+            raise UserError(f"{where}.variants.{name}: a name is part of a directory's: {NAME_HAS}")
         changes = {key: value for key, value in variant.items() if key not in ("recipe", "seeds")}
         recipe = [recipe_of(variant["recipe"], f"{where}.variants.{name}")] if "recipe" in variant else []
         own = seeds_of({"seeds": seeds} | variant, f"{where}.variants.{name}")
         variants[name] = Method(name, own, [*recipe, changes])
-    named = [variants.pop(name, None) or Method(name, seeds, [recipe_of(name, where)]) for name in names]
+    named = [variants.pop(name, None) or Method(name, seeds, [recipe_of(name, where, tables)]) for name in names]
     return named, list(variants.values())
 
 
-def recipe_of(name: str, where: str) -> dict[str, Any]:
+def is_name(name: str) -> bool:
+    """May a method have it? It becomes part of a directory's and a file's."""
+    return bool(re.fullmatch(r"[^\s./{}][^\s/{}]{0,99}", name))
+
+
+def recipe_of(name: str, where: str, variants: Iterable[str] = ()) -> dict[str, Any]:
     try:
         return read_recipe(name)
     except UserError as error:
+        if close := nearest(name, variants):
+            raise UserError(f"{where}: method {name!r} is not known{close}") from error
         raise UserError(f"{where}: {error}") from error
 
 

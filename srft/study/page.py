@@ -35,7 +35,7 @@ def page(comparison: Comparison, name: str, table: list[list[str]], notes: Seque
         table=table,
         notes=notes,
         matrix=matrix_of(comparison, several),
-        sets=sets_of(comparison),
+        sets=tables_of(comparison),
         blocks=[block for group in groups if (block := drawn(comparison, group))["figures"]],
         against=comparison.against,
         settings=settings_of(comparison),
@@ -79,7 +79,7 @@ def matrix_of(comparison: Comparison, methods: Sequence[Method]) -> dict[str, An
     return {"names": names, "rows": rows}
 
 
-def sets_of(comparison: Comparison) -> list[dict[str, Any]]:
+def tables_of(comparison: Comparison) -> list[dict[str, Any]]:
     """Each set as a table: a row for each method, a column for each score."""
     tables, order = [], [each.name for each in comparison.ordered]
     for name in dict.fromkeys(each.name for each in comparison.columns):

@@ -2,7 +2,7 @@
 
 A record is one JSON object:
     method, seed      as in the study; of other runs the directory's name and train.seed
-    origin, settings  code and machine, and the whole configuration
+    origin, settings  code, machine and data files, and the whole configuration
     steps             lines of metrics.jsonl
     curve             [{step, on, reward, loss}] of the evaluations during the run
     sets              [{name, group, on, samples, rewards: [[…] of each prompt], finished, tokens}] of those after it
@@ -11,6 +11,7 @@ Only what has the same `on` was measured on the same prompts, sampled and graded
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ from typing import Any
 from srft.config import Config
 from srft.errors import UserError
 from srft.metrics import mean
+from srft.resume import DATA
 from srft.rundir import ORIGIN, finite, read_jsonl, read_status
 from srft.settings import load
-from srft.study.matrix import BASE, EVALUATION
+from srft.study.matrix import BASE, EVALUATION, is_name
 
 Record = dict[str, Any]
 KEYS = {"method": str, "seed": int, "origin": dict, "settings": dict, "steps": list, "curve": list, "sets": list}
 OF_SET = {"name": str, "group": str, "on": str, "samples": int, "rewards": list}
+OF_STEP = OF_CURVE = {"step": int}
 DIGITS = 5
 
 
@@ -54,7 +57,7 @@ def record_of(directory: Path, asked: Config | None = None) -> Record:
 def of_base(directory: Path) -> Record:
     evaluated = directory / EVALUATION
     settings = dataclasses.asdict(load(str(evaluated / "config.toml")))
-    sets = rounded(finite(list(sets_of(evaluated, settings))))
+    sets = rounded(finite(list(evaluated_sets(evaluated, settings))))
     return {"method": BASE, "seed": 0, "origin": {}, "settings": settings, "steps": [], "curve": [], "sets": sets}
 
 
@@ -71,21 +74,31 @@ def of_run(directory: Path, asked: Config | None) -> Record:
     if len(steps) != status["step"]:
         raise UserError(f"{directory}: metrics.jsonl has {len(steps)} of the run's {status['step']} steps")
     measured = directory / EVALUATION
-    sets = list(sets_of(measured, settings)) if measured.is_dir() else []
+    sets = list(evaluated_sets(measured, settings)) if measured.is_dir() else []
     if not sets and evaluations and evaluations[-1]["step"] == status["step"]:  # of the run's end, not of its middle
         sets = list(held_out_of(evaluations[-1], settings))
     curve = [{key: row.get(key) for key in ("step", "on", "reward", "loss")} for row in evaluations]
-    origin = json.loads((directory / ORIGIN).read_text(encoding="utf-8")) if (directory / ORIGIN).exists() else {}
+    origin = read_json(directory / ORIGIN)
+    if files := read_json(directory / DATA).get("files"):
+        origin["files"] = files
     found = rounded(finite({"steps": steps, "curve": curve, "sets": sets}))
     return {"method": method, "seed": seed, "origin": origin, "settings": settings, **found}
 
 
-def sets_of(evaluated: Path, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def read_json(file: Path) -> dict[str, Any]:
+    """{} where there is no such file, as in runs of earlier versions."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def evaluated_sets(evaluated: Path, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """What `srft eval` found, in the order of its sets. What could not be graded is wrong, as in its table."""
     scores = json.loads((evaluated / "scores.json").read_text(encoding="utf-8"))
     generations = read_jsonl(evaluated / "generations.jsonl")
     for each in scores.get("sets", []):
         rows = [row for row in generations if row["set"] == each["set"]]
+        if [len(row["rewards"]) for row in rows] != [each["samples"]] * each["prompts"]:
+            found = f"generations.jsonl has not {each['samples']} completions of each of {each['prompts']} prompts"
+            raise ValueError(f"{found} of {each['set']}")
         rewards = [[reward or 0.0 for reward in row["rewards"]] for row in rows]
         yield as_set(each["set"], each, rows, rewards, settings["reward"]["mark"])
 
@@ -129,14 +142,35 @@ def read_record(file: Path) -> Record:
     no_record = f"{file}: not a record of a run, as `srft compare` writes them"
     if not isinstance(record, dict):
         raise UserError(f"{no_record}: it is no JSON object")
-    sets = [(each if isinstance(each, dict) else {}, OF_SET) for each in record.get("sets") or []]
-    for table, keys in [(record, KEYS), *sets]:
-        for key, kind in keys.items():
-            if not isinstance(table.get(key), kind):
-                raise UserError(f"{no_record}: {key}: expected {kind.__name__}, found {table.get(key)!r}")
-    if "/" in record["method"] or record["method"].startswith("."):
+    check_kinds(record, KEYS, no_record)
+    for key, kinds in (("sets", OF_SET), ("steps", OF_STEP), ("curve", OF_CURVE)):
+        for number, each in enumerate(record[key], 1):
+            check_kinds(each, kinds, f"{no_record}: {key}[{number}]")
+    for each in record["sets"]:
+        if not all(
+            isinstance(row, list) and len(row) == each["samples"] and all(map(fits, row)) for row in each["rewards"]
+        ):
+            found = f"expected {each['samples']} numbers or nulls for each prompt"
+            raise UserError(f"{no_record}: rewards of {each['name']}: {found}")
+    if not is_name(record["method"]):
         raise UserError(f"{no_record}: method: it names a file, and {record['method']!r} is no name of one")
+    check_kinds(record["settings"], {"train": dict, "data": dict, "model": dict}, f"{no_record}: settings")
+    check_kinds(record["settings"]["train"], {"seed": int, "updates_per_rollout": int}, f"{no_record}: settings.train")
+    if record["method"] != BASE and record["seed"] != (seed := record["settings"]["train"]["seed"]):
+        raise UserError(f"{no_record}: seed: {record['seed']}, and train.seed of its settings is {seed}")
     return record
+
+
+def check_kinds(table: Any, kinds: dict[str, type], where: str) -> None:
+    if not isinstance(table, dict):
+        raise UserError(f"{where}: expected an object, found {table!r}")
+    for key, kind in kinds.items():
+        if not isinstance(found := table.get(key), kind) or isinstance(found, bool):
+            raise UserError(f"{where}: {key}: expected {kind.__name__}, found {found!r}")
+
+
+def fits(reward: Any) -> bool:
+    return reward is None or (isinstance(reward, int | float) and math.isfinite(reward))
 
 
 def written(record: Record) -> str:

@@ -6,14 +6,22 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
+from pathlib import Path
 
+from srft.benchmarks import load_sets
 from srft.checkpoint import newest_with_state
+from srft.config import Config
+from srft.data import digest_of_files
 from srft.errors import UserError
+from srft.learn.stages import parts_of
+from srft.resume import DATA
 from srft.rundir import holding, let_go, write_whole
 from srft.settings import differing, flat, load, to_toml
 from srft.signals import Interrupted, listening
 from srft.study.matrix import ALONE, BASE, EVALUATION, Study, Trial
+from srft.study.record import read_json
 
 
 def run_study(study: Study) -> list[Trial]:
@@ -21,30 +29,62 @@ def run_study(study: Study) -> list[Trial]:
 
     Raises UserError where an earlier start of it had other settings, and Interrupted where a run was stopped.
     """
-    study.directory.mkdir(parents=True, exist_ok=True)
+    check_whole(study)
+    try:
+        study.directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"study.dir {study.directory}: cannot be made: {error.strerror}") from error
+    failed = []
     with listening(), holding(study.directory):
-        for trial in study.trials:
-            check_unchanged(trial)
-        failed = [trial for number, trial in enumerate(study.trials, 1) if not ran(study, trial, number)]
+        check_unchanged(study.trials)
+        for number, trial in enumerate(study.trials, 1):
+            if not ran(study, trial, number):
+                failed.append(trial)
+                if trial.method == BASE:
+                    print("error: as the model could not be measured before, no run could; stopped", file=sys.stderr)
+                    break
         let_go(study.directory)
     return failed
 
 
-def check_unchanged(trial: Trial) -> None:
-    """Raise UserError where the run was begun with other settings: its numbers would stand beside those of others."""
-    for file in (trial.settings, trial.directory / "config.toml"):
-        if not file.exists():
-            continue
-        of_run = file.parent == trial.directory
-        asked, begun = trial.config, load(str(file))
-        if of_run and asked.train.epochs:  # the run says how many steps those are
+def check_whole(study: Study) -> None:
+    """Raise UserError for a method that is none, or a set that cannot be read: not after hours of other runs."""
+    for trial in study.trials:
+        try:
+            parts_of(trial.config)
+        except UserError as error:
+            raise UserError(f"{error} (of {trial.method})") from error
+    load_sets(study.trials[0].config)
+
+
+def check_unchanged(trials: Iterable[Trial]) -> None:
+    """Raise UserError where a run was begun with other settings or data: its numbers would stand beside others'."""
+    files: dict[str, str] = {}
+    for trial in trials:
+        check_settings(trial.settings, trial.config)
+        check_settings(trial.directory / "config.toml", trial.config, of_run=True)
+        begun = read_json(trial.directory / DATA).get("files")
+        named = f"{trial.config.data.train_file} {trial.config.data.eval_file}"
+        if begun and begun != (now := files.setdefault(named, digest_of_files(trial.config.data))):
+            raise UserError(
+                f"{trial.directory}: begun with other data files ({begun}, now {now}); put back what was in them, or "
+                "give the study another study.dir"
+            )
+
+
+def check_settings(file: Path, asked: Config, of_run: bool = False) -> None:
+    """of_run: it is the run's own, which says how many steps an epoch has, and is measured when it has ended."""
+    if not file.exists():
+        return
+    begun = load(str(file))
+    begun.run.overwrite = asked.run.overwrite  # of that start, which may have found a run without a checkpoint
+    if of_run:
+        begun.eval.sets = asked.eval.sets
+        if asked.train.epochs:
             begun.train.steps, begun.train.epochs = asked.train.steps, asked.train.epochs
-        begun.run.overwrite = asked.run.overwrite  # of that start, which may have found a run without a checkpoint
-        if of_run:  # which is measured on the sets when it has ended
-            begun.eval.sets = asked.eval.sets
-        for key, (one, another) in differing(flat(asdict(begun)), flat(asdict(asked))).items():
-            found = f"begun with {key} {one!r}, now it is {another!r}"
-            raise UserError(f"{file}: {found}; put it back, or give the study another study.dir")
+    for key, (one, another) in differing(flat(asdict(begun)), flat(asdict(asked))).items():
+        found = f"begun with {key} {one!r}, now it is {another!r}"
+        raise UserError(f"{file}: {found}; put it back, or give the study another study.dir")
 
 
 def ran(study: Study, trial: Trial, number: int) -> bool:

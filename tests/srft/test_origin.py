@@ -2,6 +2,9 @@
 
 import json
 import subprocess
+from types import SimpleNamespace
+
+import torch
 
 from srft import origin as module
 from srft.origin import commit, origin
@@ -9,9 +12,9 @@ from srft.origin import commit, origin
 
 def test_what_a_published_number_needs_beside_it(monkeypatch):
     monkeypatch.setattr("sys.argv", ["anything", "train", "--train.steps", "3"])
-    found = origin("cpu")
+    found = origin(SimpleNamespace(device=torch.device("cpu"), dtype=torch.bfloat16))
     assert json.loads(json.dumps(found)) == found and found["command"] == "srft train --train.steps 3"
-    assert found["torch"] and found["transformers"] and " × " in found["machine"]
+    assert found["dtype"] == "bfloat16" and found["torch"] and found["transformers"] and " × " in found["machine"]
 
 
 def test_the_commit_is_that_of_the_code_and_says_where_it_is_changed(tmp_path, monkeypatch):

@@ -8,9 +8,10 @@ import pytest
 
 from srft.cli import main
 from srft.errors import UserError
-from srft.study import main_compare
+from srft.study import load_study, main_compare, run_study
 from srft.study.compare import name_of
 from srft.study.record import written
+from tests.srft.study.conftest import JOB
 from tests.srft.study.records import a_record, a_set
 from tests.srft.test_report import Checker
 
@@ -73,7 +74,8 @@ STUDIES = Path(__file__).parents[3] / "studies"
 @pytest.mark.parametrize("study", sorted(each.parent.name for each in STUDIES.glob("*/comparison.json")))
 def test_what_is_told_of_our_studies_is_what_their_records_give(study, tmp_path):
     main_compare([str(STUDIES / study)], directory=str(tmp_path))
-    assert (tmp_path / "comparison.json").read_text() == (STUDIES / study / "comparison.json").read_text()
+    for name in ("comparison.json", "table.md"):
+        assert (tmp_path / name).read_text() == (STUDIES / study / name).read_text()
 
 
 @pytest.mark.parametrize(
@@ -105,6 +107,28 @@ def test_nothing_of_others_is_written_over(made, tmp_path, capsys):
     assert (tmp_path / "site" / "index.html").read_text() == "mine"
 
 
+def test_a_comparison_made_again_in_its_place_keeps_what_is_in_it(made):
+    """What was not finished is still told, and a record is left as somebody wrote it."""
+    told = json.loads((made / "comparison.json").read_text())
+    (made / "comparison.json").write_text(json.dumps({**told, "missing": ["luffy-0"]}))
+    noted = {**json.loads((made / "runs" / "hpt-0.json").read_text()), "note": "mine"}
+    (made / "runs" / "hpt-0.json").write_text(json.dumps(noted))
+    for _ in range(2):
+        main_compare([str(made)])
+        assert "Not finished: luffy-0." in (made / "table.md").read_text()
+    assert json.loads((made / "runs" / "hpt-0.json").read_text())["note"] == "mine"
+
+
+def test_a_study_that_has_changed_is_not_compared_as_what_it_is_now(study_file):
+    file = study_file('[study]\nmethods = ["sft"]')
+    run_study(load_study(file))
+    assert list(main_compare([file]).methods) == ["sft"]
+    study_file('[study]\nmethods = ["sft"]', JOB.replace("steps = 2", "steps = 500"))
+    with pytest.raises(UserError, match=r"sft-0.toml: begun with train.steps 2, now it is 500"):
+        main_compare([file])
+    assert main_compare(["runs/mine/sft-0"]).methods["sft"].settings["train.steps"] == 2  # as it was
+
+
 def test_records_of_an_earlier_comparison_do_not_come_back(made, tmp_path):
     some = [str(made / "runs" / f"{method}-{seed}.json") for method in ("sft", "grpo") for seed in range(3)]
     main_compare(some, directory="other")
@@ -130,6 +154,19 @@ def test_a_study_as_a_directory_and_several_together(made, tmp_path, capsys):
     found = main_compare(["few", "many"], directory="both")
     assert list(found.methods) == ["few.sft", "many.sft", "base"]
     assert found.outcome.cells("few.sft")["many.sft"].difference.mean == pytest.approx(0.5)
+    (tmp_path / "deep").mkdir()
+    for study in ("few", "many"):  # beside their runs, each in a directory of the same name
+        (tmp_path / study).rename(tmp_path / "deep" / study)
+        (tmp_path / study).mkdir()
+        (tmp_path / "deep" / study).rename(tmp_path / study / "comparison")
+    found = main_compare(["few/comparison", "many/comparison", "few/comparison/runs/sft-0.json"], directory="both")
+    assert list(found.methods) == ["few.sft", "many.sft", "sft", "base"]
+    with pytest.raises(UserError, match="the same study twice"):
+        main_compare(["few/comparison", "few/comparison"], directory="both")
+    for study in ("few", "many"):
+        (tmp_path / study / "comparison").rename(tmp_path / "deep" / study)
+        (tmp_path / study).rmdir()
+        (tmp_path / "deep" / study).rename(tmp_path / study)
     (tmp_path / "many" / "runs" / "base.json").write_text(written({**base, "sets": [a_set("sums", rewards(2))]}))
     with pytest.raises(UserError, match="their bases are not the same model, or were measured in different ways"):
         main_compare(["few", "many"], directory="both")

@@ -77,7 +77,7 @@ def test_seeds_that_only_one_method_has_are_left_out_of_the_difference():
     apart = [{**runs("more", right(6))[0], "seed": 7}]
     found = compare([*runs("srft", right(4)), *apart])
     assert found.outcome.cells("srft")["more"].difference is None
-    assert found.dropped == ["more: no seed in common with srft."]
+    assert found.remarks == ["more: no seed in common with srft."]
 
 
 def test_the_base_is_paired_with_every_seed():
@@ -102,7 +102,7 @@ def test_sets_passes_and_groups():
     names = [(each.name, each.score) for each in found.columns]
     assert names == [
         ("sums", "avg@4"), ("sums", "pass@2"), ("sums", "pass@4"), ("words", "avg@1"), ("texts", "avg@1"),
-        ("others: 2 sets", "avg"),
+        ("others: prompts of 2 sets", "avg"),
     ]  # fmt: skip
     scores = {each: [column.cells("srft")[each].score.mean for column in found.columns] for each in ("srft", "grpo")}
     assert scores["srft"] == pytest.approx([0.25, 0.5, 1, 0, 1, 2 / 5])  # the prompts of a group count alike
@@ -112,7 +112,7 @@ def test_sets_passes_and_groups():
 def test_what_was_measured_in_another_way_is_no_cell():
     found = compare([*runs("srft", right(4)), *runs("other", right(6), on="elsewhere")])
     assert set(found.outcome.cells("srft")) == {"srft"} and [each.name for each in found.ordered] == ["srft", "other"]
-    assert found.dropped == ["other: not measured on sums as srft was."]
+    assert found.remarks == ["other: not measured on sums as srft was."]
     part = [*runs("srft", right(4)), runs("srft", right(4), right(4), on="elsewhere")[1]]
     with pytest.raises(UserError, match="no scores of completions to compare"):
         compare(part)
@@ -172,6 +172,30 @@ def test_held_out_rewards_that_were_measured_in_another_way_are_not_drawn():
     found = compare(records)
     assert len(of(found, "updates", "reward")) == 2
     assert len(found.curve(found.methods["other"], "updates", "reward")) == 1
+
+
+def test_prompts_that_are_missing_from_one_record_are_not_taken_for_others():
+    with pytest.raises(UserError, match=r"sums: records have 11 and 12 prompts of it"):
+        compare([*runs("srft", right(4)), *runs("other", right(4)[1:])])
+    with pytest.raises(UserError, match=r"sums: none of its prompts was scored in all runs"):
+        compare([*runs("srft", right(4)), *runs("other", [[None, None]] * PROMPTS)])
+
+
+def test_other_train_prompts_files_and_types_are_told():
+    records = [*runs("srft", right(4), right(5)), *runs("seeds", right(4), right(5)), *runs("files", right(4))]
+    records[3]["settings"]["data"]["seed"] = 0
+    records[0]["origin"]["files"], records[4]["origin"]["files"] = "abc", "def"
+    assert compare(records).remarks == [
+        "seeds: of one seed it had other train prompts than srft (data.seed).",
+        "files: it had other data files than srft.",
+    ]
+    records[1]["origin"]["files"] = "abd"
+    with pytest.raises(UserError, match="srft: its runs differ in what was in their data files: abc and abd"):
+        compare(records)
+    del records[1]["origin"]["files"]  # of an earlier version
+    records[0]["origin"]["dtype"], records[1]["origin"]["dtype"] = "float32", "bfloat16"
+    with pytest.raises(UserError, match="srft: its runs differ in the type of the model: float32 and bfloat16"):
+        compare(records)
 
 
 def test_what_was_not_scored_is_left_out_of_all():

@@ -54,14 +54,21 @@ def test_the_runs_of_a_study_and_their_order(study_file):
             "mine.toml: study.dir: expected the name of a directory that",
         ),
         ('[study]\nmethods = ["sft"]\ndir = ""', "mine.toml: study.dir: expected the name of a directory that stays"),
-        ('[study]\nmethods = ["sft"]\ndir = "mine.toml"', "mine.toml: study.dir: mine.toml is a file"),
+        ('[study]\nmethods = ["sft"]\ndir = "mine.toml"', "mine.toml: study.dir: mine.toml is no directory"),
+        ('[study]\nmethods = ["sft"]\ndir = "mine.toml/x"', "mine.toml: study.dir: mine.toml is no directory"),
+        ('[study]\nmethods = ["sft"]\ndir = "~nobody-here/x"', "mine.toml: study.dir: '~nobody-here/x': there is no"),
         ('[study]\nmethods = ["sft"]\nlaunch = "a \'b"', "mine.toml: study.launch: expected a command, such as"),
         ('[study]\nmethods = ["sft"]\nlaunch = "nosuch -m"', "mine.toml: study.launch: there is no command 'nosuch'"),
         ('[study.variants."{time}"]\nrecipe = "sft"', "a name is part of a directory's"),
-        ('[study.variants.base]\nrecipe = "sft"', "study: 'base' is there twice"),
+        ('[study.variants.base]\nrecipe = "sft"', "study: 'base' is the model as it is"),
+        ('[study.variants.""]\nrecipe = "sft"', "a name is part of a directory's"),
+        ('[study.variants."a\\nb"]\nrecipe = "sft"', "a name is part of a directory's"),
+        ('[study]\nmethods = ["pluss"]' + VARIANT, "study: method 'pluss' is not known; did you mean 'plus'"),
+        ('[study]\nmethods = ["sft"]\n[run]\ndir = "x"', "mine.toml: run.dir: each run of a study has its own"),
+        ("[study.variants.a]\ntrain = {seed = 3}", "study.variants.a: train.seed: each run of a study has its own"),
         ("[study.variants.a]\nseeds = []", "mine.toml: study.variants.a.seeds: expected different whole numbers"),
         ("[study.variants.a]\nseeds = 0", "mine.toml: study.variants.a.seeds: expected different whole numbers"),
-        ('[study]\nmethods = ["sft", "sft"]', "mine.toml: study: 'sft' is there twice"),
+        ('[study]\nmethods = ["sft", "sft"]', "mine.toml: study.methods: 'sft' is there twice"),
         ('[study]\nmethods = ["sft"]\nseeds = [0, 0]', "mine.toml: study.seeds: expected different whole numbers"),
         ('[study]\nmethods = ["sft"]\nseeds = ["a"]', "mine.toml: study.seeds: expected different whole numbers"),
         ("[study.variants]\na = 3", "mine.toml: study.variants.a: expected a table with recipe"),
@@ -109,6 +116,15 @@ def test_a_study_like_another(study_file, tmp_path):
 def test_what_each_run_has_of_its_own_is_not_overridden(study_file, key):
     with pytest.raises(UserError, match=f"--{key}: each run of a study has its own"):
         load_study(study_file('[study]\nmethods = ["sft"]'), [f"--{key}", "3"])
+
+
+def test_what_makes_a_method_what_it_is_is_not_overridden(study_file):
+    file = study_file("[study.variants.longer]\ntrain = {steps = 9}\n" + VARIANT)
+    with pytest.raises(UserError, match=r"--train.steps: longer has its own, which makes it what it is; write mine"):
+        load_study(file, ["--train.steps", "3"])
+    with pytest.raises(UserError, match=r"--loss.options.level: plus has its own"):
+        load_study(file, ["--loss.options.level=batch"])
+    assert load_study(file, ["--train.lr", "1"]).trials[0].config.train.lr == 1
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "studies").glob("*.toml")), ids=lambda file: file.stem)

@@ -1,6 +1,7 @@
 """What is kept of a run, from its directory."""
 
 import json
+import math
 
 import pytest
 
@@ -43,6 +44,8 @@ def run(tmp_path):
 def test_of_a_run(run):
     found = record_of(run)
     assert (found["method"], found["seed"], found["origin"]) == ("mine", 3, {"commit": "abc"})
+    (run / "data.json").write_text('{"files": "abc"}')
+    assert record_of(run)["origin"] == {"commit": "abc", "files": "abc"}
     assert found["steps"] == [{"step": 1, "loss": 0.33333}, {"step": 2, "loss": None}]
     assert [each["step"] for each in found["curve"]] == [0, 2] and found["settings"]["train"]["steps"] == 2
     (held_out,) = found["sets"]
@@ -52,12 +55,17 @@ def test_of_a_run(run):
 
 def test_sets_come_before_held_out_prompts_and_what_could_not_be_graded_is_wrong(run):
     (run / "eval").mkdir()
-    scores = {"sets": [{"set": "sums", "group": "g", "on": "there", "samples": 2}]}
+    scores = {"sets": [{"set": "sums", "group": "g", "on": "there", "samples": 2, "prompts": 2}]}
     (run / "eval" / "scores.json").write_text(json.dumps(scores))
-    (run / "eval" / "generations.jsonl").write_text(lines(generation(1, None, name="sums"), generation(1, name="x")))
+    rows = [generation(1, None, name="sums"), generation(0, 0, name="sums"), generation(1, name="x")]
+    (run / "eval" / "generations.jsonl").write_text(lines(*rows))
     (found,) = record_of(run)["sets"]
     assert (found["name"], found["group"], found["on"]) == ("sums", "g", "there any")
-    assert found["rewards"] == [[1, 0]]
+    assert found["rewards"] == [[1, 0], [0, 0]]
+    for lost in (rows[1:], [generation(1, name="sums"), *rows[1:]]):  # else the others would move to its place
+        (run / "eval" / "generations.jsonl").write_text(lines(*lost))
+        with pytest.raises(UserError, match=r"damaged.* has not 2 completions of each of 2 prompts of sums"):
+            record_of(run)
     (run / "eval" / "scores.json").write_text('{"reward": 0.5}')  # of held-out prompts, by hand
     assert record_of(run)["sets"][0]["name"] == "held-out"
 
@@ -71,7 +79,9 @@ def test_of_a_base(tmp_path):
     measured = tmp_path / "base" / "eval"
     measured.mkdir(parents=True)
     (measured / "config.toml").write_text(to_toml(load(None, [])))
-    (measured / "scores.json").write_text('{"sets": [{"set": "a", "group": "g", "on": "o", "samples": 1}]}')
+    (measured / "scores.json").write_text(
+        '{"sets": [{"set": "a", "group": "g", "on": "o", "samples": 1, "prompts": 1}]}'
+    )
     (measured / "generations.jsonl").write_text(lines(generation(1, name="a")))
     found = record_of(tmp_path / "base")
     assert found["method"] == "base" and found["steps"] == [] and found["sets"][0]["rewards"] == [[1]]
@@ -113,8 +123,18 @@ def test_a_record_comes_back_from_its_file(tmp_path):
     [
         ({"method": "../x"}, r"method: it names a file, and '../x' is no name of one"),
         ({"seed": None}, "seed: expected int, found None"),
-        ({"sets": [3]}, "name: expected str, found None"),
+        ({"method": "a b"}, r"method: it names a file, and 'a b' is no name of one"),
+        ({"seed": True}, "seed: expected int, found True"),
+        ({"seed": 4}, "seed: 4, and train.seed of its settings is 1"),
+        ({"sets": [3]}, r"sets\[1\]: expected an object, found 3"),
         ({"sets": [{"name": "a", "group": "", "on": "", "rewards": []}]}, "samples: expected int, found None"),
+        ({"sets": [a_set("a", [[1, 0]]) | {"samples": 9}]}, "rewards of a: expected 9 numbers or nulls for each"),
+        ({"sets": [a_set("a", [[1, math.nan]])]}, "rewards of a: expected 2 numbers"),
+        ({"sets": [a_set("a", [["1"]])]}, "rewards of a: expected 1 numbers"),
+        ({"sets": [a_set("a", [[1.0]]) | {"rewards": [1]}]}, "rewards of a: expected 1 numbers"),
+        ({"settings": {}}, "settings: train: expected dict, found None"),
+        ({"steps": [3]}, r"steps\[1\]: expected an object, found 3"),
+        ({"curve": [{}]}, r"curve\[1\]: step: expected int, found None"),
     ],
 )
 def test_what_is_no_record_is_refused(tmp_path, changes, message):

@@ -54,7 +54,7 @@ def test_runs_that_were_begun_otherwise_are_refused_before_anything_runs(study_f
     (trial,) = load_study(file).trials
     trial.settings.parent.mkdir(parents=True)
     trial.settings.write_text("# of another version\n" + to_toml(trial.config))
-    check_unchanged(trial)
+    check_unchanged([trial])
     trial.directory.mkdir()
     other = load(None, ["--train.steps", "9", "--run.dir", str(trial.directory)])
     (trial.directory / "config.toml").write_text(to_toml(other))
@@ -69,7 +69,7 @@ def test_steps_that_follow_from_epochs_are_no_other_settings(study_file):
     resolved = load_study(file).trials[0].config
     resolved.train.steps, resolved.train.epochs = 20, 0.0
     (trial.directory / "config.toml").write_text(to_toml(resolved))
-    check_unchanged(trial)
+    check_unchanged([trial])
 
 
 def test_a_run_that_left_no_checkpoint_is_made_again_and_the_study_then_goes_on(study_file, tmp_path):
@@ -93,6 +93,35 @@ def test_a_run_that_was_interrupted_before_and_fails_now_does_not_stop_the_other
     assert run_study(study) == study.trials and len(commands) == 2
     monkeypatch.setattr(runs, "completed", lambda command, title: 128 + signal.SIGTERM)
     with pytest.raises(Interrupted):
+        run_study(study)
+
+
+def test_what_no_run_could_do_is_told_before_the_first(study_file, tmp_path):
+    job = JOB.replace("[eval]", '[eval]\nsets = ["nowhere.jsonl"]')
+    with pytest.raises(UserError, match=r"nowhere.jsonl"):
+        run_study(load_study(study_file('[study]\nmethods = ["sft"]', job)))
+    bad = '[study.variants.bad]\nloss = {preset = "sfft"}\n'
+    with pytest.raises(UserError, match=r"loss.preset: expected one of .*; did you mean 'sft'\? \(of bad\)"):
+        run_study(load_study(study_file('[study]\nmethods = ["sft"]\n' + bad)))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_where_the_model_cannot_be_measured_nothing_is_trained(study_file, tmp_path, monkeypatch, capfd):
+    file = study_file('[study]\nmethods = ["sft"]', JOB.replace("[eval]", f"[eval]\nsets = {SETS}"))
+    monkeypatch.setattr(runs, "completed", lambda command, title: 2)
+    assert [each.method for each in run_study(load_study(file))] == ["base"]
+    assert "as the model could not be measured before, no run could" in capfd.readouterr().err
+
+
+def test_data_files_that_have_changed_are_refused(study_file, tmp_path):
+    """A second seed on other demonstrations would be taken for a second seed."""
+    rows = [{"prompt": f"{n} + 1", "demonstration": f"{n + 1}", "answer": f"{n + 1}"} for n in range(30)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job = JOB.replace("size = 40", 'train_file = "a.jsonl"')
+    assert run_study(load_study(study_file('[study]\nmethods = ["sft"]', job))) == []
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    study = load_study(study_file('[study]\nmethods = ["sft"]\nseeds = [0, 1]', job))
+    with pytest.raises(UserError, match=r"sft-0: begun with other data files \([0-9a-f]{16}, now [0-9a-f]{16}\)"):
         run_study(study)
 
 
