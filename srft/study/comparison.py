@@ -22,9 +22,10 @@ from srft.study.record import Record
 
 Values = dict[int, list[float | None]]  # by seed, of each prompt; None: not scored
 BETTER, WORSE, UNSURE, UNPAIRED = "better", "worse", "cannot tell", "cannot tell: one seed"
-# What runs of one method may differ in: their seeds, and what changes no number.
+# What runs of one method may differ in: their seeds, and what changes no number. On what they were measured is in `on`.
 OWN = {
     *("train.seed", "data.seed", "model.device", "rollout.batch_size", "eval.batch_size", "eval.dir"),
+    "eval.sets",
     *("reward.workers", "reward.timeout"),
 }
 ALIKE = {"dtype": "the type of the model", "files": "what was in their data files"}  # as their origins say

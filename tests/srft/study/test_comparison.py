@@ -210,4 +210,5 @@ def test_runs_of_one_method_may_differ_in_what_changes_no_number():
     records = runs("srft", right(4), right(5))
     records[1]["settings"]["run"]["checkpoint_every"] = 7
     records[1]["settings"]["rollout"]["batch_size"] = 7
+    records[1]["settings"]["eval"]["sets"] = ["others"]
     assert compare(records).outcome.cells("srft")["srft"].seeds == 2
