@@ -1,6 +1,7 @@
 # One command each: an environment is made on first use, then the command runs in it; gpu and tune install nothing and
 # run in the Python that PYTHON= names (python3), which has torch.
-#   make train   SRFT on the embedded SmolLM2-135M, CPU or CUDA     make bench   speed, memory and error
+#   make train   SRFT on the embedded SmolLM2-135M, CPU or CUDA; RECIPE=sft and others
+#   make bench   speed, memory and error
 #   make study   SRFT, what it is compared with and its parts, by several seeds; STUDY= another file of studies/
 #   make test    every test                                         make lint    ruff, and which room imports which
 #   make oldest-test  the kernels under Triton 3.6.0
@@ -24,8 +25,9 @@ READY   = $(VENV)/.ready
 
 .PHONY: train study test peers-test oldest-test transformers-test newest newest-test bench gpu aot tune lint clean
 
+RECIPE ?= srft_batch
 train: $(READY)
-	$(BIN)/srft train $(ARGS)
+	$(BIN)/srft train --recipe $(RECIPE) $(ARGS)
 
 STUDY ?= studies/chain_sum.toml
 study: $(READY)

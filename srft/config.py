@@ -78,7 +78,7 @@ class DataConfig(Section):
         ["chain_sum"], "reasoning-gym tasks, mixed evenly; not used with train_file"
     )
     task_args: dict[str, Any] = option(  # noqa: RUF009
-        {"chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}},
+        {"chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}},
         "per task, the arguments of its generator",
     )
     train_file: str | list[str] | None = option(  # noqa: RUF009
@@ -117,8 +117,8 @@ class DataConfig(Section):
 @dataclass
 class RolloutConfig(Section):
     engine: Literal["transformers"] = option("transformers", "what generates")
-    per_prompt: int = option(2, "rollouts of each prompt (G)", low=1)
-    max_new_tokens: int = option(32, "tokens after which a rollout is cut", low=1)
+    per_prompt: int = option(4, "rollouts of each prompt (G)", low=1)
+    max_new_tokens: int = option(20, "tokens after which a rollout is cut", low=1)
     temperature: float = option(1.0, "sampling temperature, also of the log-probs in the loss", above=0)
     top_p: float = option(1.0, "nucleus sampling", above=0, high=1)
     batch_size: int = option(64, "sequences per call of generate", low=1)
@@ -182,7 +182,7 @@ class TrainConfig(Section):
     stage_moments: Literal["fresh", "kept"] = option(
         "fresh", "AdamW's moments when a later stage begins: fresh, or kept from the one before"
     )
-    prompts_per_step: int = option(24, "prompts sampled in each step", low=1)
+    prompts_per_step: int = option(8, "prompts sampled in each step", low=1)
     demo_share: float = option(
         0.0,
         "share of a step's prompts that are drawn from those with a demonstration, where not all have one; 0: as they "
