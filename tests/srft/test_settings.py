@@ -203,7 +203,7 @@ def test_a_recipe_of_a_method_says_all_of_it():
     """So that none of another method's settings stays, whatever it is put over."""
     methods = {name: read_recipe(name) for name in recipes() if "loss" in read_recipe(name)}
     keys = {name: {*check_keys(tree, "")} - {"loss.hpt_threshold"} for name, tree in methods.items()}
-    assert len(methods) == 9 and len(set(map(frozenset, keys.values()))) == 1
+    assert len(methods) == 10 and len(set(map(frozenset, keys.values()))) == 1
     for name in methods:
         for other in methods:
             over_other = load(None, [], [other, name])
