@@ -209,8 +209,9 @@ def write_status(path: Path, state: str, step: int, steps: int, reason: str = ""
 
 
 def read_status(path: Path) -> dict[str, Any] | None:
-    """What `write_status` wrote last; None of a run that has none."""
-    return next(iter(read_jsonl(path / "status.json")), None)
+    """What `write_status` wrote last; None of a run that has none, or a damaged one."""
+    rows = read_jsonl(path / "status.json")
+    return next((row for row in rows if isinstance(row, dict) and {"state", "step"} <= row.keys()), None)
 
 
 class RunLog:

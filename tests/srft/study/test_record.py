@@ -91,7 +91,7 @@ def test_of_a_base(tmp_path):
     ("file", "text", "message"),
     [
         ("status.json", '{"state": "running", "step": 1}', "the run is running, after step 1; let it finish"),
-        ("status.json", "[1]", "mine-3: the run's files are damaged"),
+        ("status.json", "[1]", "mine-3: the run is damaged, after step 0"),
         ("origin.json", "{", "mine-3: the run's files are damaged"),
         ("metrics.jsonl", '{"step": 1}', "mine-3: metrics.jsonl has 1 of the run's 2 steps"),
         ("evaluation.jsonl", '{"step": 2}', "mine-3: the run's files are damaged: KeyError: 'generations'"),
