@@ -31,7 +31,7 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "interval": shown, "signed": shown_signed}
+    environment.filters |= {"number": number, "percent": percent, "interval": shown, "signed": shown_signed}
     return environment.get_template(template).render(**values)
 
 
@@ -45,6 +45,11 @@ def require_packages(page: str) -> None:
 def number(value: float | None, digits: int = 3) -> str:
     """A number for people; a dash for what is not known."""
     return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def percent(value: float | None) -> str:
+    """A share for people; a dash for what is not known."""
+    return "–" if value is None or math.isnan(value) else f"{value:.1%}"
 
 
 def svg(

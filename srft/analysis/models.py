@@ -13,14 +13,10 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Subject:
-    """A model. path: as load_model takes it.   checkpoints: {step: path} on its way, the model itself not included.
-
-    run: the directory of its run, or None.
-    """
+    """A model. path: as load_model takes it.   checkpoints: {step: path} on its way, the model itself not included."""
 
     name: str
     path: str
-    run: Path | None = None
     checkpoints: dict[int, str] = field(default_factory=dict)
 
 
@@ -43,7 +39,7 @@ def subject(path: str, name: str = "", most: int = 0) -> Subject:
     kept = steps if len(steps) <= most else [steps[i * len(steps) // most] for i in range(most)]
     checkpoints = {step: str(directory / f"checkpoint-{step}") for step in kept}
     others = {step: each for step, each in checkpoints.items() if Path(each) != model}
-    return Subject(name or directory.resolve().name, str(model), directory, others)
+    return Subject(name or directory.resolve().name, str(model), others)
 
 
 def subjects(base: str, runs: Sequence[str], most: int) -> list[Subject]:

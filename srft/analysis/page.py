@@ -7,7 +7,7 @@ from typing import Any
 from srft.analysis.models import BASE
 from srft.analysis.texts import DEMONSTRATIONS, TASK
 from srft.metrics import mean
-from srft.pages import number, render, svg
+from srft.pages import number, percent, render, svg
 
 WRITERS = {DEMONSTRATIONS: "demonstrations", BASE: "the base's completions", "own": "its own completions"}
 
@@ -44,10 +44,6 @@ def reward_of(model: dict[str, Any], sets: list[str]) -> float:
 def kl_of(model: dict[str, Any], sets: list[str]) -> float:
     """Mean of the sets, each on the base's completions."""
     return mean([model["shift"][name][BASE]["kl"] for name in sets])
-
-
-def percent(value: float | None) -> str:
-    return "–" if value is None or math.isnan(value) else f"{value:.1%}"
 
 
 def page(name: str, result: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ def test_of_a_run_its_last_model_and_checkpoints_that_lead_to_it(tmp_path):
     model_at(run / "checkpoint-old")
     model_at(run / "final")
     found = subject(str(run), most=10)
-    assert (found.name, found.path, found.run) == ("sft-0", str(run / "final"), run)
+    assert (found.name, found.path) == ("sft-0", str(run / "final"))
     assert list(found.checkpoints) == [2, 4, 6, 8, 10]
     assert list(subject(str(run), most=2).checkpoints) == [2, 6] and not subject(str(run)).checkpoints
 
