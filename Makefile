@@ -27,7 +27,7 @@ READY   = $(VENV)/.ready
 
 RECIPE ?= srft_batch
 train: $(READY)
-	$(BIN)/srft train --recipe $(RECIPE) $(ARGS)
+	$(BIN)/srft train $(ARGS) $(if $(findstring --resume,$(ARGS)),,--recipe $(RECIPE))
 
 STUDY ?= studies/chain_sum.toml
 study: $(READY)

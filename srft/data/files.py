@@ -49,6 +49,8 @@ def digest_of_files(config: DataConfig) -> str:
     for option in ("train_file", "eval_file"):
         for name in names(getattr(config, option) or []):
             for file in files_of(name, f"data.{option}")[0]:
+                if read:  # where one ends and the next begins
+                    found.update(f"\0{option}\0".encode())
                 with open(file, "rb") as stream:
                     while block := stream.read(1 << 20):
                         found.update(block)

@@ -83,14 +83,16 @@ def is_one(path: Path) -> bool:
 
 
 def labels_of(paths: Sequence[Path]) -> dict[Path, str]:
-    """What tells studies from each other: the last part of their paths that differs."""
-    named = {path: path.resolve().with_suffix("" if path.suffix == ".toml" else path.suffix) for path in paths}
+    """What tells studies from each other: the last part of their paths that differs, else their numbers too."""
+    if len({path.expanduser().resolve() for path in paths}) < len(paths):
+        raise UserError(f"{' '.join(map(str, paths))}: the same twice; name each once")
+    named = {path: path.expanduser().absolute() for path in paths}
     parts = {path: (each.parent if each.name == COMPARISON else each).parts for path, each in named.items()}
-    for place in range(1, max(map(len, parts.values()))):
-        labels = {path: each[-place] for path, each in parts.items() if len(each) >= place}
+    for place in range(1, min(map(len, parts.values()))):
+        labels = {path: each[-place].removesuffix(".toml").lstrip(".") for path, each in parts.items()}
         if len({*labels.values()}) == len(paths):
             return labels
-    raise UserError(f"{' '.join(map(str, paths))}: the same study twice, or one within another; name each once")
+    return {path: f"{number}-{path.stem.lstrip('.')}" for number, path in enumerate(paths, 1)}
 
 
 def renamed(record: Record, study: str) -> Record:
@@ -100,8 +102,12 @@ def renamed(record: Record, study: str) -> Record:
 def of_path(path: Path) -> tuple[list[Record], list[str]]:
     """Of a study, a run, a record, or all records of a comparison; and what of it is not there yet."""
     if path.suffix == ".toml":
-        trials = load_study(str(path)).trials
-        check_unchanged(trials)
+        study = load_study(str(path))
+        trials = study.trials
+        try:
+            check_unchanged(trials)
+        except UserError as error:
+            raise UserError(f"{error}; as it was run: srft compare {study.directory}") from error
         done = [trial for trial in trials if trial.trained and trial.measured]
         missing = [trial.directory.name for trial in trials if trial not in done]
         return [{**record_of(each.directory, each.config), "method": each.method} for each in done], missing
@@ -129,8 +135,9 @@ def known(directory: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise UserError(f"{directory / NUMBERS}: cannot be read: {error}") from error
-    kinds = {"runs": list, "missing": list, "against": str}
-    if not isinstance(found, dict) or any(not isinstance(found.get(key, kind()), kind) for key, kind in kinds.items()):
+    kinds = {"missing": list, "against": str}
+    fits = isinstance(found, dict) and isinstance(found.get("runs"), list)
+    if not fits or any(not isinstance(found.get(key, kind()), kind) for key, kind in kinds.items()):
         raise UserError(f"{directory / NUMBERS}: expected what srft compare wrote, with runs and missing as lists")
     return found
 

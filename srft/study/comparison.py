@@ -199,16 +199,17 @@ def compare(records: Sequence[Record], against: str = "") -> Comparison:
 
 
 def of_other_data(comparison: Comparison) -> Iterator[str]:
-    """Methods whose runs of one seed had not the same train prompts."""
+    """Methods that differ in more than their settings."""
     first = comparison.methods[comparison.against].runs
     for name, method in comparison.methods.items():
         if name == BASE:
             continue
         pairs = [(run, first[seed]) for seed, run in method.runs.items() if seed in first]
         if any(run["settings"]["data"].get("seed") != other["settings"]["data"].get("seed") for run, other in pairs):
-            yield f"{name}: of one seed it had other train prompts than {comparison.against} (data.seed)."
-        elif any(unlike(run["origin"], other["origin"], "files") for run, other in pairs):
-            yield f"{name}: it had other data files than {comparison.against}."
+            yield f"{name}: with the same train.seed it had other train prompts than {comparison.against} (data.seed)."
+        for key, what in ALIKE.items():
+            if any(unlike(run["origin"], other["origin"], key) for run, other in pairs):
+                yield f"{name}: its runs differ from those of {comparison.against} in {what}."
 
 
 def dropped_of(comparison: Comparison) -> Iterator[str]:
@@ -240,10 +241,9 @@ def methods_of(records: Sequence[Record]) -> dict[str, Method]:
             raise UserError(
                 f"{method.name}: its runs differ in {key}: {one!r} and {another!r}; runs of one method differ in seeds"
             )
-        for key, what in ALIKE.items():
-            first = next(iter(method.runs.values()), record)
-            if unlike(first["origin"], record["origin"], key):
-                found = f"{first['origin'][key]} and {record['origin'][key]}"
+        for key, other in itertools.product(ALIKE, method.runs.values()):
+            if unlike(other["origin"], record["origin"], key):
+                what, found = ALIKE[key], f"{other['origin'][key]} and {record['origin'][key]}"
                 raise UserError(
                     f"{method.name}: its runs differ in {what}: {found}; runs of one method differ in seeds"
                 )

@@ -50,7 +50,7 @@ KEYS: dict[str, tuple[type, str]] = {
 BASE = "base"  # the method that does nothing
 EVALUATION = "eval"  # what `srft eval` wrote, in a run's directory
 OF_TRIALS = ("train.seed", "data.seed", "run.dir")  # what each run has of its own
-NAME_HAS = "at most 100 characters, no space, / or braces, no dot first"
+NAME_HAS = "at most 100 characters on a line, no / or {time}, no dot first"
 ALONE = [sys.executable, "-m", "srft"]
 
 
@@ -111,7 +111,7 @@ def load_study(path: str, overrides: list[str] | None = None) -> Study:
             if key in OF_TRIALS:
                 raise UserError(f"{where}.variants.{method.name}: {key}: each run of a study has its own")
             if key in over_all:
-                raise UserError(f"{over_all[key]}: {method.name} has its own, which makes it what it is; write {path}")
+                raise UserError(f"{over_all[key]}: {method.name} has its own; write it into study.variants, {path}")
         name = f"{method.name}-{seed}" if method.name != BASE else BASE
         own = {"train": {"seed": seed}, "data": {"seed": seed}, "run": {"dir": str(directory / name)}}
         try:
@@ -215,7 +215,7 @@ def methods_of(study: dict[str, Any], where: str) -> tuple[list[Method], list[Me
 
 def is_name(name: str) -> bool:
     """May a method have it? It becomes part of a directory's and a file's."""
-    return bool(re.fullmatch(r"[^\s./{}][^\s/{}]{0,99}", name))
+    return bool(re.fullmatch(r"[^/.][^/\x00-\x1f]{0,99}", name)) and "{time}" not in name
 
 
 def recipe_of(name: str, where: str, variants: Iterable[str] = ()) -> dict[str, Any]:

@@ -87,7 +87,11 @@ def of_run(directory: Path, asked: Config | None) -> Record:
 
 def read_json(file: Path) -> dict[str, Any]:
     """{} where there is no such file, as in runs of earlier versions."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        return dict(found)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file.parent}: the run's files are damaged: {file.name}: {error}") from error
 
 
 def evaluated_sets(evaluated: Path, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:

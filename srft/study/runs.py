@@ -12,7 +12,7 @@ from pathlib import Path
 
 from srft.benchmarks import load_sets
 from srft.checkpoint import newest_with_state
-from srft.config import Config
+from srft.config import Config, DataConfig
 from srft.data import digest_of_files
 from srft.errors import UserError
 from srft.learn.stages import parts_of
@@ -41,8 +41,9 @@ def run_study(study: Study) -> list[Trial]:
             if not ran(study, trial, number):
                 failed.append(trial)
                 if trial.method == BASE:
-                    print("error: as the model could not be measured before, no run could; stopped", file=sys.stderr)
+                    print("error: the model could not be measured, so no run could be; stopped", file=sys.stderr)
                     break
+                print("the others follow", file=sys.stderr)
         let_go(study.directory)
     return failed
 
@@ -65,23 +66,31 @@ def check_unchanged(trials: Iterable[Trial]) -> None:
         check_settings(trial.directory / "config.toml", trial.config, of_run=True)
         begun = read_json(trial.directory / DATA).get("files")
         named = f"{trial.config.data.train_file} {trial.config.data.eval_file}"
-        if begun and begun != (now := files.setdefault(named, digest_of_files(trial.config.data))):
+        if begun and named not in files:
+            files[named] = digest_if_there(trial.config.data)
+        if begun and (now := files[named]) not in (begun, ""):
             raise UserError(
                 f"{trial.directory}: begun with other data files ({begun}, now {now}); put back what was in them, or "
                 "give the study another study.dir"
             )
 
 
+def digest_if_there(config: DataConfig) -> str:
+    """A run that needs files which are not there any more says so itself."""
+    try:
+        return digest_of_files(config)
+    except (UserError, OSError):
+        return ""
+
+
 def check_settings(file: Path, asked: Config, of_run: bool = False) -> None:
-    """of_run: it is the run's own, which says how many steps an epoch has, and is measured when it has ended."""
+    """of_run: it is the run's own, which says how many steps an epoch has."""
     if not file.exists():
         return
     begun = load(str(file))
     begun.run.overwrite = asked.run.overwrite  # of that start, which may have found a run without a checkpoint
-    if of_run:
-        begun.eval.sets = asked.eval.sets
-        if asked.train.epochs:
-            begun.train.steps, begun.train.epochs = asked.train.steps, asked.train.epochs
+    if of_run and asked.train.epochs:
+        begun.train.steps, begun.train.epochs = asked.train.steps, asked.train.epochs
     for key, (one, another) in differing(flat(asdict(begun)), flat(asdict(asked))).items():
         found = f"begun with {key} {one!r}, now it is {another!r}"
         raise UserError(f"{file}: {found}; put it back, or give the study another study.dir")
@@ -98,7 +107,7 @@ def ran(study: Study, trial: Trial, number: int) -> bool:
 
 
 def trains(study: Study, trial: Trial, title: str) -> bool:
-    command = [*study.launch, "train", str(trial.settings), "--eval.sets", "[]"]
+    command = [*study.launch, "train", str(trial.settings)]
     if newest_with_state(trial.directory):
         command = [*study.launch, "train", "--resume", str(trial.directory)]
     elif trial.directory.exists():
@@ -124,7 +133,7 @@ def measures(trial: Trial, title: str) -> bool:
 
 def ended(title: str, code: int) -> bool:
     if code:
-        print(f"warning: {title}: failed with exit code {code}; the others follow", file=sys.stderr)
+        print(f"warning: {title}: failed with exit code {code}", file=sys.stderr)
     return not code
 
 

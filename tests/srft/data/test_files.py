@@ -1,11 +1,12 @@
 """Examples from files: both formats, and every kind of broken file."""
 
 import json
+import shutil
 
 import pytest
 
 from srft.config import DataConfig
-from srft.data import Example, load_examples
+from srft.data import Example, digest_of_files, load_examples
 from srft.errors import UserError
 
 
@@ -118,3 +119,20 @@ def test_files_that_cannot_be_used(tmp_path):
         with pytest.raises(UserError) as error:
             load(str(tmp_path / name))
         assert str(error.value).startswith(str(tmp_path / expected))
+
+
+def test_the_digest_of_files_is_that_of_their_bytes_wherever_they_lie(tmp_path):
+    one, two = write(tmp_path / "a.jsonl", rows(3)), write(tmp_path / "b.jsonl", rows(2, 5))
+    (tmp_path / "shards").mkdir()
+    for file in (one, two):
+        shutil.copy(file, tmp_path / "shards")
+
+    def of(train, held_out=None):
+        return digest_of_files(DataConfig(train_file=train, eval_file=held_out))
+
+    assert of([one, two]) == of(str(tmp_path / "shards")) == of(str(tmp_path / "shards" / "*.jsonl")) != of([two, one])
+    assert len({of(one), of(two), of([one, two]), of(one, two), of(two, one)}) == 5
+    whole, both = write(tmp_path / "c.jsonl", [*rows(3), *rows(2, 5)]), of(one, two)
+    assert of(whole) != of([one, two])  # rows that move from one file to the next are not where they were
+    write(tmp_path / "b.jsonl", rows(2, 6))
+    assert of(one, two) != both and of(None) == of("owner/name") == ""

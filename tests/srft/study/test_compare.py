@@ -161,7 +161,8 @@ def test_a_study_as_a_directory_and_several_together(made, tmp_path, capsys):
         (tmp_path / "deep" / study).rename(tmp_path / study / "comparison")
     found = main_compare(["few/comparison", "many/comparison", "few/comparison/runs/sft-0.json"], directory="both")
     assert list(found.methods) == ["few.sft", "many.sft", "sft", "base"]
-    with pytest.raises(UserError, match="the same study twice"):
+    assert list(main_compare(["both"]).methods) == ["few.sft", "many.sft", "sft", "base"]  # their names can be read
+    with pytest.raises(UserError, match="the same twice"):
         main_compare(["few/comparison", "few/comparison"], directory="both")
     for study in ("few", "many"):
         (tmp_path / study / "comparison").rename(tmp_path / "deep" / study)

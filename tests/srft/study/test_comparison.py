@@ -185,9 +185,11 @@ def test_other_train_prompts_files_and_types_are_told():
     records = [*runs("srft", right(4), right(5)), *runs("seeds", right(4), right(5)), *runs("files", right(4))]
     records[3]["settings"]["data"]["seed"] = 0
     records[0]["origin"]["files"], records[4]["origin"]["files"] = "abc", "def"
+    records[0]["origin"]["dtype"], records[4]["origin"]["dtype"] = "float32", "bfloat16"
     assert compare(records).remarks == [
-        "seeds: of one seed it had other train prompts than srft (data.seed).",
-        "files: it had other data files than srft.",
+        "seeds: with the same train.seed it had other train prompts than srft (data.seed).",
+        "files: its runs differ from those of srft in the type of the model.",
+        "files: its runs differ from those of srft in what was in their data files.",
     ]
     records[1]["origin"]["files"] = "abd"
     with pytest.raises(UserError, match="srft: its runs differ in what was in their data files: abc and abd"):

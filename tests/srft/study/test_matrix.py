@@ -112,6 +112,12 @@ def test_a_study_like_another(study_file, tmp_path):
         load_study("studies/other.toml")
 
 
+def test_a_directory_that_a_link_does_not_lead_to_is_refused(study_file, tmp_path):
+    (tmp_path / "runs").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"mine.toml: study.dir: runs is no directory"):
+        load_study(study_file('[study]\nmethods = ["sft"]'))
+
+
 @pytest.mark.parametrize("key", ["train.seed", "data.seed", "run.dir"])
 def test_what_each_run_has_of_its_own_is_not_overridden(study_file, key):
     with pytest.raises(UserError, match=f"--{key}: each run of a study has its own"):
@@ -120,7 +126,7 @@ def test_what_each_run_has_of_its_own_is_not_overridden(study_file, key):
 
 def test_what_makes_a_method_what_it_is_is_not_overridden(study_file):
     file = study_file("[study.variants.longer]\ntrain = {steps = 9}\n" + VARIANT)
-    with pytest.raises(UserError, match=r"--train.steps: longer has its own, which makes it what it is; write mine"):
+    with pytest.raises(UserError, match=r"--train.steps: longer has its own; write it into study.variants, mine"):
         load_study(file, ["--train.steps", "3"])
     with pytest.raises(UserError, match=r"--loss.options.level: plus has its own"):
         load_study(file, ["--loss.options.level=batch"])

@@ -123,7 +123,7 @@ def test_a_record_comes_back_from_its_file(tmp_path):
     [
         ({"method": "../x"}, r"method: it names a file, and '../x' is no name of one"),
         ({"seed": None}, "seed: expected int, found None"),
-        ({"method": "a b"}, r"method: it names a file, and 'a b' is no name of one"),
+        ({"method": "a\nb"}, r"method: it names a file, and 'a.+nb' is no name of one"),
         ({"seed": True}, "seed: expected int, found True"),
         ({"seed": 4}, "seed: 4, and train.seed of its settings is 1"),
         ({"sets": [3]}, r"sets\[1\]: expected an object, found 3"),
