@@ -122,8 +122,14 @@ def resumable(directory: str) -> Path:
 def newest_model(directory: Path) -> Path | None:
     """The last saved model that the directory is, or that lies in it."""
     models = [each.parent for each in (*directory.glob("config.json"), *directory.glob("[!.]*/config.json"))]
-    # Not the directory's own time: when a newer one is saved, the state of this one goes.
-    return max(models, key=lambda each: (each / "config.json").stat().st_mtime, default=None)
+
+    def age(model: Path) -> tuple[float, float]:
+        """By its step where its name has one, for files that were copied are all new."""
+        named = re.fullmatch(r"(?:checkpoint|interrupted)-(\d+)", model.name)
+        step = math.inf if model.name == "final" else float(named[1]) if named else -1.0
+        return step, (model / "config.json").stat().st_mtime
+
+    return max(models, key=age, default=None)
 
 
 def newest_with_state(run: Path) -> Path | None:

@@ -19,9 +19,9 @@ def health(steps: Steps) -> list[str]:
 
 
 def recent(steps: Steps, key: str) -> float:
-    """Mean over the last steps; NaN where there are too few."""
+    """Mean over the last steps; NaN where too few have it."""
     values = known(steps[-RECENT:], key)
-    return mean(values) if len(values) == RECENT else math.nan
+    return mean(values) if len(steps) >= RECENT and len(values) > RECENT / 2 else math.nan
 
 
 def known(steps: Steps, key: str) -> list[float]:
@@ -29,16 +29,17 @@ def known(steps: Steps, key: str) -> list[float]:
 
 
 def no_advantage(steps: Steps) -> str:
-    if recent(steps, "informative") > 0 or math.isnan(recent(steps, "informative")):
-        return ""
     reward = recent(steps, "reward_mean")
+    if recent(steps, "informative") != 0 or abs(recent(steps, "reward_demo") - reward) > 1e-6:
+        return ""  # against a demonstration of another reward all rollouts have an advantage
     found = f"the rollouts of each prompt all got the same reward in the last {RECENT} steps ({reward:.2f} on average)"
     easier = "harder prompts" if reward > 0.5 else "easier prompts, or SFT first (train.stages)"
     return f"No advantages: {found}, so that they do not say what is better. Try {easier}, more rollout.per_prompt"
 
 
 def collapse(steps: Steps) -> str:
-    if not recent(steps, "rollout_entropy") < 0.02 or recent(steps, "informative") > 0.1:
+    solved = recent(steps, "reward_mean") > 0.9
+    if solved or not (recent(steps, "rollout_entropy") < 0.02 and recent(steps, "informative") <= 0.1):
         return ""
     found = f"the entropy of rollouts is {recent(steps, 'rollout_entropy'):.3f} nats, and rollouts hardly differ"
     return f"Entropy collapse: {found}. Try a smaller train.lr, or go back to an earlier checkpoint"
@@ -71,9 +72,9 @@ def spikes(steps: Steps) -> str:
 
 
 def left_out(steps: Steps) -> str:
-    if not (skipped := sum(known(steps[-RECENT:], "skipped_updates"))):
+    if not (skipped := mean(known(steps[-RECENT:], "skipped_updates"))) > 0:
         return ""
-    return f"Not finite: {skipped:.0f} of the last updates had no finite gradient. Try a smaller train.lr"
+    return f"Not finite: {skipped:.0%} of the last updates had no finite gradient. Try a smaller train.lr"
 
 
 def stale(steps: Steps) -> str:

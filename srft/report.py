@@ -4,6 +4,7 @@ Curves are SVG drawn by matplotlib, written into the page; nothing is fetched wh
 """
 
 import itertools
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def html(run_dir: Path, live: str = "") -> str:
     return render(
         "report.html",
         live=live,
+        now=time.strftime("%H:%M:%S"),
         health=health(steps),
         name=run_dir.resolve().name,
         steps=steps,

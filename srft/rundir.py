@@ -290,15 +290,17 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that `RunLog` wrote; [] if there is none. A line that was cut off is left out."""
+    """The rows of a file that `RunLog` wrote; [] if there is none. A line that is no row, cut off as it may be, is left out."""
     if not path.exists():
         return []
     rows = []
     for line in path.read_bytes().split(b"\n"):  # str.splitlines would also cut at U+2028, which JSON allows in a text
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:  # not JSON, or cut within a character
             continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows
 
 

@@ -12,9 +12,11 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock
+from urllib.parse import urlsplit
 
 from srft.errors import UserError
 from srft.report import html
+from srft.rundir import read_status
 
 LOOPBACK = "127.0.0.1"
 PORT = 8000
@@ -33,28 +35,33 @@ class Watched:
     def current(self) -> tuple[str, bytes]:
         """(version, page)"""
         with self.lock:
-            written = self.written()
-            if written != self.version and time.monotonic() >= self.rest:
-                with contextlib.suppress(UserError, OSError):  # the run is gone: its last page stays
+            # Where the run is gone, or something else than a run has written there, its last page stays.
+            with contextlib.suppress(Exception):
+                written = self.written()
+                ended = written.partition(" ")[0] != self.version.partition(" ")[0]
+                if written != self.version and (ended or time.monotonic() >= self.rest):
                     self.make(written)
             return self.version, self.page
 
     def make(self, written: str) -> None:
         started = time.process_time()
-        self.page, self.version = html(self.directory, live=written).encode(), written
-        self.rest = time.monotonic() + (time.process_time() - started) / SHARE
+        try:
+            self.page, self.version = html(self.directory, live=written).encode(), written
+        finally:
+            self.rest = time.monotonic() + (time.process_time() - started) / SHARE
 
     def written(self) -> str:
-        """A text that changes when the run has written."""
+        """What the run is doing, and a text that changes when it has written."""
         found = [each.stat() for name in READ if (each := self.directory / name).exists()]
-        return "-".join(["written", *(f"{each.st_size}.{each.st_mtime_ns}" for each in found)])
+        state = (read_status(self.directory) or {"state": "unknown"})["state"]
+        return " ".join([state, *(f"{each.st_size}.{each.st_mtime_ns}" for each in found)])
 
 
 class Handler(BaseHTTPRequestHandler):
     server: "Server"
 
     def do_GET(self) -> None:
-        if self.headers.get("Host", "").rpartition(":")[0] not in (LOOPBACK, "localhost"):
+        if urlsplit(f"//{self.headers.get('Host', '')}").hostname not in (LOOPBACK, "localhost"):
             return self.send_error(403)  # a page of elsewhere whose name was made to mean this machine
         if self.path not in ("/", "/version"):
             return self.send_error(404)
@@ -73,6 +80,9 @@ class Handler(BaseHTTPRequestHandler):
 
 class Server(ThreadingHTTPServer):
     daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        """Nothing: a browser that loads the page again hangs up."""
 
     def __init__(self, directory: Path, port: int = PORT):
         self.watched = Watched(directory)

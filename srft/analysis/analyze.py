@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,11 +12,11 @@ import torch
 from srft.analysis.crossing import CrossEngine
 from srft.analysis.distances import distances, plane
 from srft.analysis.gradients import gradients
-from srft.analysis.models import BASE, Subject, subjects
+from srft.analysis.models import BASE, DEMONSTRATIONS, Subject, subjects
 from srft.analysis.page import page, table_of
 from srft.analysis.reading import Reading, read
 from srft.analysis.shift import Shift, by_entropy, by_position, histogram, shift, summary
-from srft.analysis.texts import DEMONSTRATIONS, TASK, Places, Set, Text, Written, learnable, places_of, texts_of, write
+from srft.analysis.texts import TASK, Places, Set, Text, Written, learnable, places_of, texts_of, write
 from srft.analysis.weights import changed, share
 from srft.benchmarks import load_sets
 from srft.config import Config, ModelConfig
@@ -32,6 +33,8 @@ from srft.settings import to_toml
 from srft.tables import aligned
 
 MAPPED = 2048  # tokens by which models are compared with each other
+ROUNDING = 1e-5  # nats by which a model may differ from itself
+OF_SETS = ("samples", "temperature", "group")  # what an entry of eval.sets may say, and one of analyze.others may not
 SHOWN = 3  # prompts whose texts are shown
 
 
@@ -42,7 +45,7 @@ def main_analyze(config: Config, base: str, runs: Sequence[str]) -> dict[str, An
     """
     require_packages("a page")
     found = subjects(base, runs, config.analyze.checkpoints)
-    tokenizers = [load_tokenizer(settings_of(config, each.path), each.path) for each in found]
+    tokenizers = [load_tokenizer(settings_of(config, each.path), "srft analyze") for each in found]
     check_tokens(found, [tokenizer for tokenizer, _ in tokenizers])
     prompter = build_prompter(tokenizers[0][0], config.data)
     sets = sets_of(config, prompter, min(positions for _, positions in tokenizers))
@@ -78,6 +81,9 @@ def sets_of(config: Config, prompter: Prompter, positions: float) -> list[Set]:
     examples = load_examples(config.data, "eval", count)
     if not examples:
         raise UserError("analyze.prompts: there is no held-out prompt to analyse")
+    for number, each in enumerate(config.analyze.others, 1):
+        if strange := [key for key in OF_SETS if isinstance(each, dict) and key in each]:
+            raise UserError(f"analyze.others[{number}].{strange[0]}: all sets are sampled alike; leave it out")
     own = [] if config.data.train_file else config.data.tasks
     others = [each for each in config.analyze.others if isinstance(each, str) or each.get("task") not in own]
     asked = dataclasses.replace(config, eval=dataclasses.replace(config.eval, sets=others, set_prompts=count))
@@ -117,10 +123,11 @@ class Analysis:
             engine = build_engine(self.config.rollout.engine, loaded)
             written |= {(each.name, own.name): write(engine, own, self.prompter, self.config) for own in self.sets}
             found[each.name] = {"path": each.path, **self.of_written(each, loaded, written)}
+            del engine, loaded  # before the next is loaded
         texts = texts_of(self.sets, written, self.config.analyze.tokens)
         places = places_of(texts)
-        mapped = torch.from_numpy((places.set == TASK) & np.isin(places.writer, [DEMONSTRATIONS, BASE]))
-        mapped &= mapped.cumsum(0) <= MAPPED
+        (mapped,) = np.nonzero((places.set == TASK) & np.isin(places.writer, [DEMONSTRATIONS, BASE]))
+        chosen = torch.arange(0, len(mapped), math.ceil(len(mapped) / MAPPED))  # evenly, of all texts
         base = read(self.base, [text.sequence for text in texts], self.budget)
         points: list[tuple[str, int | None, Reading]] = []
         for each, loaded in self.models():
@@ -131,12 +138,15 @@ class Analysis:
             found[each.name] |= self.of_shift(each, own, places, texts)
             found[each.name]["weights"] = counts and {"share": share(counts), "matrices": counts}
             found[each.name]["crossing"] = list(self.crossed(each, loaded, own, places, written))
+            last = reading.of(torch.from_numpy(mapped)[chosen].to(reading.hidden.device))
+            del loaded, reading, own
             points += [
-                (each.name, step, self.read_mapped(path, texts, mapped)) for step, path in each.checkpoints.items()
+                (each.name, step, self.read_mapped(path, texts, chosen)) for step, path in each.checkpoints.items()
             ]
-            points.append((each.name, None, reading.of(mapped.to(reading.hidden.device))))
+            points.append((each.name, None, last))
         sets = {each.name: len(each.problems) for each in self.sets}
-        return {"sets": sets, "models": found, "map": self.map(points)}
+        sampled = {"samples": self.config.analyze.samples, "temperature": self.config.eval.temperature}
+        return {"sets": sets, "sampled": sampled, "models": found, "map": self.map(points)}
 
     def of_written(self, each: Subject, loaded: LoadedModel, written: dict[tuple[str, str], Written]) -> dict[str, Any]:
         """Rewards of its completions, and what gradients they have beside demonstrations."""
@@ -155,7 +165,7 @@ class Analysis:
             means.setdefault(name, {})[writer] = summary(own.of(where), places.text[where])
             if name == TASK and writer in (DEMONSTRATIONS, BASE, each.name):
                 histograms["own" if writer == each.name else writer] = histogram(own.change[where])
-        task = places.set == TASK
+        task = (places.set == TASK) & np.isin(places.writer, [DEMONSTRATIONS, BASE, each.name])
         return {
             "shift": means,
             "histograms": histograms,
@@ -171,8 +181,7 @@ class Analysis:
             if text.writer not in (DEMONSTRATIONS, each.name) or id(text.problem) not in prompts:
                 continue
             where = places.text == number
-            ends = [self.prompter.tokenizer.decode(text.tokens[: i + 1]) for i in range(len(text.tokens))]
-            pieces = [end[len(start) :] for start, end in zip(["", *ends], ends)]
+            pieces = pieces_of(self.prompter.tokenizer, text.tokens)
             changes = [round(float(change), 3) for change in own.change[where]]
             yield {
                 "prompt": text.problem.example.messages[-1]["content"],
@@ -195,20 +204,19 @@ class Analysis:
             (each.name, (loaded, self.base), ends[::-1]),
         ):
             yield {"writer": writer, "swapped": 0.0, "reward": none.reward, "interval": none.interval}
-            for part in sorted(self.config.analyze.shares):
+            for part in sorted(set(self.config.analyze.shares)):
                 print(f"{each.name}: {part:.0%} of the tokens swapped with {BASE}, {writer} writes", flush=True)
-                engine = CrossEngine(*models, float(np.quantile(js, 1 - part)))
+                engine = CrossEngine(*models, max(float(np.quantile(js, 1 - part)), ROUNDING))
                 found = write(engine, task, self.prompter, self.config)
                 swapped = engine.swapped / engine.tokens
                 yield {"writer": writer, "swapped": swapped, "reward": found.reward, "interval": found.interval}
             yield {"writer": writer, "swapped": 1.0, "reward": all_.reward, "interval": all_.interval}
 
-    def read_mapped(self, path: str, texts: Sequence[Text], mapped: torch.Tensor) -> Reading:
+    def read_mapped(self, path: str, texts: Sequence[Text], chosen: torch.Tensor) -> Reading:
         """What a checkpoint says of the tokens of the map."""
         kept = [text for text in texts if text.set == TASK and text.writer in (DEMONSTRATIONS, BASE)]
         reading = read(self.load(path), [text.sequence for text in kept], self.budget)
-        first = torch.arange(len(reading.target)) < int(mapped.sum())
-        return reading.of(first.to(reading.hidden.device))
+        return reading.of(chosen.to(reading.hidden.device))
 
     def map(self, points: Sequence[tuple[str, int | None, Reading]]) -> dict[str, Any]:
         """Where each model is; the base is the first and the origin."""
@@ -219,3 +227,14 @@ class Analysis:
             for (name, step, _), (x, y), square in zip(points, places, squares[0])
         ]
         return {"points": of_points, "shown": shown}
+
+
+def pieces_of(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
+    """The text of each token; of a character that is several, with the last of them."""
+    pieces, begun = [], 0
+    for end in range(1, len(tokens) + 1):
+        text = tokenizer.decode(tokens[:end])
+        whole = end == len(tokens) or not text.endswith("\ufffd")
+        pieces.append(text[begun:] if whole else "")
+        begun = len(text) if whole else begun
+    return pieces

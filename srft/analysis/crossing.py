@@ -8,12 +8,10 @@ import math
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessorList
+from transformers import LogitsProcessorList
 
 from srft.model import LoadedModel
 from srft.rollout.transformers_engine import TransformersEngine
-
-ROUNDING = 1e-5  # nats by which a model may differ from itself
 
 
 class CrossEngine(TransformersEngine):
@@ -24,7 +22,7 @@ class CrossEngine(TransformersEngine):
 
     def __init__(self, loaded: LoadedModel, other: LoadedModel, threshold: float):
         super().__init__(loaded)
-        self.other, self.threshold = TransformersEngine(other), max(threshold, ROUNDING)
+        self.other, self.threshold = TransformersEngine(other), threshold
         self.tokens = self.swapped = 0
 
     def _batch(self, prompts, owners, generation, processors):
@@ -48,14 +46,16 @@ class Swap:
     def __init__(self, other: TransformersEngine, lengths: list[int], threshold: float):
         self.other, self.threshold = other, threshold
         self.padding = torch.tensor([max(lengths) - length for length in lengths], device=other.device)
-        self.cache = DynamicCache(config=other.model.config) if other.cache_holds else None
+        self.cache = other.plain_cache() if other.cache_holds else None
         self.swapped: list[Tensor] = []
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         others = self._logits(input_ids).to(scores)
-        swapped = jensen_shannon(scores, others) > self.threshold
+        common = min(scores.shape[1], others.shape[1])  # one head may be padded further
+        swapped = jensen_shannon(scores[:, :common], others[:, :common]) > self.threshold
         self.swapped.append(swapped)
+        others = torch.nn.functional.pad(others[:, :common], (0, scores.shape[1] - common), value=-math.inf)
         return torch.where(swapped[:, None], others, scores)
 
     def _logits(self, input_ids: Tensor) -> Tensor:

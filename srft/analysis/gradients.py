@@ -28,10 +28,13 @@ class Gradients:
 
 def gradients(loaded: LoadedModel, sequences: SequenceOf[Sequence], temperature: float, token_budget: int) -> Gradients:
     """Of the loss of SRFT's paper on what a step would learn from: each part is averaged over its own tokens."""
+    training = loaded.model.training
+    loaded.model.eval()  # dropout would be a difference
     of_demos, of_rollouts = (
         gradient(loaded, [s for s in sequences if s.is_demo == is_demo], temperature, token_budget)
         for is_demo in (True, False)
     )
+    loaded.model.train(training)
     squares = [torch.stack([g.square().sum() for g in each]).sum() for each in (of_demos, of_rollouts)]
     product = torch.stack([(a * b).sum() for a, b in zip(of_demos, of_rollouts)]).sum()
     one, another = (float(square.sqrt()) for square in squares)

@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from srft.checkpoint import newest_model, steps_of
-from srft.errors import UserError
+from srft.errors import UserError, first_line
 from srft.model import EMBEDDED
 
 BASE = "base"
+DEMONSTRATIONS = "demonstrations"
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,35 @@ def subject(path: str, name: str = "", most: int = 0) -> Subject:
 
 
 def subjects(base: str, runs: Sequence[str], most: int) -> list[Subject]:
-    """The base first. Two models of one name are called by their paths."""
+    """The base first. Models of one name are called by their paths, and so is one whose name means something else.
+
+    Raises UserError for a model that is named twice, and for weights that cannot be read.
+    """
     of_base, found = subject(base, BASE), [subject(run, most=most) for run in runs]
     names = [each.name for each in found]
-    twice = {name for name in names if names.count(name) > 1 or name == BASE}
-    found = [subject(run, run, most) if each.name in twice else each for run, each in zip(runs, found)]
-    names = [each.name for each in found]
-    if again := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"{again[0]}: named twice; name each model once")
+    twice = {name for name in names if names.count(name) > 1 or name in (BASE, DEMONSTRATIONS)}
+    found = [
+        subject(run, str(Path(run).absolute()), most) if each.name in twice else each for run, each in zip(runs, found)
+    ]
+    paths = [str(Path(each.path).resolve()) if Path(each.path).is_dir() else each.path for each in found]
+    for run, path in zip(runs, paths):
+        if paths.count(path) > 1:
+            raise UserError(f"{run}: named twice; name each model once")
+    for each in [of_base, *found]:
+        for path in [each.path, *each.checkpoints.values()]:
+            check_weights(Path(path))
     return [of_base, *found]
+
+
+def check_weights(model: Path) -> None:
+    """Raise UserError where a file of weights is damaged: found out when it is loaded, it would be late."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(model.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{file}: cannot be read: {first_line(error)}; leave the model out, or copy it anew"
+            ) from error

@@ -4,8 +4,9 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from srft.analysis.models import BASE
-from srft.analysis.texts import DEMONSTRATIONS, TASK
+from srft.analysis.models import BASE, DEMONSTRATIONS
+from srft.analysis.texts import TASK
+from srft.intervals import shown
 from srft.metrics import mean
 from srft.pages import number, percent, render, svg
 
@@ -18,6 +19,7 @@ def table_of(result: dict[str, Any]) -> list[list[str]]:
     header = [
         "model",
         "reward",
+        "95 %",
         *(["other tasks"] if others else []),
         "KL from base",
         *(["on others"] if others else []),
@@ -26,9 +28,13 @@ def table_of(result: dict[str, Any]) -> list[list[str]]:
     rows = [header]
     for name, model in result["models"].items():
         own = model["shift"][TASK]
-        cells = [name, number(model["rewards"][TASK]["reward"])]
+        cells = [
+            name,
+            number(model["rewards"][TASK]["reward"]),
+            shown(model["rewards"][TASK]["interval"], "{:.2f} – {:.2f}"),
+        ]
         cells += [number(reward_of(model, others))] if others else []
-        cells += [number(own[BASE]["kl"])] + ([number(kl_of(model, others))] if others else [])
+        cells += [number(own[BASE]["kl"], 4)] + ([number(kl_of(model, others), 4)] if others else [])
         demos = own.get(DEMONSTRATIONS, {})
         cells += [percent(own[name]["changed"]), percent(own[name]["shifted"]), number(own[name]["entropy_after"])]
         cells += [number(demos.get("entropy_after")), percent(model["gradients"]["share"])]
@@ -52,11 +58,19 @@ def page(name: str, result: dict[str, Any]) -> str:
         name=name,
         table=table_of(result),
         figures=list(drawn(result)),
-        shown=result["map"]["shown"],
+        mapped=result["map"]["shown"],
+        sampled=sampled(result),
+        paths={name: model["path"] for name, model in result["models"].items()},
         matrices=matrices_of(result),
         shifts=shifts_of(result),
         texts=texts_of(result),
     )
+
+
+def sampled(result: dict[str, Any]) -> str:
+    sets = ", ".join(f"{count} of {name}" for name, count in result["sets"].items())
+    how = result["sampled"]
+    return f"Prompts: {sets}; {how['samples']} completions of each at temperature {how['temperature']:g}"
 
 
 def drawn(result: dict[str, Any]) -> Iterator[dict[str, str]]:

@@ -31,7 +31,7 @@ class Reading:
     entropy: Tensor
     likeliest: Tensor
 
-    def of(self, where: Tensor) -> "Reading":  # (N,) bool
+    def of(self, where: Tensor) -> "Reading":  # (N,) bool, or (n,) which
         """Of some of the tokens."""
         names = ("hidden", "target", "logprobs", "entropy", "likeliest")
         return Reading(head=self.head, **{name: getattr(self, name)[where] for name in names})
@@ -56,15 +56,19 @@ def read(loaded: LoadedModel, sequences: SequenceOf[Sequence], token_budget: int
 
 @torch.no_grad()
 def divergence(kind: str, of: Reading, to: Reading) -> Tensor:
-    """(N,) in nats: "forward_kl" KL(of ‖ to), or "jensen_shannon", which is symmetric and at most log 2."""
-    shared = {"vocab_size": to.head["vocab_size"]}
+    """(N,) in nats: "forward_kl" KL(of ‖ to), or "jensen_shannon", which is symmetric and at most log 2.
+
+    Of the entries that both heads have: those of one tokenizer, while one head may be padded further.
+    """
+    common = min(each.head["vocab_size"] or len(each.head["linear_weight"]) for each in (of, to))
     student = {name: value for name, value in to.head.items() if name != "vocab_size"}
     teacher = {
-        f"teacher_{name.removeprefix('linear_')}": value for name, value in of.head.items() if name not in shared
+        f"teacher_{name.removeprefix('linear_')}": value for name, value in of.head.items() if name != "vocab_size"
     }
-    return sk.linear_distillation(
-        to.hidden, teacher_input=of.hidden, divergence=kind, **student, **teacher, **shared
-    ).divergence
+    found = sk.linear_distillation(
+        to.hidden, teacher_input=of.hidden, divergence=kind, vocab_size=common, **student, **teacher
+    )
+    return found.divergence.clamp_min(0)  # rounding
 
 
 @torch.no_grad()

@@ -57,7 +57,6 @@ def summary(own: Shift, text: np.ndarray) -> dict[str, Any]:
         "js": average(own.js),
         "change": average(own.change),
         "changed": average(np.abs(own.change) >= CHANGED),
-        "raised": average(own.change >= CHANGED),
         "entropy_before": average(own.before),
         "entropy_after": average(own.after),
         "weight_down": average(np.exp(-own.after)),
@@ -69,14 +68,15 @@ def summary(own: Shift, text: np.ndarray) -> dict[str, Any]:
 
 
 def interval_over(values: np.ndarray, text: np.ndarray) -> Interval:
-    """95 % interval of the mean over tokens, (N,) each, where texts of different lengths are what is independent."""
+    """95 % interval of the mean over tokens, (N,) each, of what is not negative. Independent are texts, of different
+    lengths."""
     _, number = np.unique(text, return_inverse=True)
     lengths, sums = np.bincount(number), np.bincount(number, values)
     if (count := len(lengths)) < 2:
         return UNKNOWN
     residuals = (sums - values.mean() * lengths) / lengths.mean()
     half = student(count - 1) * math.sqrt(residuals.var(ddof=1) / count)
-    return float(values.mean() - half), float(values.mean() + half)
+    return max(0.0, float(values.mean() - half)), float(values.mean() + half)
 
 
 def average(values: np.ndarray) -> float:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from srft.analysis.models import DEMONSTRATIONS
 from srft.config import Config
 from srft.data import Problem, Prompter
 from srft.intervals import Interval, interval_of
@@ -16,7 +17,6 @@ from srft.rewards import Scorer
 from srft.rollout import Engine
 
 TASK = "task"  # the set of the run's own prompts
-DEMONSTRATIONS = "demonstrations"  # who wrote them
 
 
 @dataclass(frozen=True)

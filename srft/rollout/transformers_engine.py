@@ -117,16 +117,12 @@ class TransformersEngine(Engine):
     def _prefill(self, ids: Tensor, mask: Tensor, row_of: Tensor) -> DynamicCache | None:
         """Keys and values of all but the last prompt token: computed per distinct prompt, given to every row.
 
-        None where the model has a cache of another kind: a state that cannot be re-indexed (Mamba, LFM2), or its own.
+        None where the model has a cache of another kind.
         """
-        cache = DynamicCache(config=self.model.config)
-        kinds = {type(layer) for layer in cache.layers} or {cache.layer_class_to_replicate}
-        if getattr(self.model, "_is_stateful", False) or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        if (cache := self.plain_cache()) is None:
             return None
         positions = (mask.cumsum(1) - 1).clamp_min(0)[:, :-1]
         given = {self.cache_name: cache, "position_ids": positions, "logits_to_keep": 1}
-        if self.cache_name not in self.accepted:
-            return None
         self.model(
             input_ids=ids[:, :-1],
             attention_mask=mask[:, :-1],
@@ -137,6 +133,14 @@ class TransformersEngine(Engine):
             return None
         cache.batch_select_indices(row_of)
         return cache
+
+    def plain_cache(self) -> DynamicCache | None:
+        """An empty cache of keys and values; None where the model has a cache of its own, or a state that cannot be
+        re-indexed (Mamba, LFM2)."""
+        cache = DynamicCache(config=self.model.config)
+        kinds = {type(layer) for layer in cache.layers} or {cache.layer_class_to_replicate}
+        plain = kinds <= {DynamicLayer, DynamicSlidingWindowLayer} and not getattr(self.model, "_is_stateful", False)
+        return cache if plain and self.cache_name in self.accepted else None
 
     def _rollout(self, tokens: list[int]) -> Rollout:
         end = next((i for i, token in enumerate(tokens) if token in self.eos_ids), None)

@@ -123,3 +123,7 @@ def test_the_newest_model_is_the_one_that_was_saved_last(tiny, tmp_path):
         checkpoint.save(tiny, tmp_path / f"checkpoint-{step}", Ranks(), {"x": torch.zeros(1)})
     assert not (tmp_path / "checkpoint-1" / "state").exists()
     assert checkpoint.newest_model(tmp_path) == tmp_path / "checkpoint-2"
+    (tmp_path / "checkpoint-1" / "config.json").touch()  # as a copy of the run may have it
+    assert checkpoint.newest_model(tmp_path) == tmp_path / "checkpoint-2"
+    (tmp_path / "checkpoint-2").rename(tmp_path / "interrupted-11")
+    assert checkpoint.newest_model(tmp_path) == tmp_path / "interrupted-11"

@@ -1,6 +1,7 @@
 import http.client
 import json
 import threading
+import time
 import urllib.error
 import urllib.request
 
@@ -54,10 +55,13 @@ def test_the_page_follows_the_run_and_outlives_it(server, run):
     server.watched.rest = 0.0
     assert "stopped after step 2 of 4 by SIGKILL" in got(server, "/")
     assert sorted(each.name for each in run.iterdir()) == ["config.toml", "metrics.jsonl", "status.json"]
-    (run / "config.toml").unlink()
-    step(run, 3)
-    server.watched.rest = 0.0
-    assert "stopped after step 2 of 4" in got(server, "/"), "the last page stays"
+    (run / "config.toml").write_bytes(b"\xff")
+    for _ in range(2):
+        step(run, 3)
+        server.watched.rest = 0.0
+        assert "stopped after step 2 of 4" in got(server, "/"), "the last page stays"
+        assert server.watched.rest > 0.0, "and is not tried again at once"
+        (run / "config.toml").unlink(missing_ok=True)
 
 
 def test_a_page_is_not_made_again_before_it_has_rested(run):
@@ -66,8 +70,20 @@ def test_a_page_is_not_made_again_before_it_has_rested(run):
     version, page = watched.current()
     step(run, 2)
     assert watched.current() == (version, page) and watched.rest > 0
+    assert watched.rest - time.monotonic() > 0.5 * 0.01 / 0.01  # it takes a hundredth of a second at least
     watched.rest = 0.0
     assert watched.current()[0] != version
+    step(run, 3)
+    with (run / "evaluation.jsonl").open("w"):
+        version, page = watched.current()
+        watched.rest = 0.0
+        assert watched.current() != (version, page)
+
+
+def test_a_run_that_ends_is_told_at_once(run):
+    watched = Watched(run)
+    write_status(run, "finished", 4, 4)
+    assert watched.rest > time.monotonic() and b"still running" not in watched.current()[1]
 
 
 def test_only_this_machine_is_answered(server):
@@ -75,6 +91,10 @@ def test_only_this_machine_is_answered(server):
     connection = http.client.HTTPConnection(*server.server_address)
     connection.request("GET", "/", headers={"Host": "elsewhere.example:80"})
     assert connection.getresponse().status == 403
+    for host, status in (("localhost", 200), ("LOCALHOST:8000", 200), ("127.0.0.1", 200), ("", 403)):
+        connection = http.client.HTTPConnection(*server.server_address)
+        connection.request("GET", "/", headers={"Host": host})
+        assert connection.getresponse().status == status, host
     for path in ("/config.toml", "/../config.toml"):
         with pytest.raises(urllib.error.HTTPError, match="404"):
             got(server, path)

@@ -44,6 +44,15 @@ def test_gradients_of_the_parts_are_those_of_the_specification(pair, sequences):
     assert all(each.grad is None for each in loaded.model.parameters())
 
 
+def test_the_temperature_and_dropout_of_training(pair, sequences):
+    loaded, _ = pair
+    half = gradients(loaded, sequences, 0.5, 1000)
+    assert half.rollouts > 1.5 * gradients(loaded, sequences, 1.0, 1000).rollouts
+    for layer in loaded.model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    assert gradients(loaded, sequences, 0.5, 1000) == half and loaded.model.training
+
+
 def test_without_demonstrations_or_rollouts_there_is_no_cosine(pair, sequences):
     told = gradients(pair[0], sequences[1:], 1.0, 1000)
     assert told.demonstrations == 0 and told.share == 0 and told.cosine != told.cosine

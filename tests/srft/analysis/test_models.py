@@ -27,14 +27,20 @@ def test_of_a_run_that_was_stopped_the_newest_checkpoint_is_the_model(tmp_path):
     assert found.path.endswith("checkpoint-2") and not found.checkpoints
 
 
-def test_models_of_one_name_are_called_by_their_paths(tmp_path):
+def test_models_of_one_name_are_called_by_their_paths(tmp_path, monkeypatch):
     for each in ("a/final", "b/final", "base"):
         model_at(tmp_path / each)
     paths = [str(tmp_path / each) for each in ("a/final", "b/final", "base")]
     assert [each.name for each in subjects("smollm2", paths, 0)] == [BASE, *paths]
+    model_at(tmp_path / "demonstrations")
+    monkeypatch.chdir(tmp_path)
+    names = ["base", "demonstrations"]
+    assert [each.name for each in subjects("smollm2", names, 0)] == [BASE, *(str(tmp_path / each) for each in names)]
     assert [each.name for each in subjects("smollm2", ["smollm2", "org/model"], 0)] == [BASE, "smollm2", "model"]
     with pytest.raises(UserError, match="named twice; name each model once"):
         subjects("smollm2", [paths[0], paths[0]], 0)
+    with pytest.raises(UserError, match="named twice; name each model once"):
+        subjects("smollm2", ["demonstrations", "demonstrations/"], 0)
 
 
 @pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "a/b/c"])
