@@ -290,7 +290,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that `RunLog` wrote; [] if there is none. A line that is no row, cut off as it may be, is left out."""
+    """The rows of a file that `RunLog` wrote; [] if there is none. A line that is no row, or cut off, is left out."""
     if not path.exists():
         return []
     rows = []
