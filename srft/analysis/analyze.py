@@ -32,7 +32,7 @@ from srft.rundir import create_eval_dir, finite, write_whole
 from srft.settings import to_toml
 from srft.tables import aligned
 
-MAPPED = 2048  # tokens by which models are compared with each other
+MAPPED = 512  # tokens by which models are compared, each with each other
 ROUNDING = 1e-5  # nats by which a model may differ from itself
 OF_SETS = ("samples", "temperature", "group")  # what an entry of eval.sets may say, and one of analyze.others may not
 SHOWN = 3  # prompts whose texts are shown
@@ -146,6 +146,7 @@ class Analysis:
             points.append((each.name, None, last))
         sets = {each.name: len(each.problems) for each in self.sets}
         sampled = {"samples": self.config.analyze.samples, "temperature": self.config.eval.temperature}
+        print(f"map: {len(points)} models and checkpoints, each with each", flush=True)
         return {"sets": sets, "sampled": sampled, "models": found, "map": self.map(points)}
 
     def of_written(self, each: Subject, loaded: LoadedModel, written: dict[tuple[str, str], Written]) -> dict[str, Any]:
