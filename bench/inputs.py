@@ -145,7 +145,7 @@ def embedded(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         raise Unavailable(str(error)) from error
     ids = torch.tensor(loaded.tokenizer.encode(" ".join(worked_sums(tokens)))[: tokens + 1])[None]
     with torch.no_grad():
-        hidden = hidden_states(loaded.model, ids[:, :-1], torch.ones_like(ids[:, :-1]))
+        hidden = hidden_states(loaded.model, ids[:, :-1])
     return hidden[0].clone(), loaded.model.get_output_embeddings().weight.detach().clone(), ids[0, 1:].clone()
 
 

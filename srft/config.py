@@ -65,7 +65,7 @@ class ModelConfig(Section):
     )
     device: str = option("auto", "auto: cuda where there is one, else cpu; or cpu, cuda, cuda:1, …")
     attention: str = option(
-        "auto", "auto: what transformers takes for the model; or sdpa, eager, flash_attention_2, … of transformers"
+        "auto", "auto, sdpa: packed rows where the model allows; or eager, flash_attention_2, … of transformers"
     )
     dropout: bool = option(False, "keep the model's dropout in training; rollouts are sampled without it")
     trust_remote_code: bool = option(False, "run the Python code that comes with a model which transformers lacks")
@@ -199,9 +199,9 @@ class TrainConfig(Section):
     beta2: float = option(0.999, "AdamW: decay of the mean of squared gradients", low=0, below=1)
     eps: float = option(1e-8, "AdamW: added to the root of that mean", above=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", above=0)
-    token_budget: int = option(2048, "tokens per microbatch, padding included", low=1)
+    token_budget: int = option(2048, "tokens per microbatch, padding included where there is any", low=1)
     share_prompts: bool = option(
-        True, "a prompt's tokens are computed once for all of its completions, where the attention allows"
+        True, "a prompt's tokens are computed once for all of its completions, where the model allows"
     )
     optimizer: Literal["adamw"] = option("adamw", "optimizer")
     seed: int = option(0, "seed of everything random in training", low=0)

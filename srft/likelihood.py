@@ -31,8 +31,8 @@ def demonstration_loss(
     training = model.training
     model.eval()
     microbatches = pack(
-        sequences, token_budget=token_budget, pad_id=loaded.pad_id, device=loaded.device, rank=ranks.rank,
-        ranks=ranks.size,
+        sequences, token_budget=token_budget, pad_id=loaded.pad_id, device=loaded.device, rows=loaded.rows,
+        rank=ranks.rank, ranks=ranks.size,
     )  # fmt: skip
     for m in microbatches:
 

@@ -44,7 +44,7 @@ DESCRIPTIONS = {
     "skipped_updates": "updates left out because their gradient was not finite",
     "demo_tokens": "demonstration tokens in the loss",
     "rollout_tokens": "rollout tokens in the loss",
-    "padded_tokens": "tokens the backbone processed in training, padding included",
+    "padded_tokens": "tokens the backbone processed in training, padding included where there is any",
     "microbatches": "microbatches",
     "seconds_rollout": "seconds in generating and scoring",
     "seconds_train": "seconds in forward, backward and update",

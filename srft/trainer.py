@@ -28,6 +28,7 @@ What is not in the SRFT paper (arXiv 2506.19767), with the default objective and
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -39,7 +40,6 @@ from srft.data import Problem, Prompter
 from srft.learn.credit import Group, advantages_of, informative, reward_metrics, scored, sequences_of, switched
 from srft.learn.order import drawn
 from srft.learn.packing import Microbatch, Sequence, pack, predictors
-from srft.learn.sharing import sharing_limit
 from srft.learn.stages import Stage, stage_at
 from srft.metrics import add_squares, mean, peak_memory_mb
 from srft.model import LoadedModel, head_of
@@ -73,8 +73,8 @@ class Trainer:
         self.engine = self.ranks.engine(engine or build_engine(self.config.rollout.engine, loaded))
         self.stale = False  # whether the model has weights that the engine was not told of
         self.loss_function = loss_function
-        self.share_up_to = sharing_limit(loaded.model) if self.config.train.share_prompts else 0
-        self.ranks.shard(loaded)  # after the trial, which may fail within a forward, and before the optimizer
+        self.rows = replace(loaded.rows, shared=loaded.rows.shared and self.config.train.share_prompts)
+        self.ranks.shard(loaded)
         self.optimizer = Optimizer(loaded.model, self.config.train)
 
     def _enter(self, stage: Stage) -> None:
@@ -199,7 +199,7 @@ class Trainer:
             max_length=self.config.rollout.max_new_tokens,
             pad_id=self.loaded.pad_id,
             device=self.loaded.device,
-            share_up_to=self.share_up_to,
+            rows=self.rows,
             rank=self.ranks.rank,
             ranks=self.ranks.size,
         )

@@ -46,7 +46,10 @@ def gradient(
 ) -> list[Tensor]:
     """Of each weight, in fp32; 0 without sequences."""
     parameters = [each for each in loaded.model.parameters() if each.requires_grad]
-    for m in pack(sequences, token_budget=token_budget, pad_id=loaded.pad_id, device=loaded.device):
+    microbatches = pack(
+        sequences, token_budget=token_budget, pad_id=loaded.pad_id, device=loaded.device, rows=loaded.rows
+    )
+    for m in microbatches:
         hidden, head = predictors(loaded.model, m), head_of(loaded.model)
         out = sk.linear_loss(
             hidden, target=m.target, objective=sk.srft_paper(), temperature=temperature, **head, **m.annotations

@@ -42,7 +42,9 @@ def read(loaded: LoadedModel, sequences: SequenceOf[Sequence], token_budget: int
     """Evaluation mode, temperature 1."""
     training = loaded.model.training
     loaded.model.eval()
-    microbatches = pack(sequences, token_budget=token_budget, pad_id=loaded.pad_id, device=loaded.device)
+    microbatches = pack(
+        sequences, token_budget=token_budget, pad_id=loaded.pad_id, device=loaded.device, rows=loaded.rows
+    )
     order = torch.cat([m.step_index for m in microbatches]).argsort()
     hidden = torch.cat([predictors(loaded.model, m) for m in microbatches])[order]
     target = torch.cat([m.target for m in microbatches])[order]

@@ -1,11 +1,12 @@
-"""From the sequences of one step to microbatches: padded token ids for the backbone, flat tokens for the loss head.
+"""From the sequences of one step to microbatches: token ids for the backbone, flat tokens for the loss head.
 
 Only completion tokens reach the loss head: the hidden state at position t predicts token t + 1, so `hidden_index` picks
 the position before each completion token, and prompts and padding never meet the vocabulary.
 
-A microbatch is some bins beside each other, padded to the longest. A bin holds a prompt and its completion. Where the
-model allows it (see sharing.py), completions of one prompt share a bin, [prompt | completion | completion …]: each
-attends to the prompt and to itself and continues the prompt's positions, as if it stood there alone.
+A microbatch is one row of bins behind each other, without padding. A bin holds a prompt and its completion, or, as
+[prompt | completion | completion …], several of one prompt: each attends to the prompt and to itself and continues the
+prompt's positions, as if it stood there alone (model/attention.py). What a model does not follow (model/rows.py) is not
+done: its completions have prompts of their own, or its bins stand beside each other, padded to the longest.
 
 Token weights are computed over the WHOLE step before it is cut, so that summing the microbatches' losses gives the same
 loss and gradient whatever the token budget is.
@@ -13,13 +14,13 @@ loss and gradient whatever the token budget is.
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 import srft_kernels as sk
-from srft.model import hidden_states
+from srft.model import PADDED, Rows, Segment, Segments, hidden_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,11 +40,10 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Some sequences of a step. B bins of L padded tokens; n completion tokens of the step's N."""
+    """Some sequences of a step; n completion tokens of the step's N."""
 
-    input_ids: Tensor  # (B, L) prompt + completions, each without its last token, padded right
-    attention_mask: Tensor  # (B, L), or (B, 1, L, L) bool where completions share a prompt
-    position_ids: Tensor | None  # (B, L); None: 0, 1, 2, …
+    input_ids: Tensor  # (1, T) prompts and completions, the latter without their last tokens; or (B, L), padded right
+    segments: Segments | None  # of the T tokens; None where each row is a sequence
     hidden_index: Tensor  # (n,) which of hidden.view(B·L, H) predicts the target
     step_index: Tensor  # (n,) where the token stands among the N tokens of the step
     target: Tensor  # (n,)
@@ -67,64 +67,68 @@ def token_weights(is_demo: Tensor, sequence_ids: Tensor, average: str, max_lengt
     return part(is_demo) + part(~is_demo)
 
 
-def split_by_budget(lengths: SequenceOf[int], token_budget: int) -> list[list[int]]:
-    """Indices in groups with (members × longest) ≤ `token_budget`, longest first.
+@dataclass
+class Bin:
+    """[prompt | completion | completion …].   members: which sequences of the step.   tokens: of all of it.
 
-    A sequence longer than the budget makes a group of its own: it cannot be cut.
+    longest: tokens of the longest prompt and completion.
     """
-    groups: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= token_budget:
-            groups[-1].append(index)
+
+    members: list[int]
+    tokens: int
+    longest: int
+
+
+def bins_by_prompt(sequences: SequenceOf[Sequence], rows: Rows, token_budget: int) -> list[Bin]:
+    """Sequences that share a prompt, as far as they fit into the budget, or each its own bin."""
+    bins: list[Bin] = []
+    latest: dict[tuple[Any, ...], Bin] = {}  # the bin in progress of each prompt
+    for index, s in enumerate(sequences):
+        own = len(s.completion) - 1  # the last token is a target only
+        length = len(s.prompt) + own
+        key = (tuple(s.prompt), length > rows.apart)
+        at = latest.get(key)
+        if rows.shared and at is not None and at.tokens + own <= token_budget:
+            at.members.append(index)
+            at.tokens += own
+            at.longest = max(at.longest, length)
         else:
-            groups.append([index])
+            latest[key] = Bin([index], length, length)
+            bins.append(latest[key])
+    return bins
+
+
+def split_by_budget(bins: SequenceOf[Bin], token_budget: int, padded: bool) -> list[list[Bin]]:
+    """In groups of at most `token_budget` tokens, each bin padded to the group's longest or not; longest first.
+
+    A bin longer than the budget makes a group of its own: it cannot be cut.
+    """
+    groups: list[list[Bin]] = []
+    sizes: list[int] = []
+    for each in sorted(bins, key=lambda each: (-each.tokens, each.members)):
+        grown = [size + (group[0].tokens if padded else each.tokens) for group, size in zip(groups, sizes)]
+        number = next((i for i, size in enumerate(grown) if size <= token_budget), len(groups))
+        if number == len(groups):
+            groups.append([])
+            sizes.append(0)
+            grown.append(each.tokens)
+        groups[number].append(each)
+        sizes[number] = grown[number]
     return groups
 
 
-def bins_by_prompt(sequences: SequenceOf[Sequence], longest: int) -> tuple[list[list[int]], list[int]]:
-    """Indices of the sequences that share a bin, and the bins' lengths; shared bins have at most `longest` tokens."""
-    bins: list[list[int]] = []
-    lengths: list[int] = []
-    latest: dict[tuple[int, ...], int] = {}  # the bin in progress of each prompt
-    for index, s in enumerate(sequences):
-        prompt, own = len(s.prompt), len(s.completion) - 1
-        at = latest.get(tuple(s.prompt))
-        if at is not None and lengths[at] + own <= longest and pays(prompt, lengths[at] - prompt, own):
-            bins[at].append(index)
-            lengths[at] += own
-        else:
-            latest[tuple(s.prompt)] = len(bins)
-            bins.append([index])
-            lengths.append(prompt + own)
-    return bins, lengths
-
-
-def pays(prompt: int, others: int, own: int) -> bool:
-    """Is a completion of `own` tokens cheaper behind a prompt and `others` tokens than behind a prompt of its own?
-
-    Attention computes the whole square of a bin and masks it, so what sharing saves on a prompt it may lose on the
-    other completions. The matmuls of a token cost what its attention to 6 · hidden size others does, some 4000.
-    """
-    return 2 * own * others <= prompt * (prompt + 4000)
-
-
-def lay_out(members: SequenceOf[Sequence]) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Ids, positions and parts (0: the prompt, k: completion k) of a bin's tokens; where each target is predicted."""
-    start = len(members[0].prompt)
-    ids, positions, parts, predictors = [*members[0].prompt], [*range(start)], [0] * start, []
-    for part, s in enumerate(members, 1):
-        own = len(s.completion) - 1  # the last token is a target only
-        predictors += [start - 1, *range(len(ids), len(ids) + own)]
+def lay_out(members: SequenceOf[Sequence], start: int) -> tuple[list[int], list[Segment], list[int]]:
+    """A bin from token `start` of a row on: its ids, its segments, and the tokens that predict its targets."""
+    prompt = start, start + len(members[0].prompt)
+    ids, segments, predictors = [*members[0].prompt], [Segment(*prompt)], []
+    for s in members:
+        at = start + len(ids)
         ids += s.completion[:-1]
-        positions += range(start, start + own)
-        parts += [part] * own
-    return ids, positions, parts, predictors
-
-
-def padded(bins: SequenceOf[list[int]], fill: int = 0) -> Tensor:
-    """(B, L)"""
-    width = max(map(len, bins))
-    return torch.tensor([each + [fill] * (width - len(each)) for each in bins])
+        segments.append(Segment(at, start + len(ids), prompt))
+        predictors += [prompt[1] - 1, *range(at, start + len(ids))]
+    if len(members) == 1:
+        segments = [Segment(start, start + len(ids))]
+    return ids, [each for each in segments if each.length], predictors
 
 
 def pack(
@@ -135,13 +139,13 @@ def pack(
     max_length: int = 1,
     pad_id: int = 0,
     device: torch.device | str = "cpu",
-    share_up_to: int = 0,
+    rows: Rows = PADDED,
     rank: int = 0,
     ranks: int = 1,
 ) -> list[Microbatch]:
-    """The step's sequences as microbatches of at most `token_budget` padded tokens; no sequences, no microbatches.
+    """The step's sequences as microbatches of at most `token_budget` tokens; no sequences, no microbatches.
 
-    share_up_to: the longest bin (tokens) in which completions may share their prompt; 0: they never do.
+    rows: how they may stand together.
     rank, ranks: make the microbatches of one rank only, each K-th of them. All ranks get equally many, so that their
     collectives match: what is missing in the last round is one without completion tokens, whose gradient is 0. A step
     of few tokens is cut smaller, so that each rank has some.
@@ -163,37 +167,31 @@ def pack(
     step["token_weight"] = token_weights(step["is_demo"], step["sequence_ids"], average, max_length)
     target = torch.tensor([token for s in sequences for token in s.completion])
 
-    def microbatch(bins: list[list[int]]) -> Microbatch:
-        ids, positions, parts, predictors = zip(*(lay_out([sequences[i] for i in members]) for members in bins))
-        input_ids, part = padded(ids, pad_id), padded(parts)
-        if shared := any(len(members) > 1 for members in bins):
-            # Padding needs no masking: it stands behind everything that is causal.
-            mask = ((part[:, :, None] == part[:, None]) | (part[:, None] == 0)).tril()[:, None]
-        else:
-            mask = padded([[1] * len(each) for each in ids])
-        width = input_ids.shape[1]
-        index = torch.cat([torch.arange(starts[i], starts[i] + lengths[i]) for members in bins for i in members])
+    def microbatch(bins: list[Bin]) -> Microbatch:
+        width = 0 if rows.packed else max(each.tokens for each in bins)
+        ids: list[int] = []
+        segments: list[Segment] = []
+        predictors: list[int] = []
+        for each in bins:
+            of_bin = lay_out([sequences[i] for i in each.members], len(ids))
+            ids += of_bin[0] + [pad_id] * (width - each.tokens)
+            segments += of_bin[1]
+            predictors += of_bin[2]
+        index = torch.cat([torch.arange(starts[i], starts[i] + lengths[i]) for each in bins for i in each.members])
         return Microbatch(
-            input_ids=input_ids.to(device),
-            attention_mask=mask.to(device),
-            position_ids=padded(positions).to(device) if shared else None,
-            hidden_index=torch.cat([torch.tensor(at) + b * width for b, at in enumerate(predictors)]).to(device),
+            input_ids=torch.tensor(ids, device=device).view(1 if rows.packed else len(bins), -1),
+            segments=Segments(segments) if rows.packed else None,
+            hidden_index=torch.tensor(predictors, device=device),
             step_index=index.to(device),
             target=target[index].to(device),
             annotations={name: values[index].to(device) for name, values in step.items()},
         )
 
-    bins, bin_lengths = bins_by_prompt(sequences, min(token_budget, share_up_to))
-    # A longer bin may need the model's own mask (of a sliding window): it never meets bins with the mask from here.
-    within = [i for i, length in enumerate(bin_lengths) if length <= share_up_to]
-    beyond = [i for i, length in enumerate(bin_lengths) if length > share_up_to]
+    bins = bins_by_prompt(sequences, rows, token_budget)
 
-    def cut(budget: int) -> list[list[list[int]]]:
-        return [
-            [bins[kind[i]] for i in members]
-            for kind in (within, beyond)
-            for members in split_by_budget([bin_lengths[i] for i in kind], budget)
-        ]
+    def cut(budget: int) -> list[list[Bin]]:
+        kinds = [[each for each in bins if (each.longest > rows.apart) == beyond] for beyond in (False, True)]
+        return [group for kind in kinds for group in split_by_budget(kind, budget, padded=not rows.packed)]
 
     groups = cut(token_budget)
     while len(groups) < min(ranks, len(bins)):  # smaller ones rather than ranks without any
@@ -205,8 +203,7 @@ def pack(
 
 def predictors(model: "PreTrainedModel", microbatch: Microbatch) -> Tensor:
     """(n, H) the hidden states that predict its targets; prompts and padding stay behind."""
-    inputs = microbatch.input_ids, microbatch.attention_mask, microbatch.position_ids
-    return hidden_states(model, *inputs).flatten(0, 1)[microbatch.hidden_index]
+    return hidden_states(model, microbatch.input_ids, microbatch.segments).flatten(0, 1)[microbatch.hidden_index]
 
 
 def without_targets(microbatch: Microbatch) -> Microbatch:

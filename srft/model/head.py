@@ -1,7 +1,7 @@
 """A model cut before its head, so that the loss never needs its logits.
 
 head = head_of(loaded.model)                            # what the functions of srft_kernels ask about a head
-hidden = hidden_states(loaded.model, ids, mask)         # (B, L, H)
+hidden = hidden_states(loaded.model, ids)               # (B, L, H)
 srft_kernels.linear_logprobs(hidden[:, :-1], target=ids[:, 1:], **head)
 """
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from srft.errors import UserError, first_line
+from srft.model.attention import Segments, arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -50,21 +51,17 @@ def positions(config: "PreTrainedConfig") -> float:
     return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
-def hidden_states(
-    model: "PreTrainedModel", input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
-) -> Tensor:
+def hidden_states(model: "PreTrainedModel", input_ids: Tensor, segments: Segments | None = None) -> Tensor:
     """The last hidden states (B, L, H), after the final norm, for ids (B, L); no logits are made.
 
-    attention_mask: (B, L), or (B, 1, L, L) bool, true where a query (row) sees a key (column).   position_ids: (B, L).
+    segments: of a packed row (B = 1); else rows are sequences, and what pads them stands behind them, where nothing
+    that is causal sees it. So it needs no mask, and sdpa makes none.
     """
-    if attention_mask.ndim == 4:  # sdpa and eager attention both add a mask of the model's type
-        added = torch.zeros_like(attention_mask, dtype=model.dtype)
-        attention_mask = added.masked_fill_(~attention_mask, torch.finfo(model.dtype).min)
-    positions = {} if position_ids is None else {"position_ids": position_ids}  # not every backbone takes them
+    given = {"attention_mask": torch.ones_like(input_ids)} if segments is None else arguments(model, segments)
     backbone = model.get_decoder()
     if backbone is model:  # transformers does not find that of Llama 4
         backbone = model.model
-    output = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
+    output = backbone(input_ids=input_ids, use_cache=False, **given)
     return output.last_hidden_state.to(model.get_output_embeddings().weight.dtype)  # Mamba's are in fp32
 
 
@@ -101,8 +98,8 @@ def check_head(model: "PreTrainedModel") -> None:
         weight = head["linear_weight"]
         ids = torch.arange(4, device=weight.device)[None] % len(weight)
         mask = torch.ones_like(ids)
-        hidden = hidden_states(model, ids, mask)
-        other_end = hidden_states(model, torch.cat([ids[:, :-1], ids[:, :1]], 1), mask)
+        hidden = hidden_states(model, ids)
+        other_end = hidden_states(model, torch.cat([ids[:, :-1], ids[:, :1]], 1))
         causal = (other_end - hidden)[:, :-1].norm() <= 0.02 * hidden[:, :-1].norm()
         most = 0.0
         for factor in (1.0, None):

@@ -17,10 +17,12 @@ import torch
 from srft.config import ModelConfig
 from srft.data.prompts import end_of_turn
 from srft.errors import UserError, first_line, missing, nearest
+from srft.model.attention import use_packed_attention
 from srft.model.dropout import without_dropout
 from srft.model.embedded import embedded_model
 from srft.model.gguf import read_gguf, unreadable_gguf
 from srft.model.head import check_head, positions
+from srft.model.rows import PADDED, Rows, rows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -32,7 +34,7 @@ EMBEDDED = "smollm2"
 class LoadedModel:
     """model in train mode on `device`, without dropout unless model.dropout.
 
-    eos_ids: every token that ends a completion.   pad_id: fills up batches.
+    eos_ids: every token that ends a completion.   pad_id: fills up batches.   rows: how sequences may stand together.
     """
 
     model: "PreTrainedModel"
@@ -41,6 +43,7 @@ class LoadedModel:
     dtype: torch.dtype
     eos_ids: set[int]
     pad_id: int
+    rows: Rows = PADDED
 
 
 def load_model(
@@ -59,14 +62,20 @@ def load_model(
         tokenizer, _ = load_tokenizer(config, option)
     model = load_weights(config, device, dtype, option)
     model.to(device)
-    if config.gradient_checkpointing:  # by the name of transformers 5.23 on, or the older one
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if config.gradient_checkpointing:
+        checkpoint_activations(model)
+    use_packed_attention(model)
     check_head(model)
     if not config.dropout:
         without_dropout(model)
     eos_ids = eos_ids_of(model, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(eos_ids)
-    return LoadedModel(model.train(), tokenizer, device, dtype, eos_ids, pad_id)
+    return LoadedModel(model.train(), tokenizer, device, dtype, eos_ids, pad_id, rows_of(model))
+
+
+def checkpoint_activations(model: "PreTrainedModel") -> None:
+    """By the name of transformers 5.23 on, or the older one."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
 def load_tokenizer(config: ModelConfig, option: str = "model.path") -> tuple["PreTrainedTokenizerBase", float]:

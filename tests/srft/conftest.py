@@ -8,6 +8,8 @@ import torch
 
 from srft.config import ModelConfig
 from srft.model import LoadedModel, load_model
+from srft.model.attention import use_packed_attention
+from srft.model.rows import rows_of
 
 TEMPLATE = (
     "{% for turn in messages %}<|start|>{{ turn.role }}\n{{ turn.content }}<|end|>\n{% endfor %}"
@@ -55,7 +57,14 @@ def tiny_model(**changes):
 @pytest.fixture
 def tiny() -> LoadedModel:
     """A fresh tiny model each time: a test may train it."""
-    return LoadedModel(tiny_model().train(), byte_tokenizer(), torch.device("cpu"), torch.float32, {0}, 0)
+    return loaded_model(tiny_model())
+
+
+def loaded_model(model) -> LoadedModel:
+    """As load_model gives it."""
+    use_packed_attention(model)
+    rows = rows_of(model)
+    return LoadedModel(model.train(), byte_tokenizer(), model.device, model.dtype, {0}, 0, rows)
 
 
 @pytest.fixture(scope="session")

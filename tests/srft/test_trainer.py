@@ -15,14 +15,15 @@ from srft.learn.order import drawn
 from srft.learn.packing import Sequence, pack
 from srft.learn.stages import whole
 from srft.metrics import DESCRIPTIONS
-from srft.model import LoadedModel
+from srft.model import LoadedModel, Rows
 from srft.model.head import positions
 from srft.rewards import Scorer
 from srft.rollout import Engine, Rollout
 from srft.settings import load
 from srft.trainer import Trainer
-from tests.srft.conftest import byte_tokenizer, tiny_model
+from tests.srft.conftest import byte_tokenizer, loaded_model, tiny_model
 
+ROWS = (Rows(), Rows(packed=True), Rows(packed=True, shared=True))
 QUESTIONS = ["2 + 3", "7 - 4", "1 + 1", "9 - 9", "4 + 8"]
 
 
@@ -48,7 +49,7 @@ def make(loaded: LoadedModel, *overrides: str, data=None, reward=length_reward, 
 
 
 def fresh(dtype: torch.dtype = torch.float32, **changes) -> LoadedModel:
-    return LoadedModel(tiny_model(**changes).to(dtype).train(), byte_tokenizer(), torch.device("cpu"), dtype, {0}, 0)
+    return loaded_model(tiny_model(**changes).to(dtype))
 
 
 def gradients(trainer: Trainer, microbatches) -> tuple[float, list[torch.Tensor]]:
@@ -91,13 +92,13 @@ def test_gradient_does_not_depend_on_the_cut_into_microbatches(preset, average):
     name, *options = preset.split()
     trainer = make(loaded, "--loss.preset", name, *(f"--loss.options.{o}" for o in options))
     results = {}
-    for share_up_to in (0, 10_000):
+    for rows in ROWS:
         for budget in (1, 20, 30, 10_000):
-            options = {"average": average, "max_length": 9, "share_up_to": share_up_to}
+            options = {"average": average, "max_length": 9, "rows": rows}
             parts = pack(some_sequences(common_prompts=True), token_budget=budget, **options)
-            results[share_up_to, len(parts)] = gradients(trainer, parts)
-    assert len(results) >= 6 and {(0, 1), (10_000, 1)} <= set(results)
-    loss, whole = results[0, 1]
+            results[rows, len(parts)] = gradients(trainer, parts)
+    assert len(results) >= 9 and {(rows, 1) for rows in ROWS} <= set(results)
+    loss, whole = results[Rows(), 1]
     for other_loss, other in results.values():
         # token weights and the model's norms are fp32, everything else fp64
         assert other_loss == pytest.approx(loss, rel=1e-6)
@@ -107,8 +108,8 @@ def test_gradient_does_not_depend_on_the_cut_into_microbatches(preset, average):
 def test_step_metrics_do_not_depend_on_the_cut():
     trainer = make(fresh())
     trainer.optimizer.step = lambda number: trainer.loaded.model.zero_grad() or {}
-    cuts = [(1, 0), (25, 0), (10_000, 0), (25, 25), (10_000, 10_000)]
-    parts = [pack(some_sequences(common_prompts=True), token_budget=b, share_up_to=s) for b, s in cuts]
+    cuts = [(budget, rows) for rows in ROWS for budget in (1, 25, 10_000)]
+    parts = [pack(some_sequences(common_prompts=True), token_budget=b, rows=rows) for b, rows in cuts]
     lines = [trainer._update(each, 1, {}) for each in parts]
     for line in lines[1:]:
         assert line == pytest.approx(lines[0], rel=1e-4, abs=1e-6)

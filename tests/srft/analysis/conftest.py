@@ -5,7 +5,7 @@ import torch
 
 from srft.learn.packing import Sequence
 from srft.model import LoadedModel
-from tests.srft.conftest import byte_tokenizer, tiny_model
+from tests.srft.conftest import loaded_model, tiny_model
 
 ROW = 7  # of the head, in which the two models differ
 
@@ -17,10 +17,7 @@ def pair() -> tuple[LoadedModel, LoadedModel]:
     another = copy.deepcopy(one)
     with torch.no_grad():
         another.lm_head.weight[ROW] += 0.3
-    return tuple(
-        LoadedModel(model.train(), byte_tokenizer(), torch.device("cpu"), torch.float32, {0}, 0)
-        for model in (one, another)
-    )
+    return loaded_model(one), loaded_model(another)
 
 
 @pytest.fixture

@@ -1,7 +1,10 @@
 import pytest
 import torch
 
-from srft.learn.packing import Sequence, bins_by_prompt, pack, pays, split_by_budget, token_weights
+from srft.learn.packing import Bin, Sequence, bins_by_prompt, pack, split_by_budget, token_weights
+from srft.model import Rows, Segment
+
+PADDED, PACKED, SHARED = Rows(), Rows(packed=True), Rows(packed=True, shared=True)
 
 
 def sequences(*shapes: tuple[int, int, bool]) -> list[Sequence]:
@@ -18,27 +21,31 @@ def sequences(*shapes: tuple[int, int, bool]) -> list[Sequence]:
 MIXED = ((3, 2, False), (1, 5, True), (4, 1, False), (2, 7, False), (6, 3, True))
 
 
+@pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("budget", [1, 7, 16, 1000])
-def test_groups_hold_every_sequence_once_within_the_budget(budget):
+def test_groups_hold_every_bin_once_within_the_budget(budget, padded):
     lengths = [3, 9, 1, 1, 7, 5, 5, 8]
-    groups = split_by_budget(lengths, budget)
-    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    groups = split_by_budget([Bin([i], length, length) for i, length in enumerate(lengths)], budget, padded)
+    assert sorted(i for group in groups for each in group for i in each.members) == list(range(len(lengths)))
     for group in groups:
-        assert len(group) * max(lengths[i] for i in group) <= budget or len(group) == 1
+        tokens = [each.tokens for each in group]
+        assert (len(group) * max(tokens) if padded else sum(tokens)) <= budget or len(group) == 1
+    if budget == 16:  # 9 + 7, 8 + 5 + 3, 5 + 1 + 1; 9, 8 + 7, 5 + 5 + 3, 1 + 1
+        assert len(groups) == (4 if padded else 3)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 8])
 @pytest.mark.parametrize("budget", [1, 9, 1000])
-@pytest.mark.parametrize("share_up_to", [0, 7])
-def test_ranks_share_the_tokens_and_make_equally_many_microbatches(ranks, budget, share_up_to):
-    options = {"token_budget": budget, "share_up_to": share_up_to}
+@pytest.mark.parametrize("rows", [PADDED, PACKED, SHARED])
+def test_ranks_share_the_tokens_and_make_equally_many_microbatches(ranks, budget, rows):
+    options = {"token_budget": budget, "rows": rows}
     (whole,) = pack(sequences(*MIXED), token_budget=1000)
     parts = [pack(sequences(*MIXED), **options, rank=rank, ranks=ranks) for rank in range(ranks)]
     assert len({len(part) for part in parts}) == 1
     assert sum(any(len(m.target) for m in part) for part in parts) == min(ranks, len(MIXED))
     found = {}
     for m in (m for part in parts for m in part):
-        assert m.input_ids.numel() <= budget or len(m.input_ids) == 1
+        assert m.input_ids.numel() <= budget or (len(m.segments.of) if m.segments else len(m.input_ids)) == 1
         for i, row in enumerate(m.step_index.tolist()):
             assert row not in found
             found[row] = m.target[i], {name: values[i] for name, values in m.annotations.items()}
@@ -49,21 +56,22 @@ def test_ranks_share_the_tokens_and_make_equally_many_microbatches(ranks, budget
 
 
 def test_a_sequence_longer_than_the_budget_is_alone():
-    assert split_by_budget([10, 2, 2], 4) == [[0], [1, 2]]
+    bins = [Bin([i], length, length) for i, length in enumerate([2, 10, 2])]
+    assert split_by_budget(bins, 4, padded=False) == split_by_budget(bins, 4, padded=True) == [[bins[1]], bins[::2]]
 
 
+@pytest.mark.parametrize("rows", [PADDED, PACKED])
 @pytest.mark.parametrize("budget", [1, 12, 1000])
-def test_every_completion_token_is_predicted_from_the_position_before_it(budget):
+def test_every_completion_token_is_predicted_from_the_position_before_it(budget, rows):
     everything = sequences(*MIXED)
-    seen = {}
-    for m in pack(everything, token_budget=budget, pad_id=0):
-        width = m.input_ids.shape[1]
+    seen, tokens = {}, 0
+    for m in pack(everything, token_budget=budget, pad_id=0, rows=rows):
         for row, at, target in zip(m.hidden_index.tolist(), m.step_index.tolist(), m.target.tolist()):
-            line, column = divmod(row, width)
-            assert m.attention_mask[line, column] == 1
-            assert m.input_ids[line, column] == target - 1  # ids count upwards through each prompt and completion
+            assert m.input_ids.flatten()[row] == target - 1  # ids count upwards through each prompt and completion
             seen[at] = target
-        assert (m.input_ids[m.attention_mask == 0] == 0).all()
+        tokens += int((m.input_ids != 0).sum())
+        assert not rows.packed or (m.input_ids != 0).all()
+    assert tokens == sum(len(s.prompt) + len(s.completion) - 1 for s in everything)
     assert [seen[i] for i in range(len(seen))] == [token for s in everything for token in s.completion]
 
 
@@ -118,49 +126,39 @@ def test_one_kind_alone(demo):
 def test_completions_share_a_row_of_their_prompt():
     prompt, other = [1, 2, 3], [4, 5]
     mixed = [Sequence(prompt, [6, 7]), Sequence(other, [8]), Sequence(prompt, [9, 10, 11]), Sequence(prompt, [12])]
-    assert bins_by_prompt(mixed, 100) == ([[0, 2, 3], [1]], [6, 2])
-    (m,) = pack(mixed, token_budget=100, share_up_to=100)
-    assert m.input_ids.tolist() == [[1, 2, 3, 6, 9, 10], [4, 5, 0, 0, 0, 0]]
-    assert m.position_ids.tolist() == [[0, 1, 2, 3, 3, 4], [0, 1, 0, 0, 0, 0]]
+    assert bins_by_prompt(mixed, SHARED, 100) == [Bin([0, 2, 3], 6, 5), Bin([1], 2, 2)]
+    (m,) = pack(mixed, token_budget=100, rows=SHARED)
+    assert m.input_ids.tolist() == [[1, 2, 3, 6, 9, 10, 4, 5]]
+    assert m.segments.of == [Segment(0, 3), Segment(3, 4, (0, 3)), Segment(4, 6, (0, 3)), Segment(6, 8)]
     assert m.target.tolist() == [6, 7, 9, 10, 11, 12, 8]
     assert m.hidden_index.tolist() == [2, 3, 2, 4, 5, 2, 7]
     assert m.step_index.tolist() == [0, 1, 3, 4, 5, 6, 2]
-    assert m.attention_mask[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0],
-        [1, 1, 1, 0, 1, 0],
-        [1, 1, 1, 0, 1, 1],
-    ]
-    assert m.attention_mask[1, 0, :2].int().tolist() == [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]]
 
 
-def test_a_group_longer_than_the_budget_becomes_several_rows():
+def test_a_group_longer_than_the_budget_becomes_several_bins():
     group = [Sequence([1, 2, 3], [4] * n) for n in (4, 3, 5, 1, 9)]
     for budget in (1, 6, 8, 12, 100):
-        rows, lengths = bins_by_prompt(group, budget)
-        assert [i for row in rows for i in row] == list(range(5))
-        for row, length in zip(rows, lengths):
-            assert length == 3 + sum(len(group[i].completion) - 1 for i in row)
-            assert length <= budget or len(row) == 1
-    assert rows == [[0, 1, 2, 3, 4]]
+        bins = bins_by_prompt(group, SHARED, budget)
+        assert [i for each in bins for i in each.members] == list(range(5))
+        for each in bins:
+            assert each.tokens == 3 + sum(len(group[i].completion) - 1 for i in each.members)
+            assert each.tokens <= budget or len(each.members) == 1
+    assert len(bins) == 1
 
 
-def test_without_a_common_prompt_the_model_makes_its_own_mask():
-    (m,) = pack(sequences(*MIXED), token_budget=1000, share_up_to=1000)
-    assert m.attention_mask.ndim == 2 and m.position_ids is None
+def test_where_prompts_are_not_shared_each_sequence_has_its_own():
+    group = [Sequence([1, 2, 3], [4] * n) for n in (4, 3)]
+    (m,) = pack(group, token_budget=100, rows=PACKED)
+    assert m.segments.of == [Segment(0, 6), Segment(6, 11)]
+    (m,) = pack(group, token_budget=100, rows=PADDED)
+    assert m.segments is None and m.input_ids.tolist() == [[1, 2, 3, 4, 4, 4], [1, 2, 3, 4, 4, 0]]
 
 
-def test_rows_beyond_the_limit_never_meet_shared_ones():
-    long = Sequence([7, 8], [9] * 30)
-    parts = pack([Sequence([1, 2], [3, 4]), long, Sequence([1, 2], [5, 6])], token_budget=1000, share_up_to=16)
-    assert [m.attention_mask.ndim for m in parts] == [4, 2]
-
-
-def test_long_completions_do_not_share_a_short_prompt():
-    assert pays(100, 300, 30) and pays(1000, 4000, 500)
-    assert not pays(100, 500, 500)
+@pytest.mark.parametrize("packed", [True, False])
+def test_sequences_of_other_frequencies_never_meet(packed):
+    group = [Sequence([1, 2], [3] * n) for n in (2, 30, 3, 40)]
+    parts = pack(group, token_budget=1000, rows=Rows(packed, packed, apart=16))
+    assert [m.annotations["sequence_ids"].unique().tolist() for m in parts] == [[0, 2], [1, 3]]
 
 
 def test_nothing_packs_to_nothing():

@@ -19,7 +19,7 @@ WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "in
 def logprobs(model) -> torch.Tensor:
     ids = torch.arange(3, 30)[None]
     with torch.no_grad():
-        hidden = hidden_states(model, ids, torch.ones_like(ids))[0, :-1]
+        hidden = hidden_states(model, ids)[0, :-1]
         return sk.linear_logprobs(hidden, target=ids[0, 1:], **head_of(model)).logprobs
 
 

@@ -24,7 +24,7 @@ SMALL = {
 
 
 def logits_from_parts(model, ids, mask):
-    return sk.reference.logits(hidden_states(model, ids, mask), **head_of(model))
+    return sk.reference.logits(hidden_states(model, ids), **head_of(model))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_hidden_states_make_no_logits(tiny):
     calls = []
     tiny.model.lm_head.register_forward_hook(lambda *_: calls.append(1))
     ids = torch.ones(2, 5, dtype=torch.long)
-    assert hidden_states(tiny.model, ids, torch.ones_like(ids)).shape == (2, 5, 32) and not calls
+    assert hidden_states(tiny.model, ids).shape == (2, 5, 32) and not calls
 
 
 def test_a_model_whose_tokens_see_what_follows_is_refused():
@@ -123,4 +123,4 @@ def test_hidden_states_have_the_type_of_the_head():
     model = transformers.MambaForCausalLM(transformers.MambaConfig(**size)).bfloat16()
     check_head(model)
     ids = torch.arange(4)[None]
-    assert hidden_states(model, ids, torch.ones_like(ids)).dtype == torch.bfloat16
+    assert hidden_states(model, ids).dtype == torch.bfloat16

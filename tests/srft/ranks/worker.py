@@ -10,6 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from srft.learn.packing import pack
+from srft.model.load import checkpoint_activations
 from srft.ranks import Ranks, join
 from srft.rollout import Engine, Rollout
 from tests.srft.test_trainer import fresh, make, some_sequences
@@ -46,10 +47,10 @@ def measure(ranks: Ranks) -> dict:
         recompute = changes.pop("gradient_checkpointing", False)
         loaded = fresh(dtype, **changes)
         if recompute:
-            loaded.model.gradient_checkpointing_enable()
+            checkpoint_activations(loaded.model)
         engine = Listening()
         trainer = make(loaded, *options, ranks=ranks, engine=engine)
-        parts = pack(some_sequences(), token_budget=18, rank=ranks.rank, ranks=ranks.size)
+        parts = pack(some_sequences(), token_budget=18, rows=trainer.rows, rank=ranks.rank, ranks=ranks.size)
         trainer.optimizer.step, step = lambda number: {}, trainer.optimizer.step
         metrics = trainer._update(parts, 1, {})
         masters = dict(zip(trainer.optimizer.names, trainer.optimizer.masters))

@@ -83,7 +83,7 @@ def test_padding_and_shared_prefill_leave_the_distribution_alone(make, batch_siz
             tokens = engine._rollout(row).tokens
             ids = torch.tensor([PROMPTS[owner] + tokens])
             with torch.no_grad():
-                hidden = hidden_states(model, ids, torch.ones_like(ids))[0, len(PROMPTS[owner]) - 1 : -1]
+                hidden = hidden_states(model, ids)[0, len(PROMPTS[owner]) - 1 : -1]
                 ours = sk.linear_logprobs(hidden, target=torch.tensor(tokens), **head).logprobs
             theirs = torch.stack([steps[t][r].log_softmax(-1)[token] for t, token in enumerate(tokens)])
             torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)

@@ -1,0 +1,242 @@
+"""Attention over a packed row: sequences behind each other, none of which sees another, and no mask of the whole row.
+
+use_packed_attention(model)                             # in place of transformers' sdpa, which it still is elsewhere
+row = Segments([Segment(0, 5), Segment(5, 8, prompt=(0, 5)), Segment(8, 12, prompt=(0, 5)), Segment(12, 30)])
+hidden = hidden_states(model, ids, row)                                             # ids (1, T)
+
+On CUDA in half precision it is torch's varlen_attn, or scaled_dot_product_attention of a row that is one sequence;
+elsewhere the latter, segment by segment, and of small ones together. So memory grows with T, not with its square.
+"""
+
+import contextlib
+import importlib.util
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "srft"  # among transformers' implementations of attention
+ROWS = 256  # queries that small segments are put together to, under a mask of their own
+
+
+class Segment(NamedTuple):
+    """Tokens start … end − 1 of a row. They see a segment before them (its start and end) whole, and then themselves,
+    causally."""
+
+    start: int
+    end: int
+    prompt: tuple[int, int] = (0, 0)
+
+    @property
+    def length(self) -> int:
+        return self.end - self.start
+
+    @property
+    def before(self) -> int:
+        """Tokens of its prompt: the position of its own first one."""
+        return self.prompt[1] - self.prompt[0]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """All T tokens of a row, in their order. windows: what each layer asked for, once it has seen them."""
+
+    of: list[Segment]
+    windows: dict[int, int | None] = field(default_factory=dict)
+
+    @property
+    def shared(self) -> bool:
+        return any(each.before for each in self.of)
+
+    @cached_property
+    def tiles(self) -> list[list[Segment]]:
+        """Neighbours that are small together, and the others alone."""
+        tiles: list[list[Segment]] = []
+        for each in self.of:
+            if tiles and each.end - tiles[-1][0].start <= ROWS:
+                tiles[-1].append(each)
+            else:
+                tiles.append([each])
+        return tiles
+
+    @cached_property
+    def owners(self) -> Tensor:
+        """(3, T): the start of each token's segment, that of its prompt or −1, and its position."""
+        lengths = torch.tensor([each.length for each in self.of])
+        starts = [(each.start, each.prompt[0] if each.before else -1, each.before - each.start) for each in self.of]
+        owners = torch.tensor(starts).T.repeat_interleave(lengths, 1)
+        owners[2] += torch.arange(owners.shape[1])
+        return owners
+
+    @cached_property
+    def lengths(self) -> tuple[list[int], list[int]]:
+        """Of each segment's queries, and of its keys."""
+        return [each.length for each in self.of], [each.before + each.length for each in self.of]
+
+    @cached_property
+    def keys(self) -> Tensor | None:
+        """(K,) which tokens are the keys of one segment after the other; None: all in their order."""
+        spans = [span for each in self.of for span in (each.prompt, (each.start, each.end))]
+        return torch.cat([torch.arange(*span) for span in spans]) if self.shared else None
+
+    def flash_arguments(self, device: torch.device) -> dict[str, Any]:
+        """By the names that transformers' flash attention has for them."""
+        ends = [torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=device) for n in self.lengths]
+        longest = [max(n) for n in self.lengths]
+        names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+        return dict(zip(names, [*ends, *longest]))
+
+
+def use_packed_attention(model: "PreTrainedModel") -> None:
+    """Where the model has transformers' sdpa."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    if model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(NAME, packed_attention)
+        AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
+        model.set_attn_implementation(NAME)
+
+
+def arguments(model: "PreTrainedModel", segments: Segments) -> dict[str, Any]:
+    """What the model's forward is called with for a packed row.
+
+    A mask that is ready is handed on as it is; this one has nothing in it that could be taken for one.
+    """
+    position_ids = segments.owners[2:].to(model.device)
+    if "flash" in model.config._attn_implementation:
+        if segments.shared:
+            raise NotImplementedError("transformers' flash attention knows no prompts that are shared")
+        return {"position_ids": position_ids, **segments.flash_arguments(model.device)}
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)
+    return {"position_ids": position_ids, "attention_mask": mask, "segments": segments}
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,  # (1, heads, T, d)
+    key: Tensor,  # (1, key heads, T, d)
+    value: Tensor,  # (1, key heads, T, d')
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    segments: Segments | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """(1, T, heads, d'), as transformers' AttentionInterface asks for; without `segments` it is transformers' sdpa.
+
+    sliding_window: a token sees so many, itself included.
+    """
+    if segments is None:
+        if attention_mask is not None and attention_mask.shape == (1, 1, 1, 1) and query.shape[2] > 1:
+            raise NotImplementedError("the model does not tell its attention the segments of a packed row")
+        from transformers import AttentionInterface
+
+        given = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window} | others
+        return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **given)
+    if strange := [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]:
+        raise NotImplementedError(f"a packed row's attention knows no {strange[0]}")
+    segments.windows[getattr(module, "layer_idx", 0)] = sliding_window
+    if len(segments.of) > 1 and not dropout and varlen_takes(query):
+        return varlen(query, key, value, segments, sliding_window, scaling), None
+    options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    with fastest(query):
+        found = [of_tile(query, key, value, segments, tile, sliding_window, options) for tile in segments.tiles]
+        parts = [part for of_one in found for part in of_one]
+    return torch.cat(parts, 2).transpose(1, 2), None
+
+
+def of_tile(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    tile: list[Segment],
+    window: int | None,
+    options: dict,
+) -> Iterator[Tensor]:
+    """(1, heads, rows of the tile, d'), in one piece or several."""
+    first, end = tile[0], tile[-1].end
+    whole = window is None or all(each.before + each.length <= window for each in tile)
+    if len(tile) == 1 and whole and (first.length > ROWS or not first.before):
+        # Behind a prompt its queries are computed once more, which needs no mask.
+        q, k, v = (cut(each, [first.prompt, (first.start, end)]) for each in (query, key, value))
+        yield scaled_dot_product_attention(q, k, v, is_causal=True, **options)[:, :, first.before :]
+        return
+    for start in range(first.start, end, ROWS):  # of more than ROWS there is one segment, whose window is short
+        stop = min(start + ROWS, end)
+        own, prompts = first.start, dict.fromkeys(each.prompt for each in tile if each.before)
+        spans = [prompt for prompt in prompts if prompt[0] < own]
+        if len(tile) == 1 and not whole:  # what is beyond the window of all
+            position = first.before + start - first.start
+            spans = [(min(a + max(0, position - window + 1), b), b) for a, b in spans]
+            own = max(own, start - window + 1)
+        spans = [(a, b) for a, b in spans if b > a] + [(own, stop)]
+        mask = visible(segments, (start, stop), spans, None if whole else window).to(query.device)
+        k, v = cut(key, spans), cut(value, spans)
+        yield scaled_dot_product_attention(query[:, :, start:stop], k, v, attn_mask=mask, **options)
+
+
+def cut(states: Tensor, spans: list[tuple[int, int]]) -> Tensor:  # (1, heads, T, d)
+    """Those of the tokens of some spans, behind each other."""
+    parts = [states[:, :, start:end] for start, end in spans if end > start]
+    return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+
+
+def visible(segments: Segments, rows: tuple[int, int], spans: list[tuple[int, int]], window: int | None) -> Tensor:
+    """(rows, keys) bool: which keys a query sees."""
+    query, key = torch.arange(*rows), torch.cat([torch.arange(*span) for span in spans])
+    owner, prompt, position = segments.owners[:, query, None]
+    its_owner, _, its_position = segments.owners[:, key]
+    seen = ((its_owner == owner) | (its_owner == prompt)) & (key <= query[:, None])
+    return seen if window is None else seen & (position - its_position < window)
+
+
+@cache
+def varlen_attention() -> Any:
+    """torch's, and whether it has to be told of fewer heads of keys (2.11 sees that itself); None: torch has none."""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return None
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def varlen_takes(query: Tensor) -> bool:
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return query.is_cuda and torch.version.cuda is not None and half and varlen_attention() is not None
+
+
+def varlen(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, window: int | None, scale: float | None
+) -> Tensor:
+    """(1, T, heads, d')"""
+    q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))  # (T, heads, d)
+    if segments.keys is not None:
+        index = segments.keys.to(query.device)
+        k, v = k[index], v[index]
+    attention, grouped = varlen_attention()
+    options = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
+    if grouped:
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
+    return attention(q, k, v, *segments.flash_arguments(query.device).values(), **options)[None]
+
+
+def fastest(query: Tensor) -> contextlib.AbstractContextManager:
+    """On Hopper cuDNN's attention is 1.7 to 2.3 times as fast as the flash one that comes first elsewhere
+    (huggingface/transformers#48163)."""
+    if not query.is_cuda or torch.cuda.get_device_capability(query.device)[0] != 9:
+        return contextlib.nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)

@@ -1,0 +1,172 @@
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from srft.learn.packing import Sequence, pack, predictors
+from srft.model import Rows, Segment, Segments, hidden_states
+from srft.model.attention import NAME, ROWS, packed_attention, use_packed_attention, varlen
+from tests.srft.conftest import tiny_model
+
+# Lengths of prompts, and of what shares each: small ones in a tile, beyond a tile, one alone, a prompt beyond a window
+GROUPS = {
+    "small": [(3, [4, 1, 2]), (1, [1]), (5, [])],
+    "large": [(20, [ROWS + 30, 5]), (ROWS + 9, [7, ROWS + 1]), (2 * ROWS + 3, [])],
+    "mixed": [(ROWS - 1, [1, 1, 1]), (ROWS, []), (1, [ROWS]), (700, [3, 300])],
+    "alone": [(11, [])],
+}
+
+
+def row_of(groups) -> Segments:
+    segments, at = [], 0
+    for prompt, others in groups:
+        span = at, at + prompt
+        segments.append(Segment(*span))
+        at += prompt
+        for own in others:
+            segments.append(Segment(at, at + own, span))
+            at += own
+    return Segments(segments)
+
+
+def states(segments: Segments, heads=4, key_heads=2, width=8) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, n, segments.of[-1].end, width) for n in (heads, key_heads, key_heads)]
+    return [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
+
+
+def alone(query, key, value, segments: Segments, window: int | None) -> torch.Tensor:
+    """Each segment behind a prompt of its own, by the definition."""
+    parts = []
+    for each in segments.of:
+        at = torch.tensor([*range(*each.prompt), *range(each.start, each.end)])
+        q, k, v = query[:, :, each.start : each.end], key[:, :, at], value[:, :, at]
+        k, v = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (k, v))
+        ahead = torch.arange(len(at)) - torch.arange(each.before, len(at))[:, None]
+        seen = (ahead <= 0) & (ahead > -(window or math.inf))
+        scores = (q @ k.mT * 0.3).masked_fill(~seen, -math.inf)
+        parts.append(scores.softmax(-1) @ v)
+    return torch.cat(parts, 2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("window", [None, 1, 6, ROWS - 1, 400])
+@pytest.mark.parametrize("groups", GROUPS)
+def test_outputs_and_gradients_are_those_of_sequences_alone(groups, window):
+    segments = row_of(GROUPS[groups])
+    given = states(segments)
+    found, _ = packed_attention(torch.nn.Module(), *given, None, scaling=0.3, sliding_window=window, segments=segments)
+    expected = alone(*given, segments, window)
+    weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gradients = [torch.autograd.grad((each * weight).sum(), given) for each in (found, expected)]
+    assert (found - expected).norm() <= 1e-12 * expected.norm()
+    for ours, theirs in zip(*gradients):
+        assert (ours - theirs).norm() <= 1e-12 * (1 + theirs.norm())
+
+
+def test_positions_continue_those_of_the_prompt():
+    segments = row_of([(2, [1, 2]), (3, [])])
+    assert segments.owners.tolist() == [
+        [0, 0, 2, 3, 3, 5, 5, 5],
+        [-1, -1, 0, 0, 0, -1, -1, -1],
+        [0, 1, 2, 2, 3, 0, 1, 2],
+    ]
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("window", [None, 6])
+def test_the_gpus_attention_is_given_the_same(monkeypatch, window, grouped):
+    """torch's varlen_attn has no CPU kernel: what it is called with is computed here as its documentation says."""
+    from srft.model import attention
+
+    def varlen_attn(query, key, value, ends, key_ends, most, most_keys, *, scale, window_size, enable_gqa=None):
+        assert enable_gqa == (True if grouped else None) and window_size[1] == 0
+        parts = []
+        for a, b, c, d in zip(ends, ends[1:], key_ends, key_ends[1:]):
+            q, k, v = (x[i:j].transpose(0, 1)[None] for x, i, j in ((query, a, b), (key, c, d), (value, c, d)))
+            assert q.shape[2] <= most and k.shape[2] <= most_keys
+            k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+            ahead = torch.arange(k.shape[2]) - torch.arange(k.shape[2] - q.shape[2], k.shape[2])[:, None]  # lower right
+            seen = (ahead <= 0) & (ahead >= (-window_size[0] if window_size[0] >= 0 else -math.inf))
+            parts.append((q @ k.mT * scale).masked_fill(~seen, -math.inf).softmax(-1) @ v)
+        return torch.cat(parts, 2)[0].transpose(0, 1)
+
+    monkeypatch.setattr(attention, "varlen_attention", lambda: (varlen_attn, grouped))
+    for groups in GROUPS.values():
+        segments = row_of(groups)
+        given = states(segments)
+        found, expected = varlen(*given, segments, window, 0.3), alone(*given, segments, window)
+        assert (found - expected).norm() <= 1e-12 * expected.norm()
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor that was made."""
+
+    def __init__(self):
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for each in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(each, torch.Tensor):
+                self.most = max(self.most, each.untyped_storage().nbytes() // each.element_size())
+        return out
+
+
+@pytest.mark.parametrize("window", [None, 1024])
+@pytest.mark.parametrize("rows", [Rows(), Rows(packed=True), Rows(packed=True, shared=True)])
+def test_nothing_of_the_square_of_a_length_is_made(rows, window):
+    """8,192 tokens of one sequence, then a prompt that two completions of 4,096 share."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    if window and not rows.packed:
+        pytest.skip("the masks of windows are transformers' own there")
+    model = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, sliding_window=window, max_position_embeddings=8192,
+        )
+    )  # fmt: skip
+    use_packed_attention(model)
+    sequences = [Sequence([1] * 8000, [2] * 193), *(Sequence([3] * 4000, [4] * 4097) for _ in range(2))]
+    with Largest() as largest:
+        for m in pack(sequences, token_budget=8200, rows=rows):
+            predictors(model, m).sum().backward()
+    assert 8192 * 16 <= largest.most <= 16 * 8192 * 16  # 33 MB of masks and scores would be 67,108,864
+
+
+def test_a_packed_row_without_its_segments_is_refused():
+    query = torch.zeros(1, 1, 3, 4)
+    with pytest.raises(NotImplementedError, match="does not tell its attention the segments"):
+        packed_attention(torch.nn.Module(), query, query, query, torch.ones(1, 1, 1, 1, dtype=torch.bool))
+    with pytest.raises(NotImplementedError, match="knows no softcap"):
+        packed_attention(torch.nn.Module(), query, query, query, None, segments=row_of([(3, [])]), softcap=30.0)
+
+
+def test_elsewhere_it_is_transformers_own(tmp_path):
+    """Padding and caches of generation, logits of the whole model; and nothing of it is saved."""
+    model, plain = tiny_model().eval(), tiny_model(attn_implementation="sdpa").eval()
+    use_packed_attention(model)
+    assert model.config._attn_implementation == NAME and plain.config._attn_implementation == "sdpa"
+    ids = torch.tensor([[0, 0, 5, 6, 7], [9, 10, 11, 12, 13]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
+    for call in (
+        lambda m: m(input_ids=ids, attention_mask=mask).logits,
+        lambda m: m.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False),
+        lambda m: m.generate(ids[1:, :1], attention_mask=mask[1:, :1], max_new_tokens=3, do_sample=False),
+    ):
+        assert torch.equal(call(model), call(plain))
+    model.save_pretrained(tmp_path)
+    assert NAME not in (tmp_path / "config.json").read_text()
+
+
+def test_dropout_of_attention_is_the_models():
+    model = tiny_model(attention_dropout=0.5).train()
+    use_packed_attention(model)
+    ids = torch.arange(1, 9)[None]
+    row = Segments([Segment(0, 8)])
+    torch.manual_seed(0)
+    one, another = hidden_states(model, ids, row), hidden_states(model, ids, row)
+    assert not torch.equal(one, another)
+    assert torch.equal(hidden_states(model.eval(), ids, row), hidden_states(model, ids, row))
