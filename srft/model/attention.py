@@ -146,7 +146,7 @@ def packed_attention(
     if strange := [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]:
         raise NotImplementedError(f"a packed row's attention knows no {strange[0]}")
     segments.windows[getattr(module, "layer_idx", 0)] = sliding_window
-    if len(segments.of) > 1 and not dropout and varlen_takes(query):
+    if len(segments.of) > 1 and not dropout and varlen_takes(query, value):
         return varlen(query, key, value, segments, sliding_window, scaling), None
     options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     with fastest(query):
@@ -211,9 +211,10 @@ def varlen_attention() -> Any:
     return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def varlen_takes(query: Tensor) -> bool:
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    return query.is_cuda and torch.version.cuda is not None and half and varlen_attention() is not None
+def varlen_takes(query: Tensor, value: Tensor) -> bool:
+    kernel = query.is_cuda and torch.version.cuda is not None and varlen_attention() is not None
+    sizes = query.shape[-1] == value.shape[-1] <= 256
+    return kernel and sizes and query.dtype in (torch.float16, torch.bfloat16)
 
 
 def varlen(
