@@ -11,7 +11,7 @@ elsewhere the latter, segment by segment, and of small ones together. So memory 
 import contextlib
 import importlib.util
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import accumulate
@@ -67,6 +67,11 @@ class Segments:
             else:
                 tiles.append([each])
         return tiles
+
+    @cached_property
+    def places(self) -> dict[int, tuple[int, int]]:
+        """{start of a segment: (its tile, the start of that)}"""
+        return {each.start: (number, tile[0].start) for number, tile in enumerate(self.tiles) for each in tile}
 
     @cached_property
     def owners(self) -> Tensor:
@@ -150,46 +155,51 @@ def packed_attention(
         return varlen(query, key, value, segments, sliding_window, scaling), None
     options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     with fastest(query):
-        found = [of_tile(query, key, value, segments, tile, sliding_window, options) for tile in segments.tiles]
-        parts = [part for of_one in found for part in of_one]
+        parts = list(in_tiles(query, key, value, segments, sliding_window, options))
     return torch.cat(parts, 2).transpose(1, 2), None
 
 
-def of_tile(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segments: Segments,
-    tile: list[Segment],
-    window: int | None,
-    options: dict,
+def in_tiles(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, window: int | None, options: dict[str, Any]
 ) -> Iterator[Tensor]:
-    """(1, heads, rows of the tile, d'), in one piece or several."""
-    first, end = tile[0], tile[-1].end
-    whole = window is None or all(each.before + each.length <= window for each in tile)
-    if len(tile) == 1 and whole and (first.length > ROWS or not first.before):
-        # Behind a prompt its queries are computed once more, which needs no mask.
-        q, k, v = (cut(each, [first.prompt, (first.start, end)]) for each in (query, key, value))
-        yield scaled_dot_product_attention(q, k, v, is_causal=True, **options)[:, :, first.before :]
-        return
-    for start in range(first.start, end, ROWS):  # of more than ROWS there is one segment, whose window is short
-        stop = min(start + ROWS, end)
-        own, prompts = first.start, dict.fromkeys(each.prompt for each in tile if each.before)
-        spans = [prompt for prompt in prompts if prompt[0] < own]
-        if len(tile) == 1 and not whole:  # what is beyond the window of all
-            position = first.before + start - first.start
-            spans = [(min(a + max(0, position - window + 1), b), b) for a, b in spans]
-            own = max(own, start - window + 1)
-        spans = [(a, b) for a, b in spans if b > a] + [(own, stop)]
-        mask = visible(segments, (start, stop), spans, None if whole else window).to(query.device)
-        k, v = cut(key, spans), cut(value, spans)
-        yield scaled_dot_product_attention(query[:, :, start:stop], k, v, attn_mask=mask, **options)
+    """(1, heads, rows, d') of some rows after the other.
+
+    The row is split once: the gradient of a slice would be as long as the row.
+    """
+    lengths = [tile[-1].end - tile[0].start for tile in segments.tiles]
+    of_tiles = [each.split(lengths, 2) for each in (query, key, value)]
+    for number, tile in enumerate(segments.tiles):
+        q, k, v = (parts[number] for parts in of_tiles)
+        first, end = tile[0], tile[-1].end
+        prompts = list(dict.fromkeys(each.prompt for each in tile if each.before and each.prompt[0] < first.start))
+        before = [[part_of(parts, segments, prompt) for prompt in prompts] for parts in of_tiles]
+        whole = window is None or all(each.before + each.length <= window for each in tile)
+        if len(tile) == 1 and whole and (first.length > ROWS or not first.before):
+            # Behind a prompt its queries are computed once more, which needs no mask.
+            q, k, v = (torch.cat([*own, each], 2) if own else each for own, each in zip(before, (q, k, v)))
+            yield scaled_dot_product_attention(q, k, v, is_causal=True, **options)[:, :, first.before :]
+        elif whole or end - first.start <= ROWS:
+            mask = visible(segments, (first.start, end), [*prompts, (first.start, end)], window).to(q.device)
+            k, v = (torch.cat([*own, each], 2) if own else each for own, each in zip(before[1:], (k, v)))
+            yield scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+        else:  # a long segment with a short window
+            blocks = [each.split(ROWS, 2) for each in (q, k, v)]
+            for at, start in enumerate(range(first.start, end, ROWS)):
+                back = max(0, (at * ROWS - window + 1) // ROWS)  # the first block that is not beyond the window
+                near = bool(prompts) and at * ROWS - window + 1 < 0
+                rows = start, min(start + ROWS, end)
+                spans = [*prompts * near, (first.start + back * ROWS, rows[1])]
+                mask = visible(segments, rows, spans, window).to(q.device)
+                k, v = (
+                    torch.cat([*own * near, *parts[back : at + 1]], 2) for own, parts in zip(before[1:], blocks[1:])
+                )
+                yield scaled_dot_product_attention(blocks[0][at], k, v, attn_mask=mask, **options)
 
 
-def cut(states: Tensor, spans: list[tuple[int, int]]) -> Tensor:  # (1, heads, T, d)
-    """Those of the tokens of some spans, behind each other."""
-    parts = [states[:, :, start:end] for start, end in spans if end > start]
-    return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+def part_of(parts: Sequence[Tensor], segments: Segments, span: tuple[int, int]) -> Tensor:
+    """(1, heads, n, d): that of a segment, from the parts of the tiles."""
+    number, start = segments.places[span[0]]
+    return parts[number][:, :, span[0] - start : span[1] - start]
 
 
 def visible(segments: Segments, rows: tuple[int, int], spans: list[tuple[int, int]], window: int | None) -> Tensor:

@@ -113,12 +113,12 @@ def test_the_trial_allows_for_rounding_and_leaves_the_model_as_it_was(dtype):
 def test_attention_that_does_not_follow_the_segments_is_noticed(monkeypatch):
     from srft.model import attention
 
-    def of_tile(query, key, value, segments, tile, window, options):
-        yield query[:, :, tile[0].start : tile[-1].end]
+    def in_tiles(query, key, value, segments, window, options):
+        yield query
 
     model = tiny_model()
     use_packed_attention(model)
-    monkeypatch.setattr(attention, "of_tile", of_tile)
+    monkeypatch.setattr(attention, "in_tiles", in_tiles)
     assert rows_of(model) == Rows()
 
 
