@@ -95,11 +95,10 @@ def trainers(device: str) -> tuple[Callable[..., Any], Any]:
     from srft.config import Config, DataConfig, RolloutConfig, TrainConfig
     from srft.data import Example, build_prompter
     from srft.learn.stages import whole
-    from srft.model import LoadedModel
     from srft.rewards import Scorer
     from srft.rollout import build_engine
     from srft.trainer import Trainer
-    from tests.srft.conftest import byte_tokenizer, tiny_model
+    from tests.srft.conftest import loaded_model, tiny_model
 
     kind = kind_of(device)
     rollout = RolloutConfig(per_prompt=ROLLOUTS[kind], max_new_tokens=NEW_TOKENS[kind])
@@ -116,7 +115,7 @@ def trainers(device: str) -> tuple[Callable[..., Any], Any]:
         config = Config(
             rollout=rollout, train=TrainConfig(lr=1e-5, prompts_per_step=PROMPTS[kind], token_budget=budget)
         )
-        loaded = LoadedModel(model, byte_tokenizer(), torch.device(device), model.dtype, {0}, 0)
+        loaded = loaded_model(model)
         prompter = build_prompter(loaded.tokenizer, DataConfig(system_prompt=""))
         engine = engine or Recorded(build_engine(rollout.engine, loaded), device)
         scorer = Scorer("bench", reward)
