@@ -399,6 +399,6 @@ def described(error: BaseException) -> str:
 
 def parameters(loaded: LoadedModel) -> str:
     count = sum(p.numel() for p in loaded.model.parameters())
-    of_rows = "" if loaded.rows.packed else ", its sequences padded since its attention follows no packed rows,"
+    of_rows = "" if loaded.rows.packed else f", its sequences padded and not packed ({loaded.rows.reason}),"
     dtype = str(loaded.dtype).removeprefix("torch.")
     return f"{type(loaded.model).__name__} with {count / 1e6:.1f} M parameters in {dtype}{of_rows}"

@@ -78,6 +78,15 @@ class Bin:
     tokens: int
     longest: int
 
+    def takes(self, prompt: int, own: int, token_budget: int) -> bool:
+        """One more completion of `own` tokens? Each has the prompt's keys beside its own.
+
+        A key is some 34 times smaller than what a token leaves for the backward pass: together they are at most half
+        of that.
+        """
+        keys = self.tokens + prompt * len(self.members)
+        return self.tokens + own <= token_budget and keys <= 16 * self.tokens
+
 
 def bins_by_prompt(sequences: SequenceOf[Sequence], rows: Rows, token_budget: int) -> list[Bin]:
     """Sequences that share a prompt, as far as they fit into the budget, or each its own bin."""
@@ -88,7 +97,7 @@ def bins_by_prompt(sequences: SequenceOf[Sequence], rows: Rows, token_budget: in
         length = len(s.prompt) + own
         key = (tuple(s.prompt), length > rows.apart)
         at = latest.get(key)
-        if rows.shared and at is not None and at.tokens + own <= token_budget:
+        if rows.shared and at is not None and at.takes(len(s.prompt), own, token_budget):
             at.members.append(index)
             at.tokens += own
             at.longest = max(at.longest, length)
@@ -187,14 +196,13 @@ def pack(
             annotations={name: values[index].to(device) for name, values in step.items()},
         )
 
-    bins = bins_by_prompt(sequences, rows, token_budget)
-
     def cut(budget: int) -> list[list[Bin]]:
+        bins = bins_by_prompt(sequences, rows, budget)
         kinds = [[each for each in bins if (each.longest > rows.apart) == beyond] for beyond in (False, True)]
         return [group for kind in kinds for group in split_by_budget(kind, budget, padded=not rows.packed)]
 
     groups = cut(token_budget)
-    while len(groups) < min(ranks, len(bins)):  # smaller ones rather than ranks without any
+    while len(groups) < min(ranks, len(sequences)):  # smaller ones rather than ranks without any
         token_budget //= 2
         groups = cut(token_budget)
     mine = [microbatch(group) for group in groups[rank::ranks]]

@@ -5,7 +5,8 @@ row = Segments([Segment(0, 5), Segment(5, 8, prompt=(0, 5)), Segment(8, 12, prom
 hidden = hidden_states(model, ids, row)                                             # ids (1, T)
 
 On CUDA in half precision it is torch's varlen_attn, or scaled_dot_product_attention of a row that is one sequence;
-elsewhere the latter, segment by segment, and of small ones together. So memory grows with T, not with its square.
+elsewhere the latter, segment by segment, and of small ones together. So memory grows with T, not with its square, as
+long as few share a long prompt, whose keys each of them has beside its own (learn/packing.py sees to that).
 """
 
 import contextlib
@@ -13,18 +14,19 @@ import importlib.util
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "srft"  # among transformers' implementations of attention
+HALF = (torch.float16, torch.bfloat16)
 ROWS = 256  # queries that small segments are put together to, under a mask of their own
 
 
@@ -46,7 +48,7 @@ class Segment(NamedTuple):
         return self.prompt[1] - self.prompt[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Segments:
     """All T tokens of a row, in their order. windows: what each layer asked for, once it has seen them."""
 
@@ -93,6 +95,7 @@ class Segments:
         spans = [span for each in self.of for span in (each.prompt, (each.start, each.end))]
         return torch.cat([torch.arange(*span) for span in spans]) if self.shared else None
 
+    @lru_cache(maxsize=2)  # noqa: B019  all layers ask for those of one row
     def flash_arguments(self, device: torch.device) -> dict[str, Any]:
         """By the names that transformers' flash attention has for them."""
         ends = [torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=device) for n in self.lengths]
@@ -143,20 +146,29 @@ def packed_attention(
     """
     if segments is None:
         if attention_mask is not None and attention_mask.shape == (1, 1, 1, 1) and query.shape[2] > 1:
-            raise NotImplementedError("the model does not tell its attention the segments of a packed row")
+            raise NotImplementedError("it does not tell its attention the segments of a packed row")
         from transformers import AttentionInterface
 
         given = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window} | others
         return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **given)
     if strange := [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]:
-        raise NotImplementedError(f"a packed row's attention knows no {strange[0]}")
+        raise NotImplementedError(f"its attention has {strange[0]}, which that of packed rows does not know")
+    if attention_mask is None or attention_mask.dtype != torch.bool or attention_mask.shape != (1, 1, 1, 1):
+        raise NotImplementedError("it makes a mask of its own")
     segments.windows[getattr(module, "layer_idx", 0)] = sliding_window
     if len(segments.of) > 1 and not dropout and varlen_takes(query, value):
         return varlen(query, key, value, segments, sliding_window, scaling), None
-    options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    size, grouped = value.shape[-1], query.shape[1] != key.shape[1]
+    if query.is_cuda and grouped and query.dtype not in HALF:  # there no kernel without scores takes groups
+        key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], 1) for each in (key, value))
+        grouped = False
+    if size < query.shape[-1]:  # nor one where values are smaller
+        value = pad(value, (0, query.shape[-1] - size))
+    options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": grouped}
     with fastest(query):
         parts = list(in_tiles(query, key, value, segments, sliding_window, options))
-    return torch.cat(parts, 2).transpose(1, 2), None
+    return torch.cat(parts, 2)[..., :size].transpose(1, 2).contiguous(), None
 
 
 def in_tiles(
@@ -224,7 +236,7 @@ def varlen_attention() -> Any:
 def varlen_takes(query: Tensor, value: Tensor) -> bool:
     kernel = query.is_cuda and torch.version.cuda is not None and varlen_attention() is not None
     sizes = query.shape[-1] == value.shape[-1] <= 256
-    return kernel and sizes and query.dtype in (torch.float16, torch.bfloat16)
+    return kernel and sizes and query.dtype in HALF
 
 
 def varlen(

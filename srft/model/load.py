@@ -17,12 +17,11 @@ import torch
 from srft.config import ModelConfig
 from srft.data.prompts import end_of_turn
 from srft.errors import UserError, first_line, missing, nearest
-from srft.model.attention import use_packed_attention
 from srft.model.dropout import without_dropout
 from srft.model.embedded import embedded_model
 from srft.model.gguf import read_gguf, unreadable_gguf
 from srft.model.head import check_head, positions
-from srft.model.rows import PADDED, Rows, rows_of
+from srft.model.rows import PADDED, Rows, try_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -64,13 +63,13 @@ def load_model(
     model.to(device)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
-    use_packed_attention(model)
     check_head(model)
+    rows = try_rows(model)
     if not config.dropout:
         without_dropout(model)
     eos_ids = eos_ids_of(model, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(eos_ids)
-    return LoadedModel(model.train(), tokenizer, device, dtype, eos_ids, pad_id, rows_of(model))
+    return LoadedModel(model.train(), tokenizer, device, dtype, eos_ids, pad_id, rows)
 
 
 def checkpoint_activations(model: "PreTrainedModel") -> None:

@@ -4,79 +4,147 @@ A backbone that does not follow the segments of a packed row (a recurrence, an a
 from the start, …) would silently mix sequences up, so it is tried out.
 """
 
+import inspect
+import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from srft.model.attention import Segment, Segments
+from srft.errors import first_line
+from srft.model.attention import Segment, Segments, use_packed_attention
 from srft.model.head import hidden_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Layers whose attention sees what its arguments say. Of others a trial of few tokens would not show that they choose.
+# Attention that sees what its arguments say. A trial of few tokens would not show what others make of many.
 LAYERS = {"full_attention", "sliding_attention"}
-CHOICES = ("attention_chunk_size", "index_topk")
+CHOICES = ("attention_chunk_size", "index_topk", "attn_temperature_tuning")
+# Rotary frequencies that change for all of a row once one of its sequences is longer than this many tokens
+SCALED = {"longrope", "dynamic"}
 
 
 @dataclass(frozen=True)
 class Rows:
     """packed: many sequences in a row; else one, and rows are padded.   shared: completions of a prompt may share it.
 
-    apart: longer sequences, which have other rotary frequencies, never meet others.
+    apart: longer sequences, which have other rotary frequencies, never meet others.   reason: why not packed.
     """
 
     packed: bool = False
     shared: bool = False
     apart: int = sys.maxsize
+    reason: str = field(default="", compare=False)
 
 
 PADDED = Rows()
 
 
-def rows_of(model: "PreTrainedModel") -> Rows:
-    """Compares the hidden states of a few tokens in a packed row with those of sequences alone."""
-    config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    scaled = [each for each in [rope, *rope.values()] if isinstance(each, dict)]
-    lengths = [each.get("original_max_position_embeddings") for each in scaled if each.get("rope_type") == "longrope"]
-    lengths += [getattr(config, "original_max_position_embeddings", None)] if lengths else []
-    apart = min([each for each in lengths if each], default=sys.maxsize)
-    known = set(getattr(config, "layer_types", None) or ()) <= LAYERS
-    if not known or any(getattr(config, name, None) for name in CHOICES):
-        return Rows(apart=apart)
-    shared = followed(model, shared=True)
-    return Rows(shared or followed(model, shared=False), shared, apart)
-
-
 @torch.no_grad()
-def followed(model: "PreTrainedModel", shared: bool) -> bool:
+def try_rows(model: "PreTrainedModel") -> Rows:
+    """Gives the model the attention of packed rows, where it then says of each sequence what it said before."""
     config = model.config.get_text_config()
-    ids = torch.tensor([7919 * i % config.vocab_size for i in range(64)], device=model.device)
-    prompt, one, two, other = ids[:8], ids[8:28], ids[28:40], ids[40:]
-    alone = [torch.cat([prompt, one]), torch.cat([prompt, two]), other]
-    if shared:
-        row = torch.cat([prompt, one, two, other])
-        segments = [Segment(0, 8), Segment(8, 28, (0, 8)), Segment(28, 40, (0, 8)), Segment(40, 64)]
-    else:
-        row = torch.cat(alone)
-        segments = [Segment(0, 28), Segment(28, 48), Segment(48, 72)]
-    segments = Segments(segments)
-    training = model.training
+    apart = frequencies_change(config)
+    if reason := unknown(model, config):
+        return Rows(apart=apart, reason=reason)
+    training, own = model.training, model.config._attn_implementation
     model.eval()
-    try:
-        expected = torch.cat([hidden_states(model, each[None])[0] for each in alone])
-        found = hidden_states(model, row[None], segments)[0]
-        if shared:
-            found = torch.cat([found[:28], found[:8], found[28:]])
-        error = float((found.double() - expected.double()).norm() / expected.double().norm())
-        same = error <= (0.05 if model.dtype.itemsize < 4 else 1e-3) and windows_arrive(config, segments)
-    except Exception:  # whatever a backbone says about arguments that it does not know
-        same = False
+    alone = [hidden_states(model, each[None])[0] for each in trial(model)[:3]]
+    use_packed_attention(model)
+    reason = strayed(model, alone, shared=True)
+    shared = not reason
+    if not shared:
+        reason = strayed(model, alone, shared=False) and reason
+    if reason and own != model.config._attn_implementation:
+        model.set_attn_implementation(own)
     model.train(training)
-    return same
+    return Rows(not reason, shared, apart, reason)
+
+
+def unknown(model: "PreTrainedModel", config: Any) -> str:
+    """What a trial cannot be asked of, or would not show; "" where there is nothing of it."""
+    attention = model.config._attn_implementation
+    if attention != "sdpa" and "flash" not in attention:
+        return f"its attention is {attention}"
+    if strange := sorted(set(getattr(config, "layer_types", None) or ()) - LAYERS):
+        return f"its layers of {strange[0]}"
+    if chosen := [name for name in CHOICES if getattr(config, name, None)]:
+        return f"its {chosen[0]}"
+    try:
+        code = inspect.getsource(sys.modules[type(model).__module__])
+    except (OSError, KeyError, TypeError):
+        code = ""
+    return "its code asks for sdpa by name" if re.search(r"_attn_implementation\b[^\n]*[\"']sdpa[\"']", code) else ""
+
+
+def frequencies_change(config: Any) -> int:
+    rope = getattr(config, "rope_parameters", None) or {}
+    of_layers = [each for each in (rope, *rope.values()) if isinstance(each, dict) and each.get("rope_type") in SCALED]
+    names = ("original_max_position_embeddings", "max_position_embeddings")
+    known = [getattr(config, name, None) for name in names if of_layers]
+    lengths = [each.get(names[0]) for each in of_layers] + known
+    return min([each for each in lengths if each], default=sys.maxsize)
+
+
+def trial(model: "PreTrainedModel") -> list[Tensor]:
+    """Ids of a prompt with a completion, the same prompt with another, another sequence, and ids to change some to."""
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.tensor([7919 * i % vocabulary for i in range(128)], device=model.device)
+    return [ids[:28], torch.cat([ids[:8], ids[28:40]]), ids[40:64], ids[64:]]
+
+
+def strayed(model: "PreTrainedModel", alone: list[Tensor], shared: bool) -> str:
+    """What is wrong with the hidden states of a packed row; "" where nothing is.
+
+    They have to be those of the sequences alone, up to rounding; and where the tokens of some change, those of the
+    others may not, which is told apart from rounding in any type.
+    """
+    one, two, other, changed = trial(model)
+    if shared:  # prompt, completion, completion, another sequence
+        row, expected = torch.cat([one, two[8:], other]), torch.cat([alone[0], alone[1][8:], alone[2]])
+        segments = Segments([Segment(0, 8), Segment(8, 28, (0, 8)), Segment(28, 40, (0, 8)), Segment(40, 64)])
+        changes = [(8, 28), (28, 40)]
+    else:
+        row, expected = torch.cat([one, two, other]), torch.cat(alone)
+        segments = Segments([Segment(0, 28), Segment(28, 48), Segment(48, 72)])
+        changes = [(0, 28), (28, 48)]
+    half = model.dtype.itemsize < 4
+    try:
+        if any(
+            far(hidden_states(model, each[None])[0], states) > 1e-3 for each, states in zip((one, two, other), alone)
+        ):
+            return "its attention is not sdpa alone"
+        found = hidden_states(model, row[None], segments)[0]
+        if far(found, expected) > (0.05 if half else 1e-3):
+            return "in a packed row it says something else"
+        for start, end in changes:
+            anew = row.clone()
+            anew[start:end] = changed[: end - start]
+            after = hidden_states(model, anew[None], segments)[0]
+            kept = [i for i in range(len(row)) if not start <= i < end]
+            if farthest(after[kept], found[kept]) > (1e-3 if half else 1e-5):
+                return "in a packed row its sequences see each other"
+        return (
+            "" if windows_arrive(model.config.get_text_config(), segments) else "its attention is not told of a window"
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as problem:  # whatever a backbone says about arguments that it does not know
+        return first_line(problem)
+
+
+def far(found: Tensor, expected: Tensor) -> float:
+    """Relative."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def farthest(found: Tensor, expected: Tensor) -> float:  # (n, H)
+    """Of any token, beside the usual size of one."""
+    found, expected = found.double(), expected.double()
+    return float((found - expected).norm(dim=1).max() / expected.norm(dim=1).mean())
 
 
 def windows_arrive(config: Any, segments: Segments) -> bool:

@@ -8,8 +8,7 @@ import torch
 
 from srft.config import ModelConfig
 from srft.model import LoadedModel, load_model
-from srft.model.attention import use_packed_attention
-from srft.model.rows import rows_of
+from srft.model.rows import try_rows
 
 TEMPLATE = (
     "{% for turn in messages %}<|start|>{{ turn.role }}\n{{ turn.content }}<|end|>\n{% endfor %}"
@@ -62,9 +61,7 @@ def tiny() -> LoadedModel:
 
 def loaded_model(model) -> LoadedModel:
     """As load_model gives it."""
-    use_packed_attention(model)
-    rows = rows_of(model)
-    return LoadedModel(model.train(), byte_tokenizer(), model.device, model.dtype, {0}, 0, rows)
+    return LoadedModel(model.train(), byte_tokenizer(), model.device, model.dtype, {0}, 0, try_rows(model))
 
 
 @pytest.fixture(scope="session")

@@ -154,9 +154,28 @@ def test_where_prompts_are_not_shared_each_sequence_has_its_own():
     assert m.segments is None and m.input_ids.tolist() == [[1, 2, 3, 4, 4, 4], [1, 2, 3, 4, 4, 0]]
 
 
+def test_a_bin_may_be_as_long_as_the_budget():
+    group = [Sequence([1, 2, 3], [4] * 4), Sequence([1, 2, 3], [4] * 3)]
+    assert len(bins_by_prompt(group, SHARED, 8)) == 1 and len(bins_by_prompt(group, SHARED, 7)) == 2
+
+
+def test_few_share_a_prompt_that_is_long_beside_what_they_write():
+    """The prompt's keys, once for each, may not outweigh all else."""
+    (one, *others) = bins_by_prompt([Sequence([1] * 1000, [2, 3])] * 40, SHARED, 10_000)
+    assert 12 <= len(one.members) <= 18 and len(others) == 2
+    assert len(bins_by_prompt([Sequence([1] * 30, [2] * 40)] * 64, SHARED, 10_000)) == 1
+
+
+def test_completions_of_one_prompt_are_for_all_ranks():
+    group = [Sequence([1, 2, 3], [4] * 20)] * 16
+    parts = [pack(group, token_budget=10_000, rows=SHARED, rank=rank, ranks=4) for rank in range(4)]
+    targets = [sum(len(m.target) for m in part) for part in parts]
+    assert sum(targets) == 320 and max(targets) <= 2 * min(targets)
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_sequences_of_other_frequencies_never_meet(packed):
-    group = [Sequence([1, 2], [3] * n) for n in (2, 30, 3, 40)]
+    group = [Sequence([1, 2], [3] * n) for n in (2, 30, 15, 40)]  # 16 tokens of the third reach the backbone
     parts = pack(group, token_budget=1000, rows=Rows(packed, packed, apart=16))
     assert [m.annotations["sequence_ids"].unique().tolist() for m in parts] == [[0, 2], [1, 3]]
 

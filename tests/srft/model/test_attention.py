@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from srft.learn.packing import Sequence, pack, predictors
 from srft.model import Rows, Segment, Segments, hidden_states
-from srft.model.attention import NAME, ROWS, packed_attention, use_packed_attention, varlen
+from srft.model.attention import NAME, ROWS, arguments, packed_attention, use_packed_attention, varlen
 from tests.srft.conftest import tiny_model
 
 # Lengths of prompts, and of what shares each: small ones in a tile, beyond a tile, one alone, a prompt beyond a window
@@ -16,6 +16,9 @@ GROUPS = {
     "mixed": [(ROWS - 1, [1, 1, 1]), (ROWS, []), (1, [ROWS]), (700, [3, 300])],
     "alone": [(11, [])],
 }
+
+
+MODULE, READY = torch.nn.Module(), torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
 
 def row_of(groups) -> Segments:
@@ -55,7 +58,8 @@ def alone(query, key, value, segments: Segments, window: int | None) -> torch.Te
 def test_outputs_and_gradients_are_those_of_sequences_alone(groups, window):
     segments = row_of(GROUPS[groups])
     given = states(segments)
-    found, _ = packed_attention(torch.nn.Module(), *given, None, scaling=0.3, sliding_window=window, segments=segments)
+    found, _ = packed_attention(MODULE, *given, READY, scaling=0.3, sliding_window=window, segments=segments)
+    assert found.is_contiguous()
     expected = alone(*given, segments, window)
     weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     gradients = [torch.autograd.grad((each * weight).sum(), given) for each in (found, expected)]
@@ -117,7 +121,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("window", [None, 1024])
 @pytest.mark.parametrize("rows", [Rows(), Rows(packed=True), Rows(packed=True, shared=True)])
 def test_nothing_of_the_square_of_a_length_is_made(rows, window):
-    """8,192 tokens of one sequence, then a prompt that two completions of 4,096 share."""
+    """8,192 tokens of one sequence, then a prompt that two completions of 4,096 share, and values smaller than keys."""
     from transformers import MistralConfig, MistralForCausalLM
 
     if window and not rows.packed:
@@ -131,8 +135,16 @@ def test_nothing_of_the_square_of_a_length_is_made(rows, window):
     use_packed_attention(model)
     sequences = [Sequence([1] * 8000, [2] * 193), *(Sequence([3] * 4000, [4] * 4097) for _ in range(2))]
     with Largest() as largest:
-        for m in pack(sequences, token_budget=8200, rows=rows):
+        parts = pack(sequences, token_budget=12300, rows=rows)
+        for m in parts:
             predictors(model, m).sum().backward()
+        if rows.packed:
+            assert any(m.segments.shared for m in parts) == rows.shared
+            row = Segments([Segment(0, 8192)])
+            query, value = torch.randn(1, 2, 8192, 24, requires_grad=True), torch.randn(1, 2, 8192, 16)
+            packed_attention(MODULE, query, query, value, READY, sliding_window=window, segments=row)[
+                0
+            ].sum().backward()
     assert 8192 * 16 <= largest.most <= 16 * 8192 * 16  # 33 MB of masks and scores would be 67,108,864
 
 
@@ -140,8 +152,51 @@ def test_a_packed_row_without_its_segments_is_refused():
     query = torch.zeros(1, 1, 3, 4)
     with pytest.raises(NotImplementedError, match="does not tell its attention the segments"):
         packed_attention(torch.nn.Module(), query, query, query, torch.ones(1, 1, 1, 1, dtype=torch.bool))
-    with pytest.raises(NotImplementedError, match="knows no softcap"):
-        packed_attention(torch.nn.Module(), query, query, query, None, segments=row_of([(3, [])]), softcap=30.0)
+    row = row_of([(3, [])])
+    for name in ("softcap", "s_aux", "position_bias"):
+        with pytest.raises(NotImplementedError, match=f"its attention has {name}"):
+            packed_attention(MODULE, query, query, query, READY, segments=row, **{name: 30.0})
+    for mask in (None, torch.ones(1, 1, 3, 3, dtype=torch.bool), torch.zeros(1, 1, 1, 1)):
+        with pytest.raises(NotImplementedError, match="makes a mask of its own"):
+            packed_attention(MODULE, query, query, query, mask, segments=row)
+
+
+def test_values_may_be_smaller_than_keys():
+    segments = row_of(GROUPS["large"])
+    query, key, value = states(segments)
+    found, _ = packed_attention(MODULE, query, key, value[..., :5], READY, scaling=0.3, segments=segments)
+    expected = alone(query, key, value[..., :5], segments, None)
+    assert found.shape == expected.shape and (found - expected).norm() <= 1e-12 * expected.norm()
+    default, _ = packed_attention(MODULE, query, key, value[..., :5], READY, segments=segments)
+    again, _ = packed_attention(MODULE, query, key, value[..., :5], READY, scaling=8**-0.5, segments=segments)
+    assert torch.equal(default, again)
+
+
+@pytest.mark.parametrize(("dropout", "count", "gpus"), [(0.0, 2, True), (0.1, 2, False), (0.0, 1, False)])
+def test_when_a_gpu_takes_its_own(monkeypatch, dropout, count, gpus):
+    """Not for dropout, which it has none of, nor for one sequence."""
+    from srft.model import attention
+
+    monkeypatch.setattr(attention, "varlen_takes", lambda *_: True)
+    monkeypatch.setattr(attention, "varlen", lambda *_: "varlen")
+    segments = row_of([(3, [])] * count)
+    found, _ = packed_attention(MODULE, *states(segments), READY, dropout=dropout, segments=segments)
+    assert (isinstance(found, str)) == gpus
+
+
+def test_a_gpu_is_told_of_a_row_once():
+    segments = row_of(GROUPS["small"])
+    assert segments.flash_arguments(torch.device("cpu")) is segments.flash_arguments(torch.device("cpu"))
+    assert row_of(GROUPS["small"]).flash_arguments(torch.device("cpu")) is not segments.flash_arguments(
+        torch.device("cpu")
+    )
+
+
+def test_what_a_model_is_called_with_is_told_from_a_mask():
+    model = tiny_model()
+    use_packed_attention(model)
+    given = arguments(model, row_of([(2, [1])]))
+    assert given["position_ids"].tolist() == [[0, 1, 2]] and torch.equal(given["attention_mask"], READY)
 
 
 def test_elsewhere_it_is_transformers_own(tmp_path):

@@ -1,3 +1,4 @@
+import copy
 import itertools
 import sys
 
@@ -5,10 +6,10 @@ import pytest
 import torch
 
 from srft.learn.packing import pack
-from srft.model.attention import use_packed_attention
+from srft.model.attention import NAME
 from srft.model.dropout import without_dropout
 from srft.model.load import checkpoint_activations
-from srft.model.rows import Rows, rows_of
+from srft.model.rows import Rows, try_rows
 from tests.srft.conftest import loaded_model, tiny_model
 from tests.srft.test_trainer import fresh, gradients, make, some_sequences
 
@@ -40,13 +41,51 @@ PACKED = {
     "qwen3_moe": ("Qwen3MoeConfig", {"head_dim": 8, "num_experts": 4, "moe_intermediate_size": 32, **EXPERTS}),
 }
 PADDED = {
-    "soft cap in attention": ("Gemma2Config", {"head_dim": 8, "sliding_window": 64}),
-    "attention of its own": ("FalconConfig", {"new_decoder_architecture": True}),
-    "keeps the segments to itself": ("StableLmConfig", {}),
-    "alibi, no positions": ("MptConfig", {"d_model": 32, "n_heads": 4, "n_layers": 2}),
-    "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}),
-    "recurrence": ("MambaConfig", {"state_size": 4}),
-    "layers of chunks": ("Llama4TextConfig", {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 32}),
+    "soft cap in attention": ("Gemma2Config", {"head_dim": 8, "sliding_window": 64}, "attention is eager"),
+    "attention of its own": ("FalconConfig", {"new_decoder_architecture": True}, "asks for sdpa by name"),
+    "keeps the segments to itself": ("StableLmConfig", {}, "does not tell its attention the segments"),
+    "a mask of its own": ("DogeConfig", {"is_moe": False}, "makes a mask of its own"),
+    "alibi, no positions": ("MptConfig", {"d_model": 32, "n_heads": 4, "n_layers": 2}, "attention is eager"),
+    "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}, "attention is eager"),
+    "recurrence": ("MambaConfig", {"state_size": 4}, "attention is eager"),
+    "layers of chunks": (
+        "Llama4TextConfig",
+        {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 32},
+        "layers of chunked_attention",
+    ),
+    "counts the row": (
+        "Llama4TextConfig",
+        {
+            "head_dim": 8,
+            "num_local_experts": 2,
+            "intermediate_size_mlp": 32,
+            "attention_chunk_size": None,
+            "layer_types": ["full_attention"] * 2,
+            "attn_temperature_tuning": True,
+        },
+        "attn_temperature_tuning",
+    ),
+    "chooses keys": (
+        "DeepseekV32Config",
+        {
+            "num_key_value_heads": 4,
+            "n_routed_experts": 4,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 1,
+            "index_topk": 16,
+            "index_n_heads": 2,
+            "index_head_dim": 16,
+            **EXPERTS,
+        },
+        "",
+    ),
     "recurrent and full layers": (
         "Qwen3NextConfig",
         {
@@ -58,6 +97,7 @@ PADDED = {
             "num_experts": 0,
             "layer_types": ["linear_attention", "full_attention"],
         },
+        "layers of linear_attention",
     ),
 }
 
@@ -65,7 +105,7 @@ PADDED = {
 def model_of(kind: str, **options):
     import transformers
 
-    name, changes = (PACKED | PADDED)[kind]
+    name, changes, *_ = (PACKED | PADDED)[kind]
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**(SMALL | changes)), **options)
 
@@ -79,8 +119,13 @@ def quiet(model):
 @pytest.mark.parametrize("kind", [*PACKED, *PADDED])
 def test_each_kind_of_model_stands_as_it_can(kind):
     model = model_of(kind)
-    use_packed_attention(model)
-    assert rows_of(model) == Rows(kind in PACKED, kind in PACKED)
+    own = model.config._attn_implementation
+    rows = try_rows(model)
+    assert rows == Rows(kind in PACKED, kind in PACKED)
+    if kind in PACKED:
+        assert not rows.reason and model.config._attn_implementation == NAME
+    else:
+        assert PADDED[kind][2] in rows.reason and model.config._attn_implementation == own
 
 
 @pytest.mark.parametrize("kind", PACKED)
@@ -106,41 +151,60 @@ def test_loss_and_gradient_of_packed_rows_are_those_of_sequences_alone(kind):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_trial_allows_for_rounding_and_leaves_the_model_as_it_was(dtype):
     model = tiny_model().to(dtype).train()
-    use_packed_attention(model)
-    assert rows_of(model) == Rows(True, True) and model.training
+    assert try_rows(model) == Rows(True, True) and model.training
 
 
-def test_attention_that_does_not_follow_the_segments_is_noticed(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shared", [True, False])
+def test_sequences_that_see_each_other_are_noticed(monkeypatch, dtype, shared):
+    """Attention that knows no segments; and a convolution before the last layer, which blurs their ends a little."""
     from srft.model import attention
 
     def in_tiles(query, key, value, segments, window, options):
-        yield query
+        yield torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
 
-    model = tiny_model()
-    use_packed_attention(model)
-    monkeypatch.setattr(attention, "in_tiles", in_tiles)
-    assert rows_of(model) == Rows()
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "in_tiles", in_tiles)
+        assert try_rows(tiny_model().to(dtype)) == Rows()
+
+    def blur(module, given):
+        (states,) = given
+        return (states + 0.5 * torch.nn.functional.pad(states, (0, 0, 1, 0))[:, :-1],)
+
+    model = tiny_model(num_hidden_layers=8).to(dtype)
+    model.model.layers[-1].input_layernorm.register_forward_pre_hook(blur)
+    rows = try_rows(model)
+    assert rows == Rows() and rows.reason
 
 
-def test_a_window_that_attention_is_not_told_of_is_noticed():
+def test_a_window_that_attention_is_not_told_of_is_noticed(monkeypatch):
+    """Longer than the trial, which cannot see it."""
+    from srft.model import attention
+
+    def deaf(*given, sliding_window=None, **options):
+        return packed_attention(*given, **options)
+
+    packed_attention = attention.packed_attention
     model = model_of("mistral")
-    use_packed_attention(model)
-    for layer in model.model.layers:
-        layer.self_attn.config.sliding_window = None
-    model.config = type(model.config)(**(model.config.to_dict() | {"sliding_window": 4096}))
-    model.set_attn_implementation("srft")
-    assert rows_of(model) == Rows()
+    model.config.sliding_window = 4096
+    assert try_rows(copy.deepcopy(model)) == Rows(True, True)
+    monkeypatch.setattr(attention, "packed_attention", deaf)
+    assert try_rows(model).reason == "its attention is not told of a window"
+    assert model.config._attn_implementation == "sdpa"
 
 
-def test_sequences_of_other_frequencies_stand_apart():
-    rope = {"rope_type": "longrope", "original_max_position_embeddings": 64, "rope_theta": 1e4}
-    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+@pytest.mark.parametrize("scaling", ["longrope", "dynamic"])
+def test_sequences_of_other_frequencies_stand_apart(scaling):
     import transformers
 
-    config = transformers.Phi3Config(**SMALL, rope_parameters=rope | factors, original_max_position_embeddings=64)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    use_packed_attention(model)
-    assert rows_of(model).apart == 64
+    rope = {"rope_type": scaling, "original_max_position_embeddings": 64, "rope_theta": 1e4, "factor": 8.0}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if scaling == "longrope" else {}
+    kind = transformers.Phi3Config if scaling == "longrope" else transformers.LlamaConfig
+    for implementation in ("sdpa", "eager"):
+        config = kind(**SMALL, rope_parameters=rope | factors, original_max_position_embeddings=64)
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+        assert try_rows(model) == Rows(implementation == "sdpa", implementation == "sdpa", 64)
+    assert try_rows(model_of("phi3")).apart == sys.maxsize
 
 
 def test_flash_attention_is_told_where_sequences_end():
@@ -163,7 +227,7 @@ def test_flash_attention_is_told_where_sequences_end():
     AttentionInterface.register("flash_of_a_test", flash)
     model = tiny_model()
     model.config._attn_implementation_internal = "flash_of_a_test"  # by its setter transformers looks for a package
-    assert rows_of(model) == Rows(packed=True)
+    assert try_rows(model) == Rows(packed=True)
     trainer, plain = make(loaded_model(model)), make(fresh())
     loss, expected = gradients(plain, pack(some_sequences(True), token_budget=1))
     other_loss, other = gradients(trainer, pack(some_sequences(True), token_budget=1000, rows=trainer.rows))
