@@ -78,6 +78,7 @@ def drawn(result: dict[str, Any]) -> Iterator[dict[str, str]]:
     models = result["models"]
     others = [name for name in result["sets"] if name != TASK]
     trained = {name: model for name, model in models.items() if name != BASE}
+    models = trained | {BASE: models[BASE]}  # last, so that a model has one colour in all figures
     figures = [("KL from base, and reward", "reward", "KL(base ‖ model), nats per token", {
         name: [(model["shift"][TASK][BASE]["kl"], model["rewards"][TASK]["reward"])] for name, model in models.items()
     })]  # fmt: skip
