@@ -50,7 +50,7 @@ def measure(ranks: Ranks) -> dict:
             checkpoint_activations(loaded.model)
         engine = Listening()
         trainer = make(loaded, *options, ranks=ranks, engine=engine)
-        parts = pack(some_sequences(), token_budget=18, rows=trainer.rows, rank=ranks.rank, ranks=ranks.size)
+        parts = pack(some_sequences(), token_budget=25, rows=trainer.rows, rank=ranks.rank, ranks=ranks.size)
         trainer.optimizer.step, step = lambda number: {}, trainer.optimizer.step
         metrics = trainer._update(parts, 1, {})
         masters = dict(zip(trainer.optimizer.names, trainer.optimizer.masters))
