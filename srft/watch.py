@@ -38,13 +38,13 @@ class Watched:
             # Where the run is gone, or something else than a run has written there, its last page stays.
             with contextlib.suppress(Exception):
                 written = self.written()
-                ended = written.partition(" ")[0] != self.version.partition(" ")[0]
+                ended = written.partition(" ")[0] != self.tried.partition(" ")[0]
                 if written != self.version and (ended or time.monotonic() >= self.rest):
                     self.make(written)
             return self.version, self.page
 
     def make(self, written: str) -> None:
-        started = time.process_time()
+        started, self.tried = time.process_time(), written
         try:
             self.page, self.version = html(self.directory, live=written).encode(), written
         finally:

@@ -33,8 +33,7 @@ def subject(path: str, name: str = "", most: int = 0) -> Subject:
         return Subject(name or Path(path).name, path)
     if (directory / "config.json").is_file():
         return Subject(name or directory.resolve().name, str(directory))
-    model = directory / "final" if (directory / "final").is_dir() else newest_model(directory)
-    if model is None:
+    if (model := newest_model(directory)) is None:
         raise UserError(f"{path}: there is no model in it; name the directory of a run that has saved one, or a model")
     steps = steps_of(directory)
     kept = steps if len(steps) <= most else [steps[i * len(steps) // most] for i in range(most)]

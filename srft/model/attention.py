@@ -85,11 +85,6 @@ class Segments:
         return owners
 
     @cached_property
-    def lengths(self) -> tuple[list[int], list[int]]:
-        """Of each segment's queries, and of its keys."""
-        return [each.length for each in self.of], [each.before + each.length for each in self.of]
-
-    @cached_property
     def keys(self) -> Tensor | None:
         """(K,) which tokens are the keys of one segment after the other; None: all in their order."""
         spans = [span for each in self.of for span in (each.prompt, (each.start, each.end))]
@@ -98,8 +93,9 @@ class Segments:
     @lru_cache(maxsize=2)  # noqa: B019  all layers ask for those of one row
     def flash_arguments(self, device: torch.device) -> dict[str, Any]:
         """By the names that transformers' flash attention has for them."""
-        ends = [torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=device) for n in self.lengths]
-        longest = [max(n) for n in self.lengths]
+        lengths = [each.length for each in self.of], [each.before + each.length for each in self.of]
+        ends = [torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=device) for n in lengths]
+        longest = [max(n) for n in lengths]
         names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
         return dict(zip(names, [*ends, *longest]))
 

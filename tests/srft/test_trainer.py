@@ -21,7 +21,7 @@ from srft.rewards import Scorer
 from srft.rollout import Engine, Rollout
 from srft.settings import load
 from srft.trainer import Trainer
-from tests.srft.conftest import byte_tokenizer, loaded_model, tiny_model
+from tests.srft.conftest import loaded_model, tiny_model
 
 ROWS = (Rows(), Rows(packed=True), Rows(packed=True, shared=True))
 QUESTIONS = ["2 + 3", "7 - 4", "1 + 1", "9 - 9", "4 + 8"]
@@ -335,8 +335,7 @@ def other_model(kind: str):
 @pytest.mark.parametrize("kind", ["soft cap", "logit scale", "logits scaling", "tied", "untied"])
 def test_training_log_probs_are_those_of_the_models_own_logits(kind):
     model = other_model(kind)
-    loaded = LoadedModel(model.train(), byte_tokenizer(), torch.device("cpu"), torch.float32, {0}, 0)
-    trainer = make(loaded, "--rollout.temperature", "0.8")
+    trainer = make(loaded_model(model), "--rollout.temperature", "0.8")
     everything = some_sequences()
     ours, entropy = trainer._statistics(pack(everything, token_budget=30))
     model.eval()

@@ -86,6 +86,15 @@ def test_a_run_that_ends_is_told_at_once(run):
     assert watched.rest > time.monotonic() and b"still running" not in watched.current()[1]
 
 
+def test_a_page_that_cannot_be_made_is_not_tried_at_every_question(run, monkeypatch):
+    watched, tries = Watched(run), []
+    monkeypatch.setattr("srft.watch.html", lambda *_, **__: tries.append(1) or 1 / 0)
+    write_status(run, "failed", 2, 4, "an error")
+    for _ in range(3):
+        assert b"still running" in watched.current()[1]
+    assert len(tries) == 1
+
+
 def test_only_this_machine_is_answered(server):
     assert server.server_address[0] == "127.0.0.1"
     connection = http.client.HTTPConnection(*server.server_address)

@@ -28,3 +28,15 @@ def sequences() -> list[Sequence]:
         Sequence([11], [12, ROW, ROW, 13, 14, 15, 0], reward=1.0, advantage=0.5),
         Sequence([16, 17], [18, 0], reward=0.0, advantage=-1.5),
     ]
+
+
+def logprobs_of(loaded, sequences):
+    """(N, V) fp64 of each text's tokens, from the model's own logits, one text at a time."""
+    rows = []
+    model = loaded.model.double().eval()
+    for each in sequences:
+        ids = torch.tensor([[*each.prompt, *each.completion]])
+        logits = model(input_ids=ids).logits[0, len(each.prompt) - 1 : -1]
+        rows.append(logits.log_softmax(-1).detach())
+    model.float().train()
+    return torch.cat(rows)

@@ -13,7 +13,7 @@ from srft.analysis.texts import learnable
 from srft.cli import main
 from srft.config import Config, ModelConfig
 from srft.model import load_model
-from tests.srft.analysis.conftest import ROW
+from tests.srft.analysis.conftest import ROW, logprobs_of
 
 OPTIONS = [
     "--analyze.prompts",
@@ -86,17 +86,6 @@ def moved(tiny_dir, run, seed: int, amount: float):
     return loaded
 
 
-def logprobs_of(loaded, texts) -> np.ndarray:
-    """(N, V) fp64, from the model's own logits, one text at a time."""
-    model = loaded.model.double().eval()
-    rows = []
-    for text in texts:
-        ids = torch.tensor([[*text.problem.prompt, *text.tokens]])
-        rows.append(model(input_ids=ids).logits[0, len(text.problem.prompt) - 1 : -1].log_softmax(-1).detach())
-    model.float()
-    return torch.cat(rows).numpy()
-
-
 def test_every_number_is_that_of_full_logits(tmp_path, tiny_dir, monkeypatch):
     """Of two runs: by set and writer, in figures, in coloured texts, and what swapped tokens have to exceed."""
     seen: dict = {"engines": []}
@@ -120,9 +109,10 @@ def test_every_number_is_that_of_full_logits(tmp_path, tiny_dir, monkeypatch):
     lengths = [len(text.tokens) for text in texts]
     of_set, writer = (np.repeat([getattr(text, name) for text in texts], lengths) for name in ("set", "writer"))
     position, target = (np.concatenate(each) for each in ([range(n) for n in lengths], [text.tokens for text in texts]))
-    p = logprobs_of(base, texts)
+    sequences = [text.sequence for text in texts]
+    p = logprobs_of(base, sequences).numpy()
     for name, loaded in models.items():
-        q, own = logprobs_of(loaded, texts), result["models"][name]
+        q, own = logprobs_of(loaded, sequences).numpy(), result["models"][name]
         middle = np.logaddexp(p, q) - math.log(2)
         at = np.arange(len(target)), target
         js = ((np.exp(p) * (p - middle)).sum(1) + (np.exp(q) * (q - middle)).sum(1)) / 2
@@ -164,10 +154,8 @@ def test_every_number_is_that_of_full_logits(tmp_path, tiny_dir, monkeypatch):
         first = next(i for i, text in enumerate(texts) if text.writer == name)
         begin = sum(lengths[:first])
         assert [each for _, each in shown["tokens"]] == pytest.approx(change[begin : begin + lengths[first]], abs=1e-3)
-        sequences = learnable(seen["written"][name, "task"], Config())
-        told = gradients(
-            load_model(ModelConfig(path=str(tmp_path / name / "final"), device="cpu")), sequences, 1.0, 2048
-        )
+        learned = learnable(seen["written"][name, "task"], Config())
+        told = gradients(load_model(ModelConfig(path=str(tmp_path / name / "final"), device="cpu")), learned, 1.0, 2048)
         assert own["gradients"]["rollouts"] == pytest.approx(told.rollouts, rel=1e-3)
         (theirs, others, threshold), back = seen["engines"][:2]
         del seen["engines"][:2]

@@ -3,19 +3,7 @@
 import torch
 
 from srft.analysis.reading import divergence, ranks, read
-from tests.srft.analysis.conftest import ROW
-
-
-def logprobs_of(loaded, sequences):
-    """(N, V) fp64 of each text's tokens, from the model's own logits, one text at a time."""
-    rows = []
-    model = loaded.model.double().eval()
-    for each in sequences:
-        ids = torch.tensor([[*each.prompt, *each.completion]])
-        logits = model(input_ids=ids).logits[0, len(each.prompt) - 1 : -1]
-        rows.append(logits.log_softmax(-1).detach())
-    model.float().train()
-    return torch.cat(rows)
+from tests.srft.analysis.conftest import ROW, logprobs_of
 
 
 def test_what_is_read_of_each_token_is_what_full_logits_say(pair, sequences):
