@@ -9,6 +9,7 @@ from .interpreter import interpret_fast
 
 # cuBLAS is deterministic only with a fixed workspace, and the tests ask torch for determinism
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is taken from the hub, which would be tried for a minute
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     interpret_fast()

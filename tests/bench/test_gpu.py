@@ -25,10 +25,10 @@ CASE = Case("scoring", "scoring", Shape(64, 16, 128))
 def test_rehearsal(tmp_path, capfd, monkeypatch):
     assert all((gpu.ROOT / path).exists() for path in gpu.DEVICE_TESTS)  # they run in this session anyway
     monkeypatch.setattr(gpu, "DEVICE_TESTS", ("tests/srft_kernels/test_checks.py",))
-    monkeypatch.setattr(gpu, "TUNED_TEST", "tests/srft_kernels/test_plan.py")
+    monkeypatch.setattr(gpu, "TUNED_TEST", f"{gpu.DEVICE_TESTS[0]}::test_other_classes_of_tensors_are_taken")
     monkeypatch.setattr(gpu, "TUNING", 6)  # of one kernel: all of them are in test_tuning.py
-    out = tmp_path / "gpu.json"
-    status = gpu.main(["--device", "cpu", "--group", "1 M", "--seconds", "240", "--out", str(out)])
+    out = tmp_path / "gpu.json"  # the time is more than a slow machine takes
+    status = gpu.main(["--device", "cpu", "--group", "1 M", "--seconds", "600", "--out", str(out)])
     text = capfd.readouterr().out
     assert status == 0, text
     assert "rows measured" in text
@@ -41,7 +41,7 @@ def test_rehearsal(tmp_path, capfd, monkeypatch):
     assert {"device", "driver", "packages", "commit"} <= set(machine) and "node" not in machine
     assert machine["command"] == "make gpu DEVICE=cpu"
     assert machine["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]  # of a CUDA build
-    assert [bool(p["kernels"]) for p in data["profiles"]] == [True, True] and 0 < data["seconds"] < 260
+    assert [bool(p["kernels"]) for p in data["profiles"]] == [True, True] and 0 < data["seconds"] < 620
     assert machine["launch_table"] == "the package's"
     assert len(data["tests"]) == 2 and all(tests["passed"] for tests in data["tests"].values())
     assert not (tmp_path / "gpu.running").exists()
