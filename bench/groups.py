@@ -9,6 +9,8 @@ from .busy import NAMES as WAYS_TO_WAIT
 from .busy import busy_case, measure_busy
 from .cases import Case, cases
 from .measure import Row
+from .packing import NAMES as WAYS_TO_PACK
+from .packing import measure_packing, packing_case
 from .sharded import NAMES, measure_sharded, sharded_case
 from .step import LOSSES, measure_step, step_case
 
@@ -23,6 +25,7 @@ class Group(NamedTuple):
 
 OWN = {
     "training step": Group(step_case, measure_step, tuple(LOSSES)),
+    "packed rows": Group(packing_case, measure_packing, WAYS_TO_PACK),
     "beside busy programs": Group(busy_case, measure_busy, tuple(WAYS_TO_WAIT)),
     "sharded": Group(sharded_case, measure_sharded, NAMES),
 }

@@ -139,10 +139,13 @@ BUDGETED = Provider("srft_kernels, 256 MiB", budgeted)
 OWN = (OURS, FILTERED, COMPILED, BUDGETED)
 ALONE = "one process"  # beside the ranks of sharded.py: the same loss
 SHORT_WAITS = "srft_kernels, short waits"  # of threads for work: in busy.py
+UNSHARED, PADDED = "prompts of their own", "padded"  # beside packed rows with shared prompts: in packing.py
 OUR_NAMES = (
     *(provider.name for provider in OWN),
     ALONE,
     SHORT_WAITS,
+    UNSHARED,
+    PADDED,
 )  # no peers: where one of these is wrong, the run has failed
 
 

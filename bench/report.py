@@ -37,6 +37,7 @@ GROUPS = (
     "peak memory",
     "1 M tokens",
     "training step",
+    "packed rows",
     "beside busy programs",
     "sharded",
 )

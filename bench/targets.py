@@ -79,7 +79,9 @@ def workspace(rows: list[Row]) -> tuple[float, list[Row]] | None:
         )
         / GIB: row
         for row in rows
-        if row["task"] == "srft" and row["provider"] == OURS.name and not row["case"].startswith("training step")
+        if row["task"] == "srft"
+        and row["provider"] == OURS.name
+        and not row["case"].startswith(("training step", "packed rows"))
     }
     return (max(beside), [beside[max(beside)]]) if beside else None
 

@@ -82,7 +82,7 @@ class Bin:
         """One more completion of `own` tokens? Each has the prompt's keys beside its own.
 
         A key is some 34 times smaller than what a token leaves for the backward pass: together they are at most half
-        of that.
+        of that, and beside a mask about as much.
         """
         keys = self.tokens + prompt * len(self.members)
         return self.tokens + own <= token_budget and keys <= 16 * self.tokens

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 NAME = "srft"  # among transformers' implementations of attention
 HALF = (torch.float16, torch.bfloat16)
-ROWS = 256  # queries that small segments are put together to, under a mask of their own
+ROWS = 128  # queries under one mask: of several small segments, or a part of one
+LONG = 512  # tokens of a segment from which on a kernel that takes no mask is the faster one
 
 
 class Segment(NamedTuple):
@@ -182,14 +183,18 @@ def in_tiles(
         prompts = list(dict.fromkeys(each.prompt for each in tile if each.before and each.prompt[0] < first.start))
         before = [[part_of(parts, segments, prompt) for prompt in prompts] for parts in of_tiles]
         whole = window is None or all(each.before + each.length <= window for each in tile)
-        if len(tile) == 1 and whole and (first.length > ROWS or not first.before):
-            # Behind a prompt its queries are computed once more, which needs no mask.
-            q, k, v = (torch.cat([*own, each], 2) if own else each for own, each in zip(before, (q, k, v)))
-            yield scaled_dot_product_attention(q, k, v, is_causal=True, **options)[:, :, first.before :]
-        elif whole or end - first.start <= ROWS:
+        if end - first.start <= LONG:
             mask = visible(segments, (first.start, end), [*prompts, (first.start, end)], window).to(q.device)
             k, v = (torch.cat([*own, each], 2) if own else each for own, each in zip(before[1:], (k, v)))
-            yield scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+            seen = k.shape[2] - q.shape[2]
+            for rows, mask_of_rows in zip(q.split(ROWS, 2), mask.split(ROWS)):  # the keys behind them are not read
+                seen += rows.shape[2]
+                yield scaled_dot_product_attention(
+                    rows, k[:, :, :seen], v[:, :, :seen], attn_mask=mask_of_rows[:, :seen], **options
+                )
+        elif whole:  # behind a prompt its queries are computed once more, which needs no mask
+            q, k, v = (torch.cat([*own, each], 2) if own else each for own, each in zip(before, (q, k, v)))
+            yield scaled_dot_product_attention(q, k, v, is_causal=True, **options)[:, :, first.before :]
         else:  # a long segment with a short window
             blocks = [each.split(ROWS, 2) for each in (q, k, v)]
             for at, start in enumerate(range(first.start, end, ROWS)):

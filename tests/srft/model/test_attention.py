@@ -6,14 +6,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from srft.learn.packing import Sequence, pack, predictors
 from srft.model import Rows, Segment, Segments, hidden_states
-from srft.model.attention import NAME, ROWS, arguments, packed_attention, use_packed_attention, varlen
+from srft.model.attention import LONG, NAME, ROWS, arguments, packed_attention, use_packed_attention, varlen
 from tests.srft.conftest import tiny_model
 
-# Lengths of prompts, and of what shares each: small ones in a tile, beyond a tile, one alone, a prompt beyond a window
+# Lengths of prompts, and of what shares each: small ones under one mask, longer ones under several, or under none
 GROUPS = {
     "small": [(3, [4, 1, 2]), (1, [1]), (5, [])],
     "large": [(20, [ROWS + 30, 5]), (ROWS + 9, [7, ROWS + 1]), (2 * ROWS + 3, [])],
-    "mixed": [(ROWS - 1, [1, 1, 1]), (ROWS, []), (1, [ROWS]), (700, [3, 300])],
+    "mixed": [(ROWS - 1, [1, 1, 1]), (ROWS, []), (1, [ROWS]), (LONG, [LONG]), (700, [3, 300])],
+    "long": [(LONG + 1, [9, LONG - 1]), (5, [LONG + ROWS + 1, 2])],
     "alone": [(11, [])],
 }
 
@@ -53,7 +54,7 @@ def alone(query, key, value, segments: Segments, window: int | None) -> torch.Te
     return torch.cat(parts, 2).transpose(1, 2)
 
 
-@pytest.mark.parametrize("window", [None, 1, 6, ROWS - 1, 400])
+@pytest.mark.parametrize("window", [None, 1, 6, ROWS - 1, 400, LONG + 9])
 @pytest.mark.parametrize("groups", GROUPS)
 def test_outputs_and_gradients_are_those_of_sequences_alone(groups, window):
     segments = row_of(GROUPS[groups])
