@@ -67,6 +67,9 @@ class ModelConfig(Section):
     attention: str = option(
         "auto", "auto, sdpa: packed rows where the model allows; or eager, flash_attention_2, … of transformers"
     )
+    reference: str = option(
+        "", "model that loss.options.kl_coef keeps near; not given: model.path as it was before training"
+    )
     dropout: bool = option(False, "keep the model's dropout in training; rollouts are sampled without it")
     trust_remote_code: bool = option(False, "run the Python code that comes with a model which transformers lacks")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward: less memory, more time")

@@ -39,7 +39,7 @@ def demonstration_loss(
         def logprobs(m=m) -> torch.Tensor:
             return sk.linear_logprobs(predictors(model, m), target=m.target, **head_of(model)).logprobs
 
-        found = ranks.forward(logprobs).double()
+        found = ranks.forward(loaded, logprobs).double()
         total += torch.stack([-found.sum(), found.new_tensor(len(found))])
     model.train(training)
     loss, count = ranks.add(total).tolist()

@@ -36,6 +36,7 @@ DESCRIPTIONS = {
     "clip_high_fraction": "share above it, where the advantage is positive",
     "dual_clip_fraction": "share whose loss dual_clip bounds",
     "approx_kl": "KL(sampling policy ‖ policy), mean of r − 1 − log r over rollout tokens (nats)",
+    "ref_kl": "KL(policy ‖ reference) on rollout tokens, as loss.options.kl_estimator estimates it (nats)",
     "grad_norm": "gradient norm before clipping",
     "demo_grad_norm": "norm of the loss's gradient to the hidden states that predict demonstration tokens",
     "rollout_grad_norm": "norm of the same for rollout tokens",

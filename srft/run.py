@@ -22,10 +22,11 @@ from srft.errors import UserError, disk_full, first_line
 from srft.evaluate import Unscored, evaluate, held_out_problems, measured_on, scorer_for
 from srft.evaluation import Evaluation, table
 from srft.learn import job as jobs
+from srft.learn.objective import refers
 from srft.learn.stages import naming, parts_of, stages_of, steps_of
 from srft.learn.unused import tell_unused
 from srft.likelihood import demonstration_loss
-from srft.model import LoadedModel, load_model, load_tokenizer
+from srft.model import LoadedModel, load_model, load_reference, load_tokenizer
 from srft.origin import origin
 from srft.progress import steps_with_bar
 from srft.ranks import Ranks, broadcast
@@ -361,8 +362,9 @@ def prepared(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> J
         before = steps_of(began, parts_of(began), list(map(len, problems)))
         resume.check_stages(resumed, before, [stage.config.train.steps for stage in stages], done)
     measured = held_out_problems(config, prompter, held_out, held_out_scorer, positions, parts)
+    reference = load_reference(config.model, tokenizer) if any(refers(part.objective) for part in parts) else None
     loaded = load_model(model, tokenizer=tokenizer)
-    trainer = Trainer(stages, loaded, prompter, ranks.scorer(scorer), done=done, ranks=ranks)
+    trainer = Trainer(stages, loaded, prompter, ranks.scorer(scorer), done=done, ranks=ranks, reference=reference)
     if resumed:
         checkpoint.read_state(trainer.optimizer.state(), resumed / checkpoint.STATE, ranks)
         trainer.optimizer.write_back()

@@ -38,6 +38,7 @@ from torch import Tensor
 import srft_kernels as sk
 from srft.data import Problem, Prompter
 from srft.learn.credit import Group, advantages_of, informative, reward_metrics, scored, sequences_of, switched
+from srft.learn.objective import refers
 from srft.learn.order import drawn
 from srft.learn.packing import Microbatch, Sequence, pack, predictors
 from srft.learn.stages import Stage, stage_at
@@ -52,6 +53,7 @@ from srft.rollout import Engine, Rollout, build_engine
 class Trainer:
     """Model and optimizer of a run, and its stages. `loss_function` has the signature of `srft_kernels.linear_loss`.
 
+    reference: what a loss with kl_coef keeps near.
     done: steps that the run has done, where it goes on; what they have left is loaded into the optimizer's state.
     """
 
@@ -66,14 +68,19 @@ class Trainer:
         engine: Engine | None = None,
         loss_function: Callable[..., sk.LossOutput] = sk.linear_loss,
         ranks: Ranks | None = None,
+        reference: LoadedModel | None = None,
     ):
         self.stages, self.loaded, self.prompter, self.scorer = stages, loaded, prompter, scorer
         self.ranks = ranks or Ranks()
         self._enter(stage_at(stages, done))
-        self.engine = self.ranks.engine(engine or build_engine(self.config.rollout.engine, loaded))
+        self.engine = self.ranks.engine(engine or build_engine(self.config.rollout.engine, loaded), loaded)
         self.stale = False  # whether the model has weights that the engine was not told of
         self.loss_function = loss_function
         self.rows = replace(loaded.rows, shared=loaded.rows.shared and self.config.train.share_prompts)
+        self.reference = reference
+        if reference:
+            self.rows = self.rows.common(reference.rows)
+            self.ranks.shard(reference)
         self.ranks.shard(loaded)
         self.optimizer = Optimizer(loaded.model, self.config.train)
 
@@ -210,6 +217,8 @@ class Trainer:
         known: dict[str, Tensor] = {}
         if updates > 1:  # from the second update on the rollouts are no longer the policy's own
             known["old_logprobs"] = self._statistics(microbatches)[0]
+        if refers(self.objective):
+            known["ref_logprobs"] = self._statistics(microbatches, self.reference)[0]
         lines = [self._update(microbatches, number, known) for _ in range(updates)]
         self.stale |= bool(microbatches) and not all(line["skipped_updates"] for line in lines)
         means = {name: mean([line[name] for line in lines]) for name in lines[0]}
@@ -255,14 +264,14 @@ class Trainer:
         }
         return {name: float(value) for name, value in values.items()}
 
-    def _head_input(self, microbatch: Microbatch) -> dict[str, Any]:
+    def _head_input(self, microbatch: Microbatch, of: LoadedModel) -> dict[str, Any]:
         """Arguments of the loss head: hidden states (n, H) that predict the targets, the targets (n,), and the head.
 
         Prompts and padding stay behind. To be called where the head is whole: within `ranks.forward`.
         """
-        hidden = predictors(self.loaded.model, microbatch)
+        hidden = predictors(of.model, microbatch)
         temperature = self.config.rollout.temperature if self.learns_from_rollouts else 1.0
-        return {"input": hidden, "target": microbatch.target, "temperature": temperature, **head_of(self.loaded.model)}
+        return {"input": hidden, "target": microbatch.target, "temperature": temperature, **head_of(of.model)}
 
     def _token_loss(
         self, microbatch: Microbatch, annotations: dict[str, Tensor], squares: Tensor
@@ -270,17 +279,20 @@ class Trainer:
         """(the microbatch's part of the loss, log-probs (n,), entropies (n,)); its backward adds to squares (2,)."""
 
         def forward() -> tuple[Tensor, Tensor, Tensor]:
-            head_input = self._head_input(microbatch)
+            head_input = self._head_input(microbatch, self.loaded)
             head_input["input"].register_hook(partial(add_squares, squares, annotations["is_demo"]))
             out = self.loss_function(objective=self.objective, **head_input, **annotations)
             return out.loss, out.logprobs, out.entropy
 
-        return self.ranks.forward(forward)
+        return self.ranks.forward(self.loaded, forward)
 
     @torch.no_grad()
-    def _statistics(self, microbatches: list[Microbatch]) -> tuple[Tensor, Tensor]:
-        """(log-probs, entropies) of the step's N tokens under the model as it is now."""
-        stats = [self.ranks.forward(lambda m=m: sk.linear_logprobs(**self._head_input(m))) for m in microbatches]
+    def _statistics(self, microbatches: list[Microbatch], of: LoadedModel | None = None) -> tuple[Tensor, Tensor]:
+        """(log-probs, entropies) of the step's N tokens under the model as it is now, or under another one."""
+        of = of or self.loaded
+        stats = [
+            self.ranks.forward(of, lambda m=m: sk.linear_logprobs(**self._head_input(m, of))) for m in microbatches
+        ]
         return (
             self._in_step_order(microbatches, [s.logprobs for s in stats]),
             self._in_step_order(microbatches, [s.entropy for s in stats]),

@@ -13,7 +13,8 @@ from srft.errors import UserError, nearest
 from srft.settings import words
 from srft_kernels.objectives import Objective
 
-GIVEN = ("advantages", "rewards", "is_demo", "sequence_ids")  # what the trainer tells the loss about every token
+# What the trainer tells the loss about every token; the last where the objective asks for it
+GIVEN = ("advantages", "rewards", "is_demo", "sequence_ids", "ref_logprobs")
 
 
 def build_objective(config: LossConfig) -> Objective:
@@ -42,9 +43,14 @@ def build_objective(config: LossConfig) -> Objective:
     if unknown := [name for name in objective.requires(GIVEN) if name not in GIVEN]:
         raise UserError(
             f"loss.options for {config.preset}: the objective needs {', '.join(unknown)}, which srft train does not "
-            "compute; leave out the option that asks for it (kl_coef, say)"
+            "compute; leave out the option that asks for it"
         )
     return objective
+
+
+def refers(objective: Objective) -> bool:
+    """Does it need the log-probs of a reference?"""
+    return "ref_logprobs" in objective.requires(GIVEN)
 
 
 def option_types(preset: Callable[..., Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from srft.config import Config
+from srft.learn.objective import refers
 from srft.learn.stages import Part
 from srft.settings import OF_EVALUATION
 from srft_kernels.objectives import Objective
@@ -64,6 +65,8 @@ def unused_by(objectives: Sequence[Objective], config: Config) -> Iterator[tuple
     both = any({"demonstrations", "rollouts"} <= {*objective.learns_from} for objective in objectives)
     if is_set(config, "train", "demo_share") and not both:
         yield "train", "demo_share", "does not learn from demonstrations and rollouts at once"
+    if config.model.reference and not any(map(refers, objectives)):
+        yield "model", "reference", "has no term that keeps near it (loss.options.kl_coef)"
     if config.loss.hpt_threshold and not any(objective.switches for objective in objectives):
         yield "loss", "hpt_threshold", "switches between no losses"
 

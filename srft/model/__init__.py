@@ -3,6 +3,7 @@
 from srft.model.attention import Segment, Segments
 from srft.model.head import POSITIONS, head_of, hidden_states
 from srft.model.load import EMBEDDED, LoadedModel, load_model, load_tokenizer
+from srft.model.reference import load_reference
 from srft.model.rows import PADDED, Rows
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "head_of",
     "hidden_states",
     "load_model",
+    "load_reference",
     "load_tokenizer",
 ]

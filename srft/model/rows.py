@@ -39,6 +39,11 @@ class Rows:
     apart: int = sys.maxsize
     reason: str = field(default="", compare=False)
 
+    def common(self, other: "Rows") -> "Rows":
+        """How sequences may stand together that two models read."""
+        shared = self.shared and other.shared
+        return Rows(self.packed and other.packed, shared, min(self.apart, other.apart), self.reason or other.reason)
+
 
 PADDED = Rows()
 

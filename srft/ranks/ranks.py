@@ -47,7 +47,7 @@ class Ranks:
         """Sum over the ranks, in place."""
         return tensor
 
-    def engine(self, engine: "Engine") -> "Engine":
+    def engine(self, engine: "Engine", loaded: "LoadedModel") -> "Engine":
         """An engine with which ranks generate for a part of the prompts each, and all get all completions."""
         return engine
 
@@ -56,17 +56,20 @@ class Ranks:
         return scorer
 
     def shard(self, loaded: "LoadedModel") -> None:
-        """Leave a part of every weight on this rank; from then on weights are used inside `forward` or `whole`."""
+        """Leave a part of every weight on this rank; from then on weights are used inside `forward` or `whole`.
 
-    def forward(self, function: Callable[[], T]) -> T:
+        Of one model after the other, where there are several.
+        """
+
+    def forward(self, loaded: "LoadedModel", function: Callable[[], T]) -> T:
         """Call it inside of the forward of the module that owns embedding, final norm and head.
 
         The head's weight is whole there, and its gradient is summed over the ranks. All ranks must call it.
         """
         return function()
 
-    def whole(self, function: Callable[[], T]) -> T:
-        """Call it while every weight is whole on every rank, without gradients. All ranks must call it."""
+    def whole(self, loaded: "LoadedModel", function: Callable[[], T]) -> T:
+        """Call it while every weight of the model is whole on every rank, without gradients. All ranks must call it."""
         return function()
 
     def weights(self, loaded: "LoadedModel") -> "Iterator[tuple[str, Tensor]]":

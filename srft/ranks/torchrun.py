@@ -46,6 +46,7 @@ class TorchRanks(Ranks):
         dist.init_process_group()  # gloo for what lies on the CPU, NCCL for GPUs
         agent = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         self.store = dist.PrefixStore("srft", agent)
+        self.owners: dict[nn.Module, Owner] = {}  # of each model that is sharded
         self.telling = threading.Lock()
         self.stands_in = False  # whether this rank writes what the first one cannot
         self._listen()
@@ -73,8 +74,8 @@ class TorchRanks(Ranks):
         dist.all_reduce(tensor)
         return tensor
 
-    def engine(self, engine: Engine) -> Engine:
-        return DividedEngine(engine, self)
+    def engine(self, engine: Engine, loaded: LoadedModel) -> Engine:
+        return DividedEngine(engine, self, loaded)
 
     def scorer(self, scorer: Scorer) -> Scorer:
         return DividedScorer(scorer, self)
@@ -82,7 +83,8 @@ class TorchRanks(Ranks):
     # The model
 
     def shard(self, loaded: LoadedModel) -> None:
-        """Weights become fp32 DTensors, sharded in dimension 0; layers and the rest are gathered in the model's type.
+        """Weights become DTensors, sharded in dimension 0, in fp32 where they are trained; layers and the rest are
+        gathered in the model's type.
 
         One group per transformer block, and one for everything else (embedding, final norm, head), tied or not.
         Gradients are summed in fp32: token weights are already those of the whole step.
@@ -92,32 +94,33 @@ class TorchRanks(Ranks):
         policy = MixedPrecisionPolicy(loaded.dtype, torch.float32, cast_forward_inputs=False)
         names = model._no_split_modules or ()
         blocks = [module for module in model.modules() if type(module).__name__ in names]
-        self.owner = Owner(model)
-        for module in [*reversed(blocks), self.owner]:
+        owner = self.owners[model] = Owner(model)
+        for module in [*reversed(blocks), owner]:
             for weight in module.parameters():
-                if not isinstance(weight, DTensor):
+                if weight.requires_grad and not isinstance(weight, DTensor):
                     weight.data = weight.data.float()
             fully_shard(module, mesh=mesh, mp_policy=policy)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
-    def forward(self, function: Callable[[], T]) -> T:
-        return self.owner(function)
+    def forward(self, loaded: LoadedModel, function: Callable[[], T]) -> T:
+        return self.owners[loaded.model](function)
 
     @torch.no_grad()
-    def whole(self, function: Callable[[], T]) -> T:
+    def whole(self, loaded: LoadedModel, function: Callable[[], T]) -> T:
         """Gathers everything first: ranks that generate for different numbers of steps must not wait for each other."""
-        groups = [module for module in self.owner.modules() if isinstance(module, FSDPModule)]
+        owner = self.owners[loaded.model]
+        groups = [module for module in owner.modules() if isinstance(module, FSDPModule)]
 
         def gathered() -> T:
             for group in groups:
                 group.unshard()
             return function()
 
-        self.owner.set_reshard_after_forward(False)
-        result = self.owner(gathered)
+        owner.set_reshard_after_forward(False)
+        result = owner(gathered)
         for group in groups:
-            group.set_reshard_after_forward(group is not self.owner, recurse=False)
+            group.set_reshard_after_forward(group is not owner, recurse=False)
             group.reshard()
         return result
 
@@ -244,6 +247,7 @@ class DividedEngine(Engine):
 
     alone: Engine
     ranks: TorchRanks
+    loaded: LoadedModel
 
     def generate(self, prompts: list[list[int]], samples: int, **settings: Any) -> list[list[Rollout]]:
         numbers = range(self.ranks.rank, len(prompts), self.ranks.size)
@@ -252,7 +256,7 @@ class DividedEngine(Engine):
         def generate() -> list[list[Rollout]]:
             return self.alone.generate(mine, samples, numbers=numbers, **settings)
 
-        groups = self.ranks.whole(generate) if self.alone.needs_model else generate()
+        groups = self.ranks.whole(self.loaded, generate) if self.alone.needs_model else generate()
         merged: list[list[Rollout]] = [[] for _ in prompts]
         for rank, part in enumerate(self.ranks.gather(groups)):
             merged[rank :: self.ranks.size] = part

@@ -181,6 +181,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(tiny_dir, tmp_path,
     timed = ("seconds_rollout", "seconds_train", "tokens_per_second", "peak_memory_mb")
     more = ["--model.dtype", dtype, "--run.checkpoint_every", "2", "--eval.every", "3", "--train.steps", "5"]
     more += ["--train.lr", "1e-3", "--train.updates_per_rollout", "2"]
+    more += ["--loss.options.kl_coef", "0.1"]  # to the model that the run began with, not to its checkpoint
     run(small_run(tiny_dir, tmp_path / "whole", *more))
     stopped = tmp_path / "stopped"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

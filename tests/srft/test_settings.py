@@ -132,7 +132,7 @@ def test_wrong_overrides_are_named(overrides, expected):
         ("max_completion_length", "here it is 'rollout.max_new_tokens'"),
         ("loss.epsilon_high", "here it is 'loss.options.clip_high'"),
         ("loss.clip_low", "here it is 'loss.options.clip_low'"),
-        ("loss.beta", "there is no reference model"),
+        ("loss.beta", "the KL term to model.reference is in the loss"),
         ("model.lora_r", "adapters (LoRA) are not supported yet"),
         ("train.gradient_accumulation_steps", "microbatches are as many as train.token_budget tokens each make"),
         ("train.warmup_ratio", "it is a number of steps here: train.warmup_steps"),

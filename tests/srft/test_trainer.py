@@ -442,3 +442,41 @@ def test_rollouts_that_were_cut_have_no_loss_where_asked(tiny, masked):
     trainer = make(tiny, "--loss.preset", "grpo", *option, engine=engine, reward=by_length)
     line, _ = trainer.step(1)
     assert (line["rollout_tokens"] == 0) == masked and line["reward_std"] > 0
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_the_kl_term_is_its_formula_with_the_log_probs_of_the_reference(estimator):
+    """Value and gradient, from full logits of each sequence alone."""
+    terms = {
+        "k1": lambda p, q: p - q,
+        "k2": lambda p, q: (p - q) ** 2 / 2,
+        "k3": lambda p, q: (q - p).exp() - (q - p) - 1,
+    }
+    loaded, reference = fresh(torch.float64), fresh(torch.float64)
+    with torch.no_grad():
+        for weight in reference.model.parameters():
+            weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1), dtype=weight.dtype)
+    sequences = [each for each in some_sequences() if not each.is_demo]
+    found = {}
+    for coefficient in (0.0, 0.3):
+        options = ("--loss.preset", "grpo", "--loss.options.kl_coef", str(coefficient), "--rollout.temperature", "0.7")
+        trainer = make(loaded, *options, "--loss.options.kl_estimator", estimator, reference=reference)
+        trainer.optimizer.step = lambda number: {"skipped_updates": 0.0}
+        loaded.model.zero_grad()
+        metrics = trainer._learn(pack(sequences, token_budget=25, rows=trainer.rows), 1)
+        found[coefficient] = metrics, [p.grad.clone() for p in loaded.model.parameters()]
+    (plain, plain_gradients), (metrics, gradients) = found.values()
+    assert "ref_kl" not in plain and all(p.grad is None for p in reference.model.parameters())
+
+    def logprobs(model, sequence):
+        ids = torch.tensor([*sequence.prompt, *sequence.completion])
+        every = (model(ids[None]).logits[0, :-1] / 0.7).log_softmax(-1)
+        return every.gather(1, ids[1:, None])[len(sequence.prompt) - 1 :, 0]
+
+    each = [(logprobs(loaded.model, s), logprobs(reference.model, s).detach()) for s in sequences]
+    kl = torch.cat([terms[estimator](*pair) for pair in each])
+    expected = torch.autograd.grad(0.3 * kl.mean(), list(loaded.model.parameters()))
+    assert metrics["ref_kl"] == pytest.approx(float(kl.mean()), rel=1e-5)
+    assert metrics["loss"] - plain["loss"] == pytest.approx(0.3 * float(kl.mean()), rel=1e-5)
+    for ours, without, theirs in zip(gradients, plain_gradients, expected):
+        assert (ours - without - theirs).norm() <= 1e-5 * theirs.norm()

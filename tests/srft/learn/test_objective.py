@@ -1,12 +1,15 @@
 """loss.preset and loss.options: what they become, and one message for each that cannot work."""
 
+from typing import Any
+
 import pytest
 
 import srft_kernels as sk
 from srft.config import LossConfig
 from srft.errors import UserError
-from srft.learn.objective import build_objective
+from srft.learn.objective import build_objective, refers
 from srft.settings import load
+from srft_kernels.objectives import PolicyGradient
 
 
 @pytest.mark.parametrize(
@@ -15,7 +18,6 @@ from srft.settings import load
         ("srft_papr", {}, r"loss\.preset.*found 'srft_papr'; did you mean 'srft_paper'"),
         ("srft_paper", {"entropy_sgn": 1}, r"loss\.options\.entropy_sgn: unknown option; did you mean 'entropy_sign'"),
         ("srft_paper", {"level": "word"}, r"loss\.options.*level"),
-        ("grpo", {"kl_coef": 0.1}, "ref_logprobs"),
         ("srft_paper", {"demo_sft_coef": "abc"}, r"loss\.options\.demo_sft_coef: expected a number, found 'abc'"),
         ("srft_paper", {"demo_sft_coef": True}, "expected a number, found True"),
         ("srft_paper", {"demo_sft_coef": float("nan")}, "expected a number, found nan"),
@@ -34,6 +36,21 @@ from srft.settings import load
 def test_what_cannot_work_is_named(preset, options, expected):
     with pytest.raises(UserError, match=expected):
         build_objective(LossConfig(preset, options))
+
+
+def test_what_the_trainer_does_not_compute_is_named(monkeypatch):
+    def grpo(**options: Any) -> PolicyGradient:
+        return PolicyGradient(correction=sk.Correction("truncate"), **options)
+
+    monkeypatch.setattr(sk, "grpo", grpo)
+    with pytest.raises(UserError, match=r"the objective needs sampler_logprobs, which srft train does not compute"):
+        build_objective(LossConfig("grpo"))
+
+
+@pytest.mark.parametrize("preset", ["srft_paper", "grpo", "chord", "luffy"])
+def test_a_reference_is_asked_for_where_the_loss_keeps_near_one(preset):
+    assert refers(build_objective(LossConfig(preset, {"kl_coef": 0.1})))
+    assert not refers(build_objective(LossConfig(preset)))
 
 
 def test_options_are_fields_and_arguments_of_the_preset():

@@ -10,6 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from srft.learn.packing import pack
+from srft.model import LoadedModel
 from srft.model.load import checkpoint_activations
 from srft.ranks import Ranks, join
 from srft.rollout import Engine, Rollout
@@ -22,6 +23,7 @@ CASES = {
     "bfloat16": (torch.bfloat16, [], {}),
     "recomputed": (torch.float32, [], {"gradient_checkpointing": True}),
     "two passes": (torch.float32, ["--loss.preset", "srft_hpt"], {}),
+    "reference": (torch.bfloat16, ["--loss.options.kl_coef", "0.3"], {}),
     "whole step": (torch.float32, ["--loss.options.level", "batch"], {"tie_word_embeddings": False}),
 }
 
@@ -39,6 +41,13 @@ class Listening(Engine):
         self.released += 1
 
 
+def frozen() -> LoadedModel:
+    """A reference that says something else."""
+    loaded = fresh(torch.bfloat16, tie_word_embeddings=False)
+    loaded.model.requires_grad_(False).eval()
+    return loaded
+
+
 def measure(ranks: Ranks) -> dict:
     """{case: what the trainer's update on a step's microbatches computes}: loss, gradients by name, metrics."""
     results = {}
@@ -48,11 +57,11 @@ def measure(ranks: Ranks) -> dict:
         loaded = fresh(dtype, **changes)
         if recompute:
             checkpoint_activations(loaded.model)
-        engine = Listening()
-        trainer = make(loaded, *options, ranks=ranks, engine=engine)
+        engine, reference = Listening(), frozen() if name == "reference" else None
+        trainer = make(loaded, *options, ranks=ranks, engine=engine, reference=reference)
         parts = pack(some_sequences(), token_budget=25, rows=trainer.rows, rank=ranks.rank, ranks=ranks.size)
-        trainer.optimizer.step, step = lambda number: {}, trainer.optimizer.step
-        metrics = trainer._update(parts, 1, {})
+        trainer.optimizer.step, step = lambda number: {"skipped_updates": 1.0}, trainer.optimizer.step
+        metrics = trainer._learn(parts, 1)
         masters = dict(zip(trainer.optimizer.names, trainer.optimizer.masters))
         gradients = {key: whole(master.grad) for key, master in masters.items()}
         update = step(0)
