@@ -5,8 +5,9 @@ row = Segments([Segment(0, 5), Segment(5, 8, prompt=(0, 5)), Segment(8, 12, prom
 hidden = hidden_states(model, ids, row)                                             # ids (1, T)
 
 On CUDA in half precision it is torch's varlen_attn, or scaled_dot_product_attention of a row that is one sequence;
-elsewhere the latter, segment by segment, and of small ones together. So memory grows with T, not with its square, as
-long as few share a long prompt, whose keys each of them has beside its own (learn/packing.py sees to that).
+elsewhere the latter, of a long segment at once, of others some queries at a time. So memory grows with T, not with its
+square, as long as few share a long prompt, whose keys each of them has beside its own (learn/packing.py sees to that),
+and without attention dropout, for which only a kernel that keeps the scores does on a CPU.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 NAME = "srft"  # among transformers' implementations of attention
 HALF = (torch.float16, torch.bfloat16)
 ROWS = 128  # queries under one mask: of several small segments, or a part of one
-LONG = 512  # tokens of a segment from which on a kernel that takes no mask is the faster one
+LONG = 512  # tokens of a segment beyond which a kernel that takes no mask is the faster one
 
 
 class Segment(NamedTuple):
@@ -47,6 +48,12 @@ class Segment(NamedTuple):
     def before(self) -> int:
         """Tokens of its prompt: the position of its own first one."""
         return self.prompt[1] - self.prompt[0]
+
+    @property
+    def long(self) -> bool:
+        """Without a mask: its prompt's queries are then computed once more, which a longer prompt makes dear. But masks
+        are kept for the backward pass, and their size is that of a square."""
+        return self.length > (4 * LONG if self.before > self.length else LONG)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +149,8 @@ def packed_attention(
     sliding_window: a token sees so many, itself included.
     """
     if segments is None:
+        if attention_mask is None and 1 < query.shape[2] != key.shape[2] and getattr(module, "is_causal", True):
+            raise NotImplementedError("it has fewer queries than keys, and no mask to say which they are")
         if attention_mask is not None and attention_mask.shape == (1, 1, 1, 1) and query.shape[2] > 1:
             raise NotImplementedError("it does not tell its attention the segments of a packed row")
         from transformers import AttentionInterface
@@ -156,12 +165,12 @@ def packed_attention(
     if len(segments.of) > 1 and not dropout and varlen_takes(query, value):
         return varlen(query, key, value, segments, sliding_window, scaling), None
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    size, grouped = value.shape[-1], query.shape[1] != key.shape[1]
+    size, width, grouped = value.shape[-1], max(query.shape[-1], value.shape[-1]), query.shape[1] != key.shape[1]
     if query.is_cuda and grouped and query.dtype not in HALF:  # there no kernel without scores takes groups
         key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], 1) for each in (key, value))
         grouped = False
-    if size < query.shape[-1]:  # nor one where values are smaller
-        value = pad(value, (0, query.shape[-1] - size))
+    # ... nor one where values are of another size than keys.
+    query, key, value = (pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (query, key, value))
     options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": grouped}
     with fastest(query):
         parts = list(in_tiles(query, key, value, segments, sliding_window, options))
@@ -182,20 +191,17 @@ def in_tiles(
         first, end = tile[0], tile[-1].end
         prompts = list(dict.fromkeys(each.prompt for each in tile if each.before and each.prompt[0] < first.start))
         before = [[part_of(parts, segments, prompt) for prompt in prompts] for parts in of_tiles]
-        whole = window is None or all(each.before + each.length <= window for each in tile)
-        if end - first.start <= LONG:
-            mask = visible(segments, (first.start, end), [*prompts, (first.start, end)], window).to(q.device)
+        if not (len(tile) == 1 and first.long):
             k, v = (torch.cat([*own, each], 2) if own else each for own, each in zip(before[1:], (k, v)))
-            seen = k.shape[2] - q.shape[2]
-            for rows, mask_of_rows in zip(q.split(ROWS, 2), mask.split(ROWS)):  # the keys behind them are not read
-                seen += rows.shape[2]
-                yield scaled_dot_product_attention(
-                    rows, k[:, :, :seen], v[:, :, :seen], attn_mask=mask_of_rows[:, :seen], **options
-                )
-        elif whole:  # behind a prompt its queries are computed once more, which needs no mask
+            for start, rows in zip(range(first.start, end, ROWS), q.split(ROWS, 2)):
+                stop = start + rows.shape[2]
+                mask = visible(segments, (start, stop), [*prompts, (first.start, stop)], window).to(q.device)
+                seen = mask.shape[1]  # the keys behind them are not read
+                yield scaled_dot_product_attention(rows, k[:, :, :seen], v[:, :, :seen], attn_mask=mask, **options)
+        elif window is None or first.before + first.length <= window:
             q, k, v = (torch.cat([*own, each], 2) if own else each for own, each in zip(before, (q, k, v)))
             yield scaled_dot_product_attention(q, k, v, is_causal=True, **options)[:, :, first.before :]
-        else:  # a long segment with a short window
+        else:  # a window that is shorter
             blocks = [each.split(ROWS, 2) for each in (q, k, v)]
             for at, start in enumerate(range(first.start, end, ROWS)):
                 back = max(0, (at * ROWS - window + 1) // ROWS)  # the first block that is not beyond the window

@@ -4,6 +4,7 @@ A backbone that does not follow the segments of a packed row (a recurrence, an a
 from the start, …) would silently mix sequences up, so it is tried out.
 """
 
+import contextlib
 import inspect
 import re
 import sys
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 # Attention that sees what its arguments say. A trial of few tokens would not show what others make of many.
 LAYERS = {"full_attention", "sliding_attention"}
 CHOICES = ("attention_chunk_size", "index_topk", "attn_temperature_tuning")
-# Rotary frequencies that change for all of a row once one of its sequences is longer than this many tokens
-SCALED = {"longrope", "dynamic"}
+# Rotary frequencies that change for all of a row once one of its sequences is longer than this of the config
+SCALED = {"longrope": "original_max_position_embeddings", "dynamic": "max_position_embeddings"}
 
 
 @dataclass(frozen=True)
@@ -78,20 +79,18 @@ def unknown(model: "PreTrainedModel", config: Any) -> str:
         return f"its layers of {strange[0]}"
     if chosen := [name for name in CHOICES if getattr(config, name, None)]:
         return f"its {chosen[0]}"
-    try:
-        code = inspect.getsource(sys.modules[type(model).__module__])
-    except (OSError, KeyError, TypeError):
-        code = ""
-    return "its code asks for sdpa by name" if re.search(r"_attn_implementation\b[^\n]*[\"']sdpa[\"']", code) else ""
+    for kind in {type(module) for module in model.modules() if "attention" in type(module).__name__.lower()}:
+        with contextlib.suppress(OSError, TypeError):  # no source
+            if re.search(r"_attn_implementation\b[^\n]*[\"']sdpa[\"']", inspect.getsource(kind)):
+                return "its attention asks for sdpa by name"
+    return ""
 
 
 def frequencies_change(config: Any) -> int:
     rope = getattr(config, "rope_parameters", None) or {}
     of_layers = [each for each in (rope, *rope.values()) if isinstance(each, dict) and each.get("rope_type") in SCALED]
-    names = ("original_max_position_embeddings", "max_position_embeddings")
-    known = [getattr(config, name, None) for name in names if of_layers]
-    lengths = [each.get(names[0]) for each in of_layers] + known
-    return min([each for each in lengths if each], default=sys.maxsize)
+    names = [(each, SCALED[each["rope_type"]]) for each in of_layers]
+    return min([each.get(name) or getattr(config, name) for each, name in names], default=sys.maxsize)
 
 
 def trial(model: "PreTrainedModel") -> list[Tensor]:
@@ -123,6 +122,8 @@ def strayed(model: "PreTrainedModel", alone: list[Tensor], shared: bool) -> str:
         ):
             return "its attention is not sdpa alone"
         found = hidden_states(model, row[None], segments)[0]
+        if not windows_arrive(model.config.get_text_config(), segments):
+            return "its attention is not told of a window"
         if far(found, expected) > (0.05 if half else 1e-3):
             return "in a packed row it says something else"
         for start, end in changes:
@@ -132,9 +133,7 @@ def strayed(model: "PreTrainedModel", alone: list[Tensor], shared: bool) -> str:
             kept = [i for i in range(len(row)) if not start <= i < end]
             if farthest(after[kept], found[kept]) > (1e-3 if half else 1e-5):
                 return "in a packed row its sequences see each other"
-        return (
-            "" if windows_arrive(model.config.get_text_config(), segments) else "its attention is not told of a window"
-        )
+        return ""
     except torch.OutOfMemoryError:
         raise
     except Exception as problem:  # whatever a backbone says about arguments that it does not know

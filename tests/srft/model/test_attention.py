@@ -14,7 +14,7 @@ GROUPS = {
     "small": [(3, [4, 1, 2]), (1, [1]), (5, [])],
     "large": [(20, [ROWS + 30, 5]), (ROWS + 9, [7, ROWS + 1]), (2 * ROWS + 3, [])],
     "mixed": [(ROWS - 1, [1, 1, 1]), (ROWS, []), (1, [ROWS]), (LONG, [LONG]), (700, [3, 300])],
-    "long": [(LONG + 1, [9, LONG - 1]), (5, [LONG + ROWS + 1, 2])],
+    "long": [(LONG + 1, [9, LONG - 1]), (5, [LONG + ROWS + 1, 2]), (LONG + 5, [LONG + 3])],
     "alone": [(11, [])],
 }
 
@@ -153,6 +153,8 @@ def test_a_packed_row_without_its_segments_is_refused():
     query = torch.zeros(1, 1, 3, 4)
     with pytest.raises(NotImplementedError, match="does not tell its attention the segments"):
         packed_attention(torch.nn.Module(), query, query, query, torch.ones(1, 1, 1, 1, dtype=torch.bool))
+    with pytest.raises(NotImplementedError, match="fewer queries than keys, and no mask to say which"):
+        packed_attention(torch.nn.Module(), query[:, :, :2], query, query, None)
     row = row_of([(3, [])])
     for name in ("softcap", "s_aux", "position_bias"):
         with pytest.raises(NotImplementedError, match=f"its attention has {name}"):
@@ -162,14 +164,23 @@ def test_a_packed_row_without_its_segments_is_refused():
             packed_attention(MODULE, query, query, query, mask, segments=row)
 
 
-def test_values_may_be_smaller_than_keys():
+def test_masks_are_for_few_tokens_or_for_some_behind_more():
+    """A long one without a mask has its prompt's queries computed once more."""
+    few, long = Segment(0, LONG), Segment(0, LONG + 1)
+    assert not few.long and long.long and Segment(9, LONG + 10, (0, 9)).long
+    assert not Segment(5000, 5000 + LONG + 1, (0, 5000)).long and Segment(5000, 5000 + 4 * LONG + 1, (0, 5000)).long
+
+
+@pytest.mark.parametrize("size", [5, 11])
+def test_values_may_be_of_another_size_than_keys(size):
     segments = row_of(GROUPS["large"])
     query, key, value = states(segments)
-    found, _ = packed_attention(MODULE, query, key, value[..., :5], READY, scaling=0.3, segments=segments)
-    expected = alone(query, key, value[..., :5], segments, None)
+    value = states(segments, width=size)[2]
+    found, _ = packed_attention(MODULE, query, key, value, READY, scaling=0.3, segments=segments)
+    expected = alone(query, key, value, segments, None)
     assert found.shape == expected.shape and (found - expected).norm() <= 1e-12 * expected.norm()
-    default, _ = packed_attention(MODULE, query, key, value[..., :5], READY, segments=segments)
-    again, _ = packed_attention(MODULE, query, key, value[..., :5], READY, scaling=8**-0.5, segments=segments)
+    default, _ = packed_attention(MODULE, query, key, value, READY, segments=segments)
+    again, _ = packed_attention(MODULE, query, key, value, READY, scaling=8**-0.5, segments=segments)
     assert torch.equal(default, again)
 
 
