@@ -19,6 +19,7 @@ TRAIN = [
     "gguf>=0.10",  # reads the embedded SmolLM2 weights
 ]
 HUB = ["datasets>=3"]  # datasets of a hub by name
+LORA = ["peft>=0.18"]
 TENSORBOARD = ["tensorboard>=2.15"]
 TRACKERS = {"tensorboard": TENSORBOARD, "wandb": ["wandb>=0.17"], "trackio": ["trackio>=0.5"]}
 TEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.5", "hypothesis>=6.100", "psutil>=5.9", "numpy>=1.26"]
@@ -40,10 +41,11 @@ setup(
     extras_require={
         "train": TRAIN,
         "hub": HUB,
+        "lora": LORA,
         **TRACKERS,
         "test": TEST,
         "peers": PEERS,
-        "dev": TRAIN + TENSORBOARD + TEST + LINT,
+        "dev": TRAIN + LORA + TENSORBOARD + TEST + LINT,
     },
     entry_points={"console_scripts": ["srft=srft.cli:main"]},
     classifiers=[

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from srft.errors import UserError, disk_full
 from srft.model import LoadedModel
+from srft.model.adapters import FILE, save_adapters
 from srft.ranks import Ranks
 
 STATE = "state"
@@ -25,6 +26,7 @@ def save(
 ) -> Path:
     """Write model (safetensors), tokenizer and `state` to `directory`, which must not exist yet; returns it.
 
+    Where adapters are trained they are what is written.
     They are written beside it first and then renamed, so an interrupted save leaves nothing that looks like a
     checkpoint. All ranks must call it. Raises UserError where that fails (a full disk, say).
     """
@@ -39,7 +41,10 @@ def save(
             loaded.tokenizer.save_pretrained(partial)
         weights = ranks.state_dict(loaded)
         if ranks.main:
-            loaded.model.save_pretrained(partial, state_dict=weights)
+            if loaded.adapters:
+                save_adapters(loaded.adapters, partial, weights)
+            else:
+                loaded.model.save_pretrained(partial, state_dict=weights)
         if state is not None:
             write_state(state, partial / STATE, ranks)
         if ranks.main:
@@ -121,13 +126,14 @@ def resumable(directory: str) -> Path:
 
 def newest_model(directory: Path) -> Path | None:
     """The last saved model that the directory is, or that lies in it."""
-    models = [each.parent for each in (*directory.glob("config.json"), *directory.glob("[!.]*/config.json"))]
+    names = [f"{within}{name}" for name in ("config.json", FILE) for within in ("", "[!.]*/")]
+    models = [each.parent for name in names for each in directory.glob(name)]
 
     def age(model: Path) -> tuple[float, float]:
         """By its step where its name has one, for files that were copied are all new."""
         named = re.fullmatch(r"(?:checkpoint|interrupted)-(\d+)", model.name)
         step = math.inf if model.name == "final" else float(named[1]) if named else -1.0
-        return step, (model / "config.json").stat().st_mtime
+        return step, model.stat().st_mtime
 
     return max(models, key=age, default=None)
 

@@ -70,6 +70,16 @@ class ModelConfig(Section):
     reference: str = option(
         "", "model that loss.options.kl_coef keeps near; not given: model.path as it was before training"
     )
+    lora_rank: int = option(
+        0,
+        "LoRA: train matrices of this rank beside those of the model, which stay as they are; 0: train the model",
+        low=0,
+    )
+    lora_alpha: float = option(32.0, "LoRA: what is learned is added times lora_alpha / lora_rank", above=0)
+    lora_dropout: float = option(0.0, "LoRA: dropout of its input in training", low=0, below=1)
+    lora_targets: list[str] = option(  # noqa: RUF009
+        ["all-linear"], "LoRA: names of layers that have it: q_proj v_proj …; all-linear: every one but the head"
+    )
     dropout: bool = option(False, "keep the model's dropout in training; rollouts are sampled without it")
     trust_remote_code: bool = option(False, "run the Python code that comes with a model which transformers lacks")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward: less memory, more time")

@@ -26,7 +26,7 @@ from srft.learn.objective import refers
 from srft.learn.stages import naming, parts_of, stages_of, steps_of
 from srft.learn.unused import tell_unused
 from srft.likelihood import demonstration_loss
-from srft.model import LoadedModel, load_model, load_reference, load_tokenizer
+from srft.model import LoadedModel, load_merged, load_model, load_reference, load_tokenizer
 from srft.origin import origin
 from srft.progress import steps_with_bar
 from srft.ranks import Ranks, broadcast
@@ -177,7 +177,13 @@ class Run:
         """Save the model and write the report; returns it."""
         signals.release()
         self.prune()
-        checkpoint.save(self.loaded, self.directory / "final", self.ranks)
+        final = self.directory / "final"
+        if self.loaded.adapters:
+            adapter = checkpoint.save(self.loaded, self.directory / "adapter", self.ranks)
+            if self.ranks.main:
+                checkpoint.save(load_merged(self.config.model, adapter, self.loaded), final)
+        else:
+            checkpoint.save(self.loaded, final, self.ranks)
         self.status("finished")
         page = broadcast(self.ranks, lambda: report.build(self.directory))
         self.ranks.on_end = None
@@ -362,8 +368,8 @@ def prepared(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> J
         before = steps_of(began, parts_of(began), list(map(len, problems)))
         resume.check_stages(resumed, before, [stage.config.train.steps for stage in stages], done)
     measured = held_out_problems(config, prompter, held_out, held_out_scorer, positions, parts)
-    reference = load_reference(config.model, tokenizer) if any(refers(part.objective) for part in parts) else None
     loaded = load_model(model, tokenizer=tokenizer)
+    reference = load_reference(config.model, loaded) if any(refers(part.objective) for part in parts) else None
     trainer = Trainer(stages, loaded, prompter, ranks.scorer(scorer), done=done, ranks=ranks, reference=reference)
     if resumed:
         checkpoint.read_state(trainer.optimizer.state(), resumed / checkpoint.STATE, ranks)
@@ -403,4 +409,6 @@ def parameters(loaded: LoadedModel) -> str:
     count = sum(p.numel() for p in loaded.model.parameters())
     of_rows = "" if loaded.rows.packed else f", its sequences padded and not packed ({loaded.rows.reason}),"
     dtype = str(loaded.dtype).removeprefix("torch.")
-    return f"{type(loaded.model).__name__} with {count / 1e6:.1f} M parameters in {dtype}{of_rows}"
+    trained = sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
+    adapters = f", {trained / 1e6:.2f} M of them adapters that are trained" if loaded.adapters else ""
+    return f"{type(loaded.model).__name__} with {count / 1e6:.1f} M parameters in {dtype}{adapters}{of_rows}"

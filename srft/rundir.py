@@ -32,7 +32,7 @@ ORIGIN = "origin.json"
 OURS = (
     *("config.toml", ORIGIN, "data.json", "status.json", "report.html"),
     *("metrics.jsonl", "samples.jsonl", "evaluation.jsonl"),
-    *("checkpoint-*", "final", "interrupted-*", "eval", "eval-*", "tensorboard", "wandb"),
+    *("checkpoint-*", "final", "adapter", "interrupted-*", "eval", "eval-*", "tensorboard", "wandb"),
 )
 RUN = ("status.json", "data.json")  # by which a run's directory is known; a config.toml may be anyone's
 
@@ -92,7 +92,7 @@ def rewind_run_dir(path: Path, step: int, config: str) -> None:
     What was written later moves to `previous-N`; config.toml is copied there if it is to become another one, `config`.
     """
     with holding(path):
-        later = [*path.glob("interrupted-*"), *path.glob("final"), *path.glob("eval"), *path.glob("eval-*")]
+        later = [each for name in ("interrupted-*", "final", "adapter", "eval", "eval-*") for each in path.glob(name)]
         later += [each for each in path.glob("checkpoint-*") if (n := each.name[11:]).isdecimal() and int(n) > step]
         anew = {}
         for name in ("metrics.jsonl", "samples.jsonl", "evaluation.jsonl"):

@@ -44,6 +44,7 @@ from srft.learn.packing import Microbatch, Sequence, pack, predictors
 from srft.learn.stages import Stage, stage_at
 from srft.metrics import add_squares, mean, peak_memory_mb
 from srft.model import LoadedModel, head_of
+from srft.model.adapters import without_adapters
 from srft.optim import Optimizer
 from srft.ranks import Ranks
 from srft.rewards import Scorer
@@ -53,7 +54,7 @@ from srft.rollout import Engine, Rollout, build_engine
 class Trainer:
     """Model and optimizer of a run, and its stages. `loss_function` has the signature of `srft_kernels.linear_loss`.
 
-    reference: what a loss with kl_coef keeps near.
+    reference: what a loss with kl_coef keeps near; `loaded` itself is asked without its adapters.
     done: steps that the run has done, where it goes on; what they have left is loaded into the optimizer's state.
     """
 
@@ -78,7 +79,7 @@ class Trainer:
         self.loss_function = loss_function
         self.rows = replace(loaded.rows, shared=loaded.rows.shared and self.config.train.share_prompts)
         self.reference = reference
-        if reference:
+        if reference is not None and reference is not loaded:
             self.rows = self.rows.common(reference.rows)
             self.ranks.shard(reference)
         self.ranks.shard(loaded)
@@ -218,7 +219,8 @@ class Trainer:
         if updates > 1:  # from the second update on the rollouts are no longer the policy's own
             known["old_logprobs"] = self._statistics(microbatches)[0]
         if refers(self.objective):
-            known["ref_logprobs"] = self._statistics(microbatches, self.reference)[0]
+            with without_adapters(self.reference.adapters):
+                known["ref_logprobs"] = self._statistics(microbatches, self.reference)[0]
         lines = [self._update(microbatches, number, known) for _ in range(updates)]
         self.stale |= bool(microbatches) and not all(line["skipped_updates"] for line in lines)
         means = {name: mean([line[name] for line in lines]) for name in lines[0]}
@@ -290,9 +292,8 @@ class Trainer:
     def _statistics(self, microbatches: list[Microbatch], of: LoadedModel | None = None) -> tuple[Tensor, Tensor]:
         """(log-probs, entropies) of the step's N tokens under the model as it is now, or under another one."""
         of = of or self.loaded
-        stats = [
-            self.ranks.forward(of, lambda m=m: sk.linear_logprobs(**self._head_input(m, of))) for m in microbatches
-        ]
+        heads = [partial(self._head_input, m, of) for m in microbatches]
+        stats = [self.ranks.forward(of, lambda head=head: sk.linear_logprobs(**head())) for head in heads]
         return (
             self._in_step_order(microbatches, [s.logprobs for s in stats]),
             self._in_step_order(microbatches, [s.entropy for s in stats]),

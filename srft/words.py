@@ -7,11 +7,14 @@ from collections.abc import Collection
 
 # Our key, and the words of TRL, verl, axolotl, unsloth and transformers for it. A word may have a section before it.
 WORDS = {
+    "model.lora_rank": "lora_r r lora_rank",
+    "model.lora_alpha": "lora_alpha",
+    "model.lora_targets": "target_modules lora_target lora_target_modules",
     "model.reference": "ref_model reference_model ref_model_name_or_path ref_model_path",
     "model.path": "model model_name model.name model_name_or_path base_model pretrained_model_name_or_path",
     "model.dtype": "bf16 fp16 torch_dtype precision mixed_precision load_in_16bit",
     "model.attention": "attn_implementation attn flash_attention use_flash_attention_2 flash_attn",
-    "model.dropout": "attention_dropout lora_dropout",
+    "model.dropout": "attention_dropout",
     "model.gradient_checkpointing": "use_gradient_checkpointing enable_gradient_checkpointing activation_checkpointing",
     "data.train_file": "dataset dataset_name datasets dataset_path train_files train_dataset data_files train_data",
     "data.eval_file": "val_files eval_dataset test_datasets val_file validation_file valid_file",
@@ -57,8 +60,8 @@ WORDS = {
 }
 # What there is no key for, and the words that ask for it.
 ADVICE = {
-    "adapters (LoRA) are not supported yet: all weights are trained; model.gradient_checkpointing saves memory": "lora "
-    "lora_r lora_alpha lora_rank lora_target_modules qlora adapter peft use_peft peft_config target_modules r",
+    "LoRA is model.lora_rank, lora_alpha, lora_dropout and lora_targets": "lora lora_config qlora adapter peft "
+    "use_peft peft_config",
     "weights are trained in float32 or bfloat16, not quantised: model.dtype": "load_in_4bit load_in_8bit quantization "
     "quantization_config",
     "the KL term to model.reference is in the loss: loss.options.kl_coef": "beta kl_coef kl_loss_coef init_kl_coef "

@@ -8,7 +8,7 @@ Every model is probed when it is loaded: one whose logits head.py cannot reprodu
 
 import importlib.util
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ import torch
 from srft.config import ModelConfig
 from srft.data.prompts import end_of_turn
 from srft.errors import UserError, first_line, missing, nearest
+from srft.model.adapters import FILE, add_adapters, base_of, read_adapters
 from srft.model.dropout import without_dropout
 from srft.model.embedded import embedded_model
 from srft.model.gguf import read_gguf, unreadable_gguf
@@ -24,6 +25,7 @@ from srft.model.head import check_head, positions
 from srft.model.rows import PADDED, Rows, try_rows
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "smollm2"
@@ -34,6 +36,7 @@ class LoadedModel:
     """model in train mode on `device`, without dropout unless model.dropout.
 
     eos_ids: every token that ends a completion.   pad_id: fills up batches.   rows: how sequences may stand together.
+    adapters: peft's, that are trained in place of the model's own weights.
     """
 
     model: "PreTrainedModel"
@@ -43,6 +46,7 @@ class LoadedModel:
     eos_ids: set[int]
     pad_id: int
     rows: Rows = PADDED
+    adapters: "PeftModel | None" = None
 
 
 def load_model(
@@ -50,6 +54,7 @@ def load_model(
 ) -> LoadedModel:
     """The model and tokenizer that `config.path` names, on its device and in its type, ready to train.
 
+    Of a directory of adapters: the model that they were made for, with them. With model.lora_rank new ones are added.
     Raises UserError for a device that is not there, a path that is neither a model directory nor a hub name that can be
     fetched, a directory without tokenizer or without all weights, code of the model's own that is not trusted, and a
     model whose head works in an unknown way.
@@ -59,7 +64,8 @@ def load_model(
     dtype = choose_dtype(config.dtype, device)
     if tokenizer is None:
         tokenizer, _ = load_tokenizer(config, option)
-    model = load_weights(config, device, dtype, option)
+    directory, base, option = beneath(config, option)
+    model = load_weights(base, device, dtype, option)
     model.to(device)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
@@ -67,9 +73,30 @@ def load_model(
     rows = try_rows(model)
     if not config.dropout:
         without_dropout(model)
+    adapters = None
+    if directory:
+        adapters = read_adapters(model, directory, config)
+    elif config.lora_rank:
+        adapters = add_adapters(model, config)
     eos_ids = eos_ids_of(model, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(eos_ids)
-    return LoadedModel(model.train(), tokenizer, device, dtype, eos_ids, pad_id, rows)
+    return LoadedModel(model.train(), tokenizer, device, dtype, eos_ids, pad_id, rows, adapters)
+
+
+def load_merged(config: ModelConfig, directory: Path, loaded: LoadedModel) -> LoadedModel:
+    """The model that `loaded` is, its adapters, saved in `directory`, added to the weights; on the CPU."""
+    dtype = str(loaded.dtype).removeprefix("torch.")
+    config = replace(config, path=str(directory), device="cpu", dtype=dtype, gradient_checkpointing=False)
+    again = load_model(config, tokenizer=loaded.tokenizer)
+    return replace(again, model=again.adapters.merge_and_unload(), adapters=None)
+
+
+def beneath(config: ModelConfig, option: str) -> tuple[Path | None, ModelConfig, str]:
+    """(the directory of adapters that model.path is, if any; the model that they are for; what messages call that)."""
+    directory = Path(config.path).expanduser()
+    if not (directory / FILE).is_file():
+        return None, config, option
+    return directory, replace(config, path=base_of(directory)), f"{option} {config.path!r}: the model of its adapters,"
 
 
 def checkpoint_activations(model: "PreTrainedModel") -> None:
@@ -82,12 +109,17 @@ def load_tokenizer(config: ModelConfig, option: str = "model.path") -> tuple["Pr
 
     Raises UserError as `load_model` does.
     """
-    path, where, settings = source(config, option)
+    directory, base, option = beneath(config, option)
+    path, where, settings = source(base, option)
     from transformers import AutoConfig, AutoTokenizer
 
     given = {"trust_remote_code": config.trust_remote_code}
+    own = directory is not None and (directory / "tokenizer_config.json").is_file()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **settings, **given)
+        if own:
+            tokenizer = AutoTokenizer.from_pretrained(str(directory), **given)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(path, **settings, **given)
     except Exception as error:
         check_trust(error, where)
         if settings:
@@ -208,12 +240,6 @@ def check_path(path: str, where: str) -> str:
     if directory.is_file():
         raise UserError(f"{where}: a file; give the directory that it lies in")
     if directory.is_dir():
-        if (directory / "adapter_config.json").is_file():
-            advice = "merge it into its base model (merge_and_unload of peft) and save that"
-            beside = ", beside a model without it" if (directory / "config.json").is_file() else ""
-            raise UserError(
-                f"{where}: the directory holds an adapter (LoRA){beside}, which srft does not read; {advice}"
-            )
         if not (directory / "config.json").is_file():
             found = ", ".join(sorted(each.name for each in directory.iterdir())[:8]) or "nothing"
             if files := sorted(directory.glob("*.gguf")):

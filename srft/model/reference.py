@@ -1,29 +1,28 @@
 """The model that a loss with kl_coef keeps near. It is never trained."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from srft.config import ModelConfig
 from srft.errors import UserError
-from srft.model.load import LoadedModel, load_model, load_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from srft.model.load import LoadedModel, beneath, load_model, load_tokenizer
 
 
-def load_reference(config: ModelConfig, tokenizer: "PreTrainedTokenizerBase") -> LoadedModel:
+def load_reference(config: ModelConfig, loaded: LoadedModel) -> LoadedModel:
     """model.reference, or model.path as it is before training: frozen, without dropout.
 
-    tokenizer: that of the model that is trained.   Raises UserError as load_model does, and for other tokens than its.
+    Where `loaded` is that with new adapters, it is `loaded` itself, to be asked without them.
+    Raises UserError as load_model does, and for other tokens than those of `loaded`.
     """
-    config = replace(config, path=config.reference or config.path, gradient_checkpointing=False, dropout=False)
+    if loaded.adapters and not config.reference and beneath(config, "")[0] is None:
+        return loaded
+    config = replace(config, path=config.reference or config.path, lora_rank=0, gradient_checkpointing=False)
     option = "model.reference" if config.reference else "model.path"
     own, _ = load_tokenizer(config, option)
-    if own.get_vocab() != tokenizer.get_vocab():
+    if own.get_vocab() != loaded.tokenizer.get_vocab():
         raise UserError(
             f"{option} {config.path!r}: its tokenizer is another one than that of the model that is trained, so their "
             "log-probs cannot be compared; take a model of one family"
         )
-    loaded = load_model(config, option, own)
-    loaded.model.requires_grad_(False).eval()
-    return loaded
+    reference = load_model(replace(config, dropout=False), option, own)
+    reference.model.requires_grad_(False).eval()
+    return reference

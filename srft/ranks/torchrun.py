@@ -131,6 +131,8 @@ class TorchRanks(Ranks):
     def state_dict(self, loaded: LoadedModel) -> dict[str, Tensor] | None:
         """One weight after the other is gathered; a tied one once, so that it is still known as such."""
         state = loaded.model.state_dict(keep_vars=True)
+        if loaded.adapters:
+            state = {name: tensor for name, tensor in state.items() if tensor.requires_grad}
         whole = {}
         for tensor in state.values():
             if id(tensor) not in whole:

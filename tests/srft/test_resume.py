@@ -170,8 +170,11 @@ def test_another_directory_is_another_run(stopped):
         again(stopped, "--run.dir", "elsewhere")
 
 
-@pytest.mark.parametrize("dtype, killed", [("float32", True), ("bfloat16", True), ("bfloat16", False)])
-def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(tiny_dir, tmp_path, monkeypatch, dtype, killed):
+@pytest.mark.parametrize(
+    "dtype, killed, lora",
+    [("float32", True, 0), ("bfloat16", True, 0), ("bfloat16", False, 0), ("bfloat16", True, 4)],
+)
+def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(tiny_dir, tmp_path, monkeypatch, dtype, killed, lora):
     def failing(self, number, step=Trainer.step):
         if number == 4:
             raise KeyboardInterrupt
@@ -181,7 +184,12 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(tiny_dir, tmp_path,
     timed = ("seconds_rollout", "seconds_train", "tokens_per_second", "peak_memory_mb")
     more = ["--model.dtype", dtype, "--run.checkpoint_every", "2", "--eval.every", "3", "--train.steps", "5"]
     more += ["--train.lr", "1e-3", "--train.updates_per_rollout", "2"]
-    more += ["--loss.options.kl_coef", "0.1"]  # to the model that the run began with, not to its checkpoint
+    more += [
+        "--model.lora_rank",
+        str(lora),
+        "--loss.options.kl_coef",
+        "0.1",
+    ]  # to the model that the run began with, not to its checkpoint
     run(small_run(tiny_dir, tmp_path / "whole", *more))
     stopped = tmp_path / "stopped"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -197,8 +205,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(tiny_dir, tmp_path,
         assert [{k: v for k, v in line.items() if k not in timed} for line in found] == [
             {k: v for k, v in line.items() if k not in timed} for line in expected
         ]
-    weights = [load_file(each / "final" / "model.safetensors") for each in (tmp_path / "whole", stopped)]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    for name in ["final/model.safetensors", *["adapter/adapter_model.safetensors"] * bool(lora)]:
+        weights = [load_file(each / name) for each in (tmp_path / "whole", stopped)]
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     if killed:  # what came after the checkpoint was done again
         assert [line["step"] for line in lines_of(stopped / "previous-1" / "metrics.jsonl")] == [1, 2, 3]
     # the state of the optimizer is three times the model: only the newest checkpoint has it

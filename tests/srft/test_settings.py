@@ -133,7 +133,8 @@ def test_wrong_overrides_are_named(overrides, expected):
         ("loss.epsilon_high", "here it is 'loss.options.clip_high'"),
         ("loss.clip_low", "here it is 'loss.options.clip_low'"),
         ("loss.beta", "the KL term to model.reference is in the loss"),
-        ("model.lora_r", "adapters (LoRA) are not supported yet"),
+        ("model.lora_r", "here it is 'model.lora_rank'"),
+        ("lora_config", "LoRA is model.lora_rank, lora_alpha"),
         ("train.gradient_accumulation_steps", "microbatches are as many as train.token_budget tokens each make"),
         ("train.warmup_ratio", "it is a number of steps here: train.warmup_steps"),
         ("model.name", "here it is 'model.path'"),
@@ -146,7 +147,7 @@ def test_other_trainers_words_are_known(key, expected):
 
 def test_a_section_of_another_trainer_is_known(tmp_path):
     (tmp_path / "my.toml").write_text("[lora]\nr = 8\n")
-    assert "unknown section [lora]; adapters (LoRA) are not supported yet" in message(path=str(tmp_path / "my.toml"))
+    assert "unknown section [lora]; LoRA is model.lora_rank, lora_alpha" in message(path=str(tmp_path / "my.toml"))
 
 
 def test_the_words_lead_to_keys_that_there_are():

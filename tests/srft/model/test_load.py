@@ -145,13 +145,10 @@ def test_what_is_no_causal_model_is_named(tmp_path, capfd):
     BertForMaskedLM(BertConfig(**bert, intermediate_size=64)).save_pretrained(tmp_path / "bert")
     t5 = {"vocab_size": 258, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 2}
     T5ForConditionalGeneration(T5Config(**t5)).save_pretrained(tmp_path / "t5")
-    (tmp_path / "lora").mkdir()
-    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
     capfd.readouterr()
     for name, expected in (
         ("bert", "BertForMaskedLM: its tokens see those that follow them; srft trains causal LMs"),
         ("t5", "T5ForConditionalGeneration is an encoder-decoder; srft trains causal LMs"),
-        ("lora", r"the directory holds an adapter \(LoRA\), which srft does not read; merge it into its base model"),
     ):
         byte_tokenizer().save_pretrained(tmp_path / name)
         with pytest.raises(UserError, match=expected):

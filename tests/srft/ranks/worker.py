@@ -9,8 +9,10 @@ from unittest import mock
 import torch
 from torch.distributed.tensor import DTensor
 
+from srft.config import ModelConfig
 from srft.learn.packing import pack
 from srft.model import LoadedModel
+from srft.model.adapters import add_adapters
 from srft.model.load import checkpoint_activations
 from srft.ranks import Ranks, join
 from srft.rollout import Engine, Rollout
@@ -23,6 +25,7 @@ CASES = {
     "bfloat16": (torch.bfloat16, [], {}),
     "recomputed": (torch.float32, [], {"gradient_checkpointing": True}),
     "two passes": (torch.float32, ["--loss.preset", "srft_hpt"], {}),
+    "adapters": (torch.float32, ["--loss.options.kl_coef", "0.3"], {"lora": True}),
     "reference": (torch.bfloat16, ["--loss.options.kl_coef", "0.3"], {}),
     "whole step": (torch.float32, ["--loss.options.level", "batch"], {"tie_word_embeddings": False}),
 }
@@ -53,11 +56,13 @@ def measure(ranks: Ranks) -> dict:
     results = {}
     for name, (dtype, options, changes) in CASES.items():
         changes = dict(changes)
-        recompute = changes.pop("gradient_checkpointing", False)
+        recompute, lora = changes.pop("gradient_checkpointing", False), changes.pop("lora", False)
         loaded = fresh(dtype, **changes)
+        if lora:
+            loaded.adapters = add_adapters(loaded.model, ModelConfig(lora_rank=4))
         if recompute:
             checkpoint_activations(loaded.model)
-        engine, reference = Listening(), frozen() if name == "reference" else None
+        engine, reference = Listening(), {"reference": frozen(), "adapters": loaded}.get(name)
         trainer = make(loaded, *options, ranks=ranks, engine=engine, reference=reference)
         parts = pack(some_sequences(), token_budget=25, rows=trainer.rows, rank=ranks.rank, ranks=ranks.size)
         trainer.optimizer.step, step = lambda number: {"skipped_updates": 1.0}, trainer.optimizer.step
