@@ -20,6 +20,11 @@ def tell(*overrides: str) -> None:
         (["--rollout.resample", "1", "--loss.preset", "sft"], "rollout.resample has no effect: loss.preset 'sft'"),
         (["--loss.mask_truncated", "true", "--loss.preset", "sft"], "loss.mask_truncated has no effect: loss.preset"),
         (["--train.demo_share", "0.5", "--loss.preset", "grpo"], "train.demo_share has no effect: loss.preset 'grpo'"),
+        (["--model.lora_alpha", "8"], "model.lora_alpha has no effect: model.lora_rank is 0"),
+        (
+            ["--model.reference", "other"],
+            "model.reference has no effect: loss.preset 'srft_paper' has no term that keeps",
+        ),
         (["--loss.hpt_threshold", "0.5"], "loss.hpt_threshold has no effect: loss.preset 'srft_paper' switches"),
     ],
 )
@@ -32,6 +37,7 @@ def test_an_option_without_effect_is_told(overrides, told, capsys):
 def test_options_with_effect_are_not_told(capsys):
     tell("--run.keep_checkpoints", "2", "--run.checkpoint_every", "2", "--rollout.resample", "1")
     tell("--loss.preset", "hpt", "--loss.hpt_threshold", "0.5")
+    tell("--model.lora_rank", "4", "--model.lora_alpha", "8", "--model.reference", "x", "--loss.options.kl_coef", "0.1")
     assert capsys.readouterr().err == ""
 
 
