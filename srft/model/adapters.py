@@ -93,9 +93,17 @@ def base_of(directory: Path) -> str:
     raise UserError(f"{directory / FILE}: {found}; it has to name the model that the adapters are for")
 
 
-def without_adapters(adapters: "PeftModel | None") -> contextlib.AbstractContextManager:
-    """While it lasts, the model is what it was before them."""
-    return adapters.disable_adapter() if adapters else contextlib.nullcontext()
+@contextlib.contextmanager
+def without_adapters(adapters: "PeftModel | None") -> Iterator[None]:
+    """While it lasts, the model is what it was before them. What is trained stays so, of which FSDP2 asks once."""
+    if adapters is None:
+        yield
+        return
+    trained = [weight for weight in adapters.parameters() if weight.requires_grad]
+    with adapters.disable_adapter():
+        for weight in trained:
+            weight.requires_grad_(True)
+        yield
 
 
 def save_adapters(adapters: "PeftModel", directory: Path, weights: dict[str, Tensor] | None) -> None:

@@ -88,9 +88,12 @@ def test_the_reference_is_the_model_without_them(config):
     base, loaded = load_model(replace(config, lora_rank=0)), moved(load_model(config))
     reference = load_reference(config, loaded)
     assert reference is loaded
+    trained = [weight.requires_grad for weight in loaded.model.parameters()]
     with without_adapters(reference.adapters):
+        assert trained == [weight.requires_grad for weight in loaded.model.parameters()]
         assert torch.equal(hidden_states(loaded.model, IDS), hidden_states(base.model, IDS))
     assert not torch.equal(hidden_states(loaded.model, IDS), hidden_states(base.model, IDS))
+    assert trained == [weight.requires_grad for weight in loaded.model.parameters()]
     frozen = load_reference(replace(config, reference=config.path), loaded)
     options = ("--loss.options.kl_coef", "0.3")
     found = []
