@@ -129,11 +129,11 @@ def newest_model(directory: Path) -> Path | None:
     names = [f"{within}{name}" for name in ("config.json", FILE) for within in ("", "[!.]*/")]
     models = [each.parent for name in names for each in directory.glob(name)]
 
-    def age(model: Path) -> tuple[float, float]:
+    def age(model: Path) -> tuple[float, float, float]:
         """By its step where its name has one, for files that were copied are all new."""
         named = re.fullmatch(r"(?:checkpoint|interrupted)-(\d+)", model.name)
-        step = math.inf if model.name == "final" else float(named[1]) if named else -1.0
-        return step, model.stat().st_mtime
+        last = {"final": 2.0, "adapter": 1.0}.get(model.name, 0.0)
+        return last, float(named[1]) if named else -1.0, model.stat().st_mtime
 
     return max(models, key=age, default=None)
 

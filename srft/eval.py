@@ -47,7 +47,7 @@ def main_eval(config: Config, checkpoint: str | None = None) -> list[Evaluation]
 
     Everything is written as soon as it is known. Raises UserError for what is wrong before the model is loaded.
     """
-    model = dataclasses.replace(config.model, path=checkpoint) if checkpoint else config.model
+    model = dataclasses.replace(config.model, path=checkpoint or config.model.path, lora_rank=0)
     check_checkpoint(checkpoint)
     option = "--checkpoint" if checkpoint else "model.path"
     sets = load_sets(config) or [held_out_set(config)]

@@ -26,7 +26,7 @@ from srft.learn.objective import refers
 from srft.learn.stages import naming, parts_of, stages_of, steps_of
 from srft.learn.unused import tell_unused
 from srft.likelihood import demonstration_loss
-from srft.model import LoadedModel, load_merged, load_model, load_reference, load_tokenizer
+from srft.model import LoadedModel, load_merged, load_model, load_reference, load_tokenizer, merged
 from srft.origin import origin
 from srft.progress import steps_with_bar
 from srft.ranks import Ranks, broadcast
@@ -180,14 +180,26 @@ class Run:
         final = self.directory / "final"
         if self.loaded.adapters:
             adapter = checkpoint.save(self.loaded, self.directory / "adapter", self.ranks)
+            self.ranks.last_words = f"; the adapters are in {adapter}"
             if self.ranks.main:
-                checkpoint.save(load_merged(self.config.model, adapter, self.loaded), final)
+                checkpoint.save(self.merged(adapter), final)
         else:
             checkpoint.save(self.loaded, final, self.ranks)
         self.status("finished")
         page = broadcast(self.ranks, lambda: report.build(self.directory))
         self.ranks.on_end = None
         return page
+
+    def merged(self, adapter: Path) -> LoadedModel:
+        """The model with the adapters, which are saved in `adapter`, added to its weights."""
+        if self.ranks.size == 1:
+            return merged(self.loaded)
+        try:
+            return load_merged(self.config.model, adapter, self.loaded)
+        except UserError as error:
+            advice = f"srft train --model.path {shlex.quote(str(adapter))} --train.steps 0 merges them"
+            told = f"{error}; the adapters are whole in {adapter}: once that is put right, {advice}"
+            raise UserError(told) from error
 
     def measure(self) -> None:
         """Evaluate where that is due now, and was not done in the same way before the run was resumed.
@@ -279,8 +291,8 @@ class Run:
 
         With the state for --resume where checkpoints are on, and the error did not come in the middle of an update.
         """
-        model = self.directory / "final"
-        if self.done and not model.exists():
+        model = next((each for name in ("final", "adapter") if (each := self.directory / name).exists()), None)
+        if self.done and model is None:
             places = [(self.directory / f"interrupted-{self.done}", None)]
             if self.config.run.checkpoint_every and not signals.held():
                 places.insert(0, (self.directory / f"checkpoint-{self.done}", self.trainer.optimizer.state()))
@@ -291,7 +303,7 @@ class Run:
                     break
                 except Exception as error:  # must not hide what stopped the run; the model alone may still have room
                     yield f"the model could not be saved: {error}"
-        if model.exists():
+        if model is not None and model.exists():
             yield f"the model in {model} (srft eval --checkpoint {shlex.quote(str(model))})"
 
 
@@ -321,6 +333,7 @@ def prepared(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> J
     if resumed:
         began = load(str(resumed.parent / "config.toml"))
         resume.check_settings(began, config)
+    check_place(config)
     pages.require_packages("report.html")  # a run of hours must not fail on its last page
     tracker.require_packages(config.run)
     parts = parts_of(config)
@@ -356,6 +369,9 @@ def prepared(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> J
         resume.check_data(resumed.parent, began.data, data)
     model = dataclasses.replace(config.model, path=str(resumed)) if resumed else config.model
     tokenizer, positions = load_tokenizer(model)
+    if config.model.reference and any(refers(part.objective) for part in parts):
+        of_reference = dataclasses.replace(config.model, path=config.model.reference)
+        positions = min(positions, load_tokenizer(of_reference, "model.reference")[1])
     prompter = build_prompter(tokenizer, config.data)
     problems = []
     for part in parts:
@@ -369,7 +385,8 @@ def prepared(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> J
         resume.check_stages(resumed, before, [stage.config.train.steps for stage in stages], done)
     measured = held_out_problems(config, prompter, held_out, held_out_scorer, positions, parts)
     loaded = load_model(model, tokenizer=tokenizer)
-    reference = load_reference(config.model, loaded) if any(refers(part.objective) for part in parts) else None
+    left = [stage.objective for stage in stages if stage.last > done]
+    reference = load_reference(config.model, loaded) if any(map(refers, left)) else None
     trainer = Trainer(stages, loaded, prompter, ranks.scorer(scorer), done=done, ranks=ranks, reference=reference)
     if resumed:
         checkpoint.read_state(trainer.optimizer.state(), resumed / checkpoint.STATE, ranks)
@@ -378,6 +395,16 @@ def prepared(config: Config, ranks: Ranks, resumed: Path | None, done: int) -> J
     total = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=stages[-1].last, epochs=0.0))
     written = config if config.train.stages else total
     return Job(total, written, trainer, measured, held_out_scorer is not None, data)
+
+
+def check_place(config: Config) -> None:
+    """Raise UserError where run.overwrite would move the model that adapters name by its path."""
+    model, directory = (Path(each).expanduser().resolve() for each in (config.model.path, config.run.dir))
+    if config.model.lora_rank and config.run.overwrite and model.exists() and model.is_relative_to(directory):
+        raise UserError(
+            f"model.path {config.model.path!r} lies in run.dir, where run.overwrite moves it, and adapters name their "
+            "model by its path; take another run.dir"
+        )
 
 
 def opened(job: Job, ranks: Ranks, resumed: Path | None, done: int) -> Path:

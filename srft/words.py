@@ -61,7 +61,7 @@ WORDS = {
 # What there is no key for, and the words that ask for it.
 ADVICE = {
     "LoRA is model.lora_rank, lora_alpha, lora_dropout and lora_targets": "lora lora_config qlora adapter peft "
-    "use_peft peft_config",
+    "use_peft peft_config finetuning_type",
     "weights are trained in float32 or bfloat16, not quantised: model.dtype": "load_in_4bit load_in_8bit quantization "
     "quantization_config",
     "the KL term to model.reference is in the loss: loss.options.kl_coef": "beta kl_coef kl_loss_coef init_kl_coef "
@@ -76,7 +76,7 @@ ADVICE = {
     "microbatches are as many as train.token_budget tokens each make of a step": "gradient_accumulation_steps "
     "micro_batch_size per_device_micro_batch_size ppo_micro_batch_size_per_gpu",
     "it is a number of steps here: train.warmup_steps": "warmup_ratio lr_warmup_steps_ratio",
-    "all weights are trained, or evaluated: srft train, srft eval": "finetuning_type do_train do_eval stage",
+    "all weights are trained, or evaluated: srft train, srft eval": "do_train do_eval stage",
     "the order of prompts follows from train.seed": "data.shuffle shuffle",
     "a TOML file is the first argument: srft train my.toml": "config config_file",
     "it is always so": "packing sample_packing use_liger_kernel use_dynamic_bsz",

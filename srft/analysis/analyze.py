@@ -24,7 +24,7 @@ from srft.data import Prompter, build_prompter, fit, load_examples
 from srft.errors import UserError
 from srft.eval import scorers_of
 from srft.evaluate import scorer_for
-from srft.model import POSITIONS, LoadedModel, load_model, load_tokenizer
+from srft.model import POSITIONS, LoadedModel, load_model, load_tokenizer, merged
 from srft.pages import require_packages
 from srft.rewards import build_reward
 from srft.rollout import build_engine
@@ -63,7 +63,7 @@ def main_analyze(config: Config, base: str, runs: Sequence[str]) -> dict[str, An
 
 
 def settings_of(config: Config, path: str) -> ModelConfig:
-    return dataclasses.replace(config.model, path=path)
+    return dataclasses.replace(config.model, path=path, lora_rank=0)
 
 
 def check_tokens(found: Sequence[Subject], tokenizers: Sequence[Any]) -> None:
@@ -109,7 +109,7 @@ class Analysis:
         self.base = self.load(found[0].path)
 
     def load(self, path: str) -> LoadedModel:
-        return load_model(settings_of(self.config, path), path)
+        return merged(load_model(settings_of(self.config, path), path))
 
     def models(self) -> Iterator[tuple[Subject, LoadedModel]]:
         for each in self.subjects:

@@ -7,6 +7,7 @@ from typing import Any
 from srft.config import Config
 from srft.learn.objective import refers
 from srft.learn.stages import Part
+from srft.model.adapters import in_directory
 from srft.settings import OF_EVALUATION
 from srft_kernels.objectives import Objective
 
@@ -48,10 +49,10 @@ def unused_anywhere(config: Config) -> Iterator[tuple[str, str]]:
         yield "eval.sets", "a run is measured on its held-out prompts; srft eval --checkpoint RUN measures the sets"
     if config.train.epochs and is_set(config, "train", "steps"):
         yield "train.steps", f"train.epochs {config.train.epochs:g} says how many there are"
-    if not config.model.lora_rank:
+    if (own := in_directory(config.model.path)) or not config.model.lora_rank:
         for name in ("lora_alpha", "lora_dropout", "lora_targets"):
             if is_set(config, "model", name):
-                yield f"model.{name}", "model.lora_rank is 0"
+                yield f"model.{name}", f"the adapters in {own} have theirs" if own else "model.lora_rank is 0"
     if config.data.train_file:
         for name in ("tasks", "task_args"):
             if is_set(config, "data", name):

@@ -2,7 +2,7 @@
 
 from srft.model.attention import Segment, Segments
 from srft.model.head import POSITIONS, head_of, hidden_states
-from srft.model.load import EMBEDDED, LoadedModel, load_merged, load_model, load_tokenizer
+from srft.model.load import EMBEDDED, LoadedModel, load_merged, load_model, load_tokenizer, merged
 from srft.model.reference import load_reference
 from srft.model.rows import PADDED, Rows
 
@@ -20,4 +20,5 @@ __all__ = [
     "load_model",
     "load_reference",
     "load_tokenizer",
+    "merged",
 ]

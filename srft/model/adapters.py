@@ -37,7 +37,9 @@ def add_adapters(model: "PreTrainedModel", config: ModelConfig) -> "PeftModel":
     weight = model.get_output_embeddings().weight
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "weight")}
     head = {last(name) for name, module in layers.items() if module.weight is weight}
-    targets = [each for each in config.lora_targets if each != ALL]
+    targets = [] if config.lora_targets == [ALL] else config.lora_targets
+    if config.lora_targets == [] or ALL in targets:
+        raise UserError(f"{where}: give names of layers, or {ALL!r} alone")
     for target in targets:
         if last(target) in head:
             raise UserError(f"{where}: {target} is the head, beside which adapters would train nothing; leave it out")
@@ -57,29 +59,62 @@ def add_adapters(model: "PreTrainedModel", config: ModelConfig) -> "PeftModel":
             adapters = peft(where).get_peft_model(model, settings)
     except ValueError as error:
         raise UserError(f"{where}: {first_line(error)}") from error
-    path = Path(config.path).expanduser()
-    settings.base_model_name_or_path = str(path.resolve()) if path.exists() else config.path
+    settings.base_model_name_or_path = wherever(config.path)
     return adapters
 
 
 def read_adapters(model: "PreTrainedModel", directory: Path, config: ModelConfig) -> "PeftModel":
-    """Those of a directory, to be trained on. UserError where they are others than model.lora_rank says."""
-    where = f"model.path {str(directory)!r}"
+    """Those of a directory, to be trained on.
+
+    Raises UserError for others than LoRA, for some beside the head, and for another rank than model.lora_rank.
+    """
+    where, head = f"model.path {str(directory)!r}", model.get_output_embeddings()
+    whole = {name for name, weight in model.named_parameters(remove_duplicate=False) if weight is head.weight}
+    whole |= {name for name, weight in model.named_parameters() if weight is model.get_input_embeddings().weight}
     try:
+        found = peft(where).PeftConfig.from_pretrained(str(directory))
+        if found.peft_type != "LORA" or found.layer_replication:
+            kind = "LoRA that repeats layers" if found.peft_type == "LORA" else found.peft_type.value
+            raise UserError(f"{where}: adapters of {kind}; srft reads plain LoRA: merge others into their model")
         with quiet():
             adapters = peft(where).PeftModel.from_pretrained(model, str(directory), is_trainable=True)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{where}: its adapters could not be loaded: {first_line(error)}") from error
-    found = adapters.peft_config["default"]
-    if found.peft_type != "LORA":
-        raise UserError(f"{where}: adapters of {found.peft_type.value}; srft reads LoRA: merge others into their model")
     if config.lora_rank not in (0, found.r):
-        raise UserError(
-            f"model.lora_rank {config.lora_rank}: the adapters in {directory} have rank {found.r}; leave it out"
-        )
-    if any("lora_" in name for name, _ in model.get_output_embeddings().named_parameters()):
+        given = f"model.lora_rank {config.lora_rank}"
+        raise UserError(f"{given}: the adapters in {directory} have rank {found.r}; leave it out")
+    beside = [each for each in model.modules() if each is head or getattr(each, "weight", None) is head.weight]
+    if any("lora_" in name for each in beside for name, _ in each.named_parameters()):
         raise UserError(f"{where}: it has adapters beside the head, which srft does not train; merge them first")
+    if not found.modules_to_save and whole & {name.removeprefix("base_model.model.") for name in names_in(directory)}:
+        raise UserError(f"{where}: it has whole embeddings beside its adapters; merge them first")
+    adapters.peft_config["default"].base_model_name_or_path = wherever(base_of(directory))
     return adapters
+
+
+def wherever(path: str) -> str:
+    """The name of a model that means the same in another working directory."""
+    place = Path(path).expanduser()
+    return str(place.resolve()) if place.exists() else path
+
+
+def names_in(directory: Path) -> list[str]:
+    """The weights in a file of adapters."""
+    from safetensors import safe_open
+
+    file = directory / "adapter_model.safetensors"
+    if not file.is_file():
+        return []
+    with safe_open(file, "pt") as weights:
+        return list(weights.keys())
+
+
+def in_directory(path: str) -> Path | None:
+    """The directory of adapters that model.path is, if it is one."""
+    directory = Path(path).expanduser()
+    return directory if (directory / FILE).is_file() else None
 
 
 def base_of(directory: Path) -> str:
@@ -95,15 +130,24 @@ def base_of(directory: Path) -> str:
 
 @contextlib.contextmanager
 def without_adapters(adapters: "PeftModel | None") -> Iterator[None]:
-    """While it lasts, the model is what it was before them. What is trained stays so, of which FSDP2 asks once."""
+    """While it lasts, the model is what it was before them, without dropout.
+
+    What is trained stays so, of which FSDP2 asks once.
+    """
     if adapters is None:
         yield
         return
     trained = [weight for weight in adapters.parameters() if weight.requires_grad]
-    with adapters.disable_adapter():
-        for weight in trained:
-            weight.requires_grad_(True)
-        yield
+    model = adapters.get_base_model()
+    training = model.training
+    model.eval()
+    try:
+        with adapters.disable_adapter():
+            for weight in trained:
+                weight.requires_grad_(True)
+            yield
+    finally:
+        model.train(training)
 
 
 def save_adapters(adapters: "PeftModel", directory: Path, weights: dict[str, Tensor] | None) -> None:

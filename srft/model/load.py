@@ -17,7 +17,7 @@ import torch
 from srft.config import ModelConfig
 from srft.data.prompts import end_of_turn
 from srft.errors import UserError, first_line, missing, nearest
-from srft.model.adapters import FILE, add_adapters, base_of, read_adapters
+from srft.model.adapters import add_adapters, base_of, in_directory, read_adapters
 from srft.model.dropout import without_dropout
 from srft.model.embedded import embedded_model
 from srft.model.gguf import read_gguf, unreadable_gguf
@@ -36,7 +36,7 @@ class LoadedModel:
     """model in train mode on `device`, without dropout unless model.dropout.
 
     eos_ids: every token that ends a completion.   pad_id: fills up batches.   rows: how sequences may stand together.
-    adapters: peft's, that are trained in place of the model's own weights.
+    adapters: peft's, where those are trained and not the model's own weights.
     """
 
     model: "PreTrainedModel"
@@ -83,18 +83,23 @@ def load_model(
     return LoadedModel(model.train(), tokenizer, device, dtype, eos_ids, pad_id, rows, adapters)
 
 
+def merged(loaded: LoadedModel) -> LoadedModel:
+    """With its adapters added to the weights, which are then all trained. `loaded` is of no use any more."""
+    if loaded.adapters is None:
+        return loaded
+    return replace(loaded, model=loaded.adapters.merge_and_unload().requires_grad_(True), adapters=None)
+
+
 def load_merged(config: ModelConfig, directory: Path, loaded: LoadedModel) -> LoadedModel:
-    """The model that `loaded` is, its adapters, saved in `directory`, added to the weights; on the CPU."""
+    """The same of a model that is sharded, whose adapters are saved in `directory`; on the CPU."""
     dtype = str(loaded.dtype).removeprefix("torch.")
-    config = replace(config, path=str(directory), device="cpu", dtype=dtype, gradient_checkpointing=False)
-    again = load_model(config, tokenizer=loaded.tokenizer)
-    return replace(again, model=again.adapters.merge_and_unload(), adapters=None)
+    config = replace(config, path=str(directory), device="cpu", dtype=dtype, attention="auto")
+    return merged(load_model(replace(config, gradient_checkpointing=False), tokenizer=loaded.tokenizer))
 
 
 def beneath(config: ModelConfig, option: str) -> tuple[Path | None, ModelConfig, str]:
     """(the directory of adapters that model.path is, if any; the model that they are for; what messages call that)."""
-    directory = Path(config.path).expanduser()
-    if not (directory / FILE).is_file():
+    if (directory := in_directory(config.path)) is None:
         return None, config, option
     return directory, replace(config, path=base_of(directory)), f"{option} {config.path!r}: the model of its adapters,"
 

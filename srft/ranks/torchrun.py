@@ -136,7 +136,7 @@ class TorchRanks(Ranks):
         whole = {}
         for tensor in state.values():
             if id(tensor) not in whole:
-                full = self._gathered(tensor, loaded.dtype)
+                full = self._gathered(tensor, tensor.dtype if loaded.adapters else loaded.dtype)
                 whole[id(tensor)] = full.cpu() if self.main else None
         return {name: whole[id(tensor)] for name, tensor in state.items()}
 

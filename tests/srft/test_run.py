@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from srft import run as run_module
-from srft.checkpoint import resumable
+from srft.checkpoint import newest_model, resumable
 from srft.config import Config, DataConfig, ModelConfig
 from srft.data import build_prompter, load_examples
 from srft.errors import UserError
@@ -400,3 +401,25 @@ def test_each_recipe_runs(tiny_dir, tmp_path, recipe):
     stages = {"sft_grpo": ["sft", "grpo"], "grpo_sft": ["grpo", "sft"]}.get(recipe, [recipe] * 2)
     assert all(line == of[stage] for line, stage in zip(learned, stages) if stage in of)
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_adapters_whose_model_would_be_moved_are_refused(tiny_dir, tmp_path):
+    shutil.copytree(tiny_dir, tmp_path / "run" / "final")
+    given = ("--model.lora_rank", "2", "--run.overwrite", "true")
+    with pytest.raises(UserError, match=r"^model.path '.*final' lies in run.dir, where run.overwrite moves it"):
+        run(small_run(tmp_path / "run" / "final", tmp_path / "run", *given))
+
+
+def test_the_last_adapters_stay_where_the_merged_model_cannot_be_written(tiny_dir, tmp_path, monkeypatch, capsys):
+    def full(loaded, directory, *rest, save=run_module.checkpoint.save):
+        if directory.name == "final":
+            raise UserError("checkpoint: the disk is full")
+        return save(loaded, directory, *rest)
+
+    monkeypatch.setattr(run_module.checkpoint, "save", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        run(small_run(tiny_dir, tmp_path / "run", "--model.lora_rank", "2"))
+    assert not list((tmp_path / "run").glob("interrupted-*"))
+    assert f"the model in {tmp_path / 'run' / 'adapter'}" in capsys.readouterr().err
+    again = load_model(ModelConfig(str(tmp_path / "run" / "adapter"), device="cpu"))
+    assert again.adapters and newest_model(tmp_path / "run") == tmp_path / "run" / "adapter"

@@ -1,11 +1,13 @@
 import json
 import math
 import shutil
+import types
 
 import numpy as np
 import pytest
 import torch
 
+from srft import checkpoint
 from srft.analysis import analyze
 from srft.analysis.analyze import pieces_of
 from srft.analysis.gradients import gradients
@@ -13,7 +15,9 @@ from srft.analysis.texts import learnable
 from srft.cli import main
 from srft.config import Config, ModelConfig
 from srft.model import load_model
+from srft.settings import load
 from tests.srft.analysis.conftest import ROW, logprobs_of
+from tests.srft.conftest import tiny_model
 
 OPTIONS = [
     "--analyze.prompts",
@@ -246,3 +250,14 @@ def test_wrong_inputs_are_told_before_a_model_is_loaded(arguments, message, tiny
     monkeypatch.setattr("srft.analysis.analyze.load_model", lambda *_: pytest.fail("a model was loaded"))
     assert main(["analyze", *(str(tiny_dir) if each == "TINY" else each for each in arguments)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_adapters_are_read_as_a_part_of_the_weights(tiny_dir, tmp_path):
+    """Also with the settings of the run that trained them: no new ones are put beside them."""
+    config = load(None, ["--model.path", str(tiny_dir), "--model.device", "cpu", "--model.lora_rank", "2"])
+    checkpoint.save(load_model(config.model), tmp_path / "adapter")
+    settings = types.SimpleNamespace(config=config)
+    for path in (tiny_dir, tmp_path / "adapter"):
+        loaded = analyze.Analysis.load(settings, str(path))
+        names = [name for name, weight in loaded.model.named_parameters() if weight.requires_grad]
+        assert loaded.adapters is None and len(names) == len(list(tiny_model().named_parameters()))

@@ -10,7 +10,7 @@ from srft import checkpoint
 from srft.config import ModelConfig
 from srft.errors import UserError
 from srft.learn.packing import pack
-from srft.model import head_of, hidden_states, load_merged, load_model, load_reference
+from srft.model import head_of, hidden_states, load_merged, load_model, load_reference, merged
 from srft.model.adapters import add_adapters, base_of, without_adapters
 from tests.srft.conftest import byte_tokenizer, tiny_model
 from tests.srft.test_trainer import make, some_sequences
@@ -94,7 +94,9 @@ def test_the_reference_is_the_model_without_them(config):
         assert torch.equal(hidden_states(loaded.model, IDS), hidden_states(base.model, IDS))
     assert not torch.equal(hidden_states(loaded.model, IDS), hidden_states(base.model, IDS))
     assert trained == [weight.requires_grad for weight in loaded.model.parameters()]
-    frozen = load_reference(replace(config, reference=config.path), loaded)
+    assert load_reference(replace(config, reference=config.path), loaded) is loaded
+    frozen = load_reference(replace(config, reference=f"{config.path}/"), loaded)
+    assert frozen is not loaded
     options = ("--loss.options.kl_coef", "0.3")
     found = []
     for each in (reference, frozen):
@@ -107,6 +109,46 @@ def test_the_reference_is_the_model_without_them(config):
     assert ours == pytest.approx(theirs, rel=1e-5, nan_ok=True) and ours["ref_kl"] > 1e-4
     for a, b in zip(ours_gradients, theirs_gradients):
         assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+def test_a_reference_keeps_adapters_of_its_own(config, tmp_path):
+    """Those that model.path has before training are a part of it."""
+    checkpoint.save(moved(load_model(config)), tmp_path / "adapter")
+    config = replace(config, path=str(tmp_path / "adapter"), lora_rank=0)
+    loaded = load_model(config)
+    expected = hidden_states(loaded.model, IDS)
+    reference = load_reference(config, moved(loaded))
+    with without_adapters(reference.adapters):
+        assert torch.equal(hidden_states(reference.model, IDS), expected)
+    assert not any(weight.requires_grad for weight in reference.model.parameters())
+
+
+def test_the_model_without_them_has_no_dropout(config):
+    loaded = load_model(replace(config, lora_dropout=0.5))
+    assert loaded.model.training
+    with without_adapters(loaded.adapters):
+        assert not loaded.model.training
+    assert loaded.model.training
+
+
+def test_adapters_beside_embeddings_that_are_the_head_are_refused(config, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(config.path)
+    own = LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM")
+    get_peft_model(base, own).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    directory = ModelConfig(path=str(tmp_path / "adapter"), device="cpu")
+    if base.config.tie_word_embeddings:
+        with pytest.raises(UserError, match="adapters beside the head, which srft does not train; merge them first"):
+            load_model(directory)
+    else:
+        assert load_model(directory).adapters
+    base = AutoModelForCausalLM.from_pretrained(config.path)
+    own = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(base, own).save_pretrained(tmp_path / "whole", save_embedding_layers=True)
+    with pytest.raises(UserError, match="it has whole embeddings beside its adapters; merge them first"):
+        load_model(replace(directory, path=str(tmp_path / "whole")))
 
 
 def test_what_is_saved_is_read_by_peft_and_merged_by_transformers(config, tmp_path):
@@ -122,10 +164,11 @@ def test_what_is_saved_is_read_by_peft_and_merged_by_transformers(config, tmp_pa
     assert torch.equal(hidden_states(again.model, IDS), expected) and again.adapters
     base = AutoModelForCausalLM.from_pretrained(config.path)
     assert torch.equal(hidden_states(PeftModel.from_pretrained(base, str(tmp_path / "adapter")).model, IDS), expected)
-    merged = load_merged(config, tmp_path / "adapter", loaded)
-    checkpoint.save(merged, tmp_path / "final")
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
-    assert (hidden_states(plain, IDS) - expected).norm() <= 1e-5 * expected.norm()
+    for name, model in (("read", load_merged(config, tmp_path / "adapter", loaded)), ("final", merged(loaded))):
+        assert model.adapters is None and all(weight.requires_grad for weight in model.model.parameters())
+        checkpoint.save(model, tmp_path / name)
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert (hidden_states(plain, IDS) - expected).norm() <= 1e-5 * expected.norm()
     assert {name for name, _ in plain.named_parameters()} == {name for name, _ in tiny_model().named_parameters()} | (
         set() if plain.config.tie_word_embeddings else {"lm_head.weight"}
     )
@@ -148,6 +191,8 @@ def test_packed_rows_are_sequences_alone(config):
     ("changes", "message"),
     [
         ({"lora_targets": ["lm_head"]}, "lm_head is the head, beside which adapters would train nothing; leave it out"),
+        ({"lora_targets": ["all-linear", "q_proj"]}, "give names of layers, or 'all-linear' alone"),
+        ({"lora_targets": []}, "give names of layers, or 'all-linear' alone"),
         ({"lora_targets": ["q_prj"]}, r"no layer is called 'q_prj'; there are .*q_proj.* or 'all-linear'"),
     ],
 )
@@ -185,7 +230,7 @@ def test_adapters_of_another_kind_are_refused(config, tmp_path):
 
     base = AutoModelForCausalLM.from_pretrained(config.path)
     get_peft_model(base, IA3Config(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(UserError, match=r"adapters of IA3; srft reads LoRA: merge others into their model"):
+    with pytest.raises(UserError, match=r"adapters of IA3; srft reads plain LoRA: merge others into their model"):
         load_model(ModelConfig(path=str(tmp_path / "adapter"), device="cpu"))
 
 
