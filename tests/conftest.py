@@ -1,6 +1,8 @@
 """Without a GPU, Triton kernels run in Triton's interpreter; that has to be known before triton is first imported."""
 
 import os
+import signal
+import threading
 
 import pytest
 import torch
@@ -13,6 +15,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is taken from the hub, w
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     interpret_fast()
+
+# Signals that were ignored where these tests are started (by nohup, or as a shell's background job) are heard in them.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    main = threading.current_thread() is threading.main_thread()
+    if main and signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 @pytest.hookimpl(optionalhook=True)
