@@ -138,5 +138,6 @@ def measure_packing(
     time_all(counted, rows, calls, inputs, device, rounds)
     for row in rows.values():
         if row.seconds:
-            row.extra |= {"tokens_per_second": tokens / statistics.median(row.seconds)}
+            middle = statistics.median(row.seconds)
+            row.extra |= {"tflops": counted.flops / middle / 1e12, "tokens_per_second": tokens / middle}
     return list(rows.values())

@@ -24,6 +24,11 @@ def test_each_way_is_measured():
     assert began == ["all providers", OURS.name, UNSHARED, PADDED, "all providers"]
     needed = {"peak_bytes", "ratio_to_products", "tflops", "tokens_per_second", "error"}
     assert all(needed <= set(row.extra) and row.extra["error"] < 1e-3 for row in rows)
+    tokens = sum(len(each.completion) for each in packing.sequences("cpu"))
+    for row in rows:
+        middle = sum(row.seconds) / 2
+        assert row.extra["tflops"] == pytest.approx(6 * tokens * 32 * 258 / middle / 1e12)
+        assert row.extra["tokens_per_second"] == pytest.approx(tokens / middle)
     extra = [timed(row)["extra_info"] | {"median": 1.0, "status": "ok"} for row in rows]
     assert {row["case"] for row in extra} == {str(packing.packing_case("cpu"))}
     assert "| prompts of their own | 1,000.0 ms |" in "\n".join(report.table(str(rows[0].case), extra))
