@@ -21,9 +21,8 @@ from .cases import Case, Shape
 from .inputs import make
 from .measure import EVERYONE, Limits, Row, attempt, default_dtype, description, peaks, release, stage, time_all
 from .providers import OURS, PADDED, UNSHARED
-from .step import MODELS, packages
+from .step import MODELS, packages, right
 from .timing import kind_of
-from .truth import TOLERANCE
 
 if TYPE_CHECKING:
     from srft.learn.packing import Sequence
@@ -125,12 +124,9 @@ def measure_packing(
 
             found = call(None)
             errors = {what: abs(a / b - 1) for what, a, b in zip(("loss", "grad_norm"), found, exact)}
-            row.extra |= {"error": max(errors.values()), "errors": errors, "tolerance": TOLERANCE[dtype]}
-            if row.extra["error"] <= TOLERANCE[dtype]:
+            if right(row, errors, dtype):
                 row.extra |= peaks(memory.peak_bytes(lambda: call(None), device), 0, device)
                 calls[name] = call
-            else:
-                row.status, row.reason = "wrong", f"error {row.extra['error']:.2g} (allowed {TOLERANCE[dtype]:g})"
         release(device)
     begin(EVERYONE)
     with stage("inputs of the floor", device):

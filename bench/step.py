@@ -195,6 +195,15 @@ def measure_step(
     return list(rows.values())
 
 
+def right(row: Row, errors: dict[str, float], dtype: torch.dtype) -> bool:
+    """Whether a step's loss and gradient norm are as exact as they have to be; the row tells how exact."""
+    error, allowed = max(errors.values()), TOLERANCE[dtype]
+    row.extra |= {"error": error, "errors": errors, "tolerance": allowed}
+    if not error <= allowed:
+        row.status, row.reason = "wrong", f"error {error:.2g} (allowed {allowed:g})"
+    return error <= allowed
+
+
 def examine(row: Row, trainer: Any, exact: dict, tokens: int, dtype: torch.dtype, device: str) -> None:
     """Loss and gradient norm of the first step against fp64; the peak of the second above weights and optimizer."""
     line = trainer.step(1)[0]
@@ -207,13 +216,9 @@ def examine(row: Row, trainer: Any, exact: dict, tokens: int, dtype: torch.dtype
         "hidden": row.case.shape.hidden,
         "vocab": row.case.shape.vocab,
         "dtype": str(dtype).removeprefix("torch."),
-        "error": max(errors.values()),
-        "errors": errors,
-        "tolerance": TOLERANCE[dtype],
         "note": row.case.note,
     }
-    if not row.extra["error"] <= TOLERANCE[dtype]:
-        row.status, row.reason = "wrong", f"error {row.extra['error']:.2g} (allowed {TOLERANCE[dtype]:g})"
+    if not right(row, errors, dtype):
         return
     peak = memory.peak_bytes(lambda: trainer.step(1), device)
     row.extra |= {"peak_bytes": max(0, peak), "peak_from": "process" if kind_of(device) == "cpu" else "allocator"}
